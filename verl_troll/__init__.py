@@ -1,0 +1,10 @@
+"""TROLL: trust-region projection of token distributions in place of PPO clipping, as a plugin for verl.
+
+This package needs torch alone; what knows verl lives in :mod:`verl_troll.plugin`.
+"""
+
+from verl_troll.projection import Projection, project
+
+__version__ = "0.1.0"
+
+__all__ = ["Projection", "__version__", "project"]

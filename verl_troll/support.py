@@ -1,0 +1,286 @@
+"""Which outcomes the two policies are compared on: the old policy's sparse support, and two rules around it.
+
+``union`` is the published rule (arXiv 2510.03817): both policies keep their most probable ids, an id that only one
+side keeps has probability 1e-12 on the other, and both sides are renormalised.
+
+``anchored`` keeps the old policy's ids and lumps all other mass into one ``rest`` outcome, so that the new policy
+needs no selection. KL on the lumped outcomes never exceeds the KL on the vocabulary (data processing), is 0 exactly
+where the policies agree, and inside ``rest`` the projected policy keeps the new one's conditional distribution::
+
+    KL_vocabulary(pi || q) = KL_anchored(pi || q) + pi(rest) KL(p(. | rest) || q(. | rest))
+
+Shapes: N packed tokens, V logit columns, R rows of interest (indices into N), W kept ids, n outcomes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from verl_troll.logits import log_normaliser, log_probs_at, row_blocks, working_dtype
+
+SupportRule = Literal["union", "anchored"]
+SUPPORT_RULES: tuple[str, ...] = get_args(SupportRule)
+
+# Log-probability of an id that a policy did not keep, under ``union``.
+LOG_MISSING = math.log(1e-12)
+# Least mass of the rest outcome: what a float32 sum of probabilities can resolve.
+REST_FLOOR = 1e-6
+# Candidates beyond K among which ties at the K-th place are ordered before a full row is searched.
+_TIE_MARGIN = 64
+
+
+@dataclass(frozen=True)
+class SparsePolicy:
+    """Most probable ids of a policy at each row, the sampled one always among them.
+
+    Attributes:
+        ids: ``[R, W]`` int64, by falling probability (ties by lower id), the sampled id last where it was not
+            selected; -1 marks an unused place.
+        log_probs: ``[R, W]`` log-probabilities over the full vocabulary, ``-inf`` at unused places.
+        sampled: ``[R]`` int64, place of the sampled id in ``ids``.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    sampled: Tensor
+
+    @property
+    def sampled_log_probs(self) -> Tensor:
+        """``[R]`` log-probability of the sampled id over the full vocabulary."""
+        return self.log_probs.gather(-1, self.sampled.unsqueeze(-1)).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both policies over the same outcomes, and what the restriction to them left out.
+
+    Attributes:
+        new_log_probs: ``[R, n]`` normalised log p, differentiable down to the logits; ``-inf`` at unused places.
+        old_log_probs: ``[R, n]`` normalised log q.
+        sampled: ``[R]`` int64, the sampled id's place.
+        sampled_log_probs: ``[R]`` log p of the sampled id over the full vocabulary, differentiable.
+        outcomes: ``[R]`` int64, number of outcomes compared.
+        support_size: ``[R]`` int64, ids kept of the old policy.
+        old_kept_mass: ``[R]`` q of the ids kept of the old policy.
+        new_kept_mass: ``[R]`` p of the ids kept of the new policy (``union``) or of the old one (``anchored``).
+        cap_hit: ``[R]`` bool, the cap K ended the old policy's selection before its mass was reached.
+    """
+
+    new_log_probs: Tensor
+    old_log_probs: Tensor
+    sampled: Tensor
+    sampled_log_probs: Tensor
+    outcomes: Tensor
+    support_size: Tensor
+    old_kept_mass: Tensor
+    new_kept_mass: Tensor
+    cap_hit: Tensor
+
+
+def check_support_settings(k: int, dropped_mass: float) -> None:
+    """Raise ``ValueError`` naming the setting where K or the dropped mass is out of range."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k!r}")
+    if not 0 <= dropped_mass < 1:
+        raise ValueError(f"dropped_mass must be at least 0 and below 1, got {dropped_mass!r}")
+
+
+def select(
+    logits: Tensor,
+    rows: Tensor,
+    sampled_ids: Tensor,
+    *,
+    k: int,
+    dropped_mass: float,
+    vocab_size: int | None = None,
+    log_z: Tensor | None = None,
+) -> SparsePolicy:
+    """Keep each row's most probable ids until their mass reaches ``1 - dropped_mass``, at most ``k``, and the sampled.
+
+    Equal logits are ordered by lower id, so that the choice does not depend on how the row is searched or sharded.
+
+    Args:
+        logits: ``[N, V]`` float, temperature already applied. No gradient flows.
+        rows: ``[R]`` int64.
+        sampled_ids: ``[R]`` int64 below ``vocab_size``.
+        k: cap K on the selected ids (the sampled id may add one).
+        dropped_mass: delta in [0, 1).
+        vocab_size: true vocabulary size; columns at or above it are padding. All columns by default.
+        log_z: ``[R]`` of ``log_normaliser`` where it is already known.
+
+    Raises:
+        ValueError: ``k``, ``dropped_mass`` or ``vocab_size`` out of range.
+    """
+    check_support_settings(k, dropped_mass)
+    vocab_size = _true_vocab_size(logits, vocab_size)
+    logits = logits.detach()
+    if log_z is None:
+        log_z = log_normaliser(logits, rows, vocab_size)
+    width = min(k, vocab_size)
+    ids = torch.empty(rows.shape[0], width, dtype=torch.int64, device=logits.device)
+    values = torch.empty(rows.shape[0], width, dtype=working_dtype(logits), device=logits.device)
+    for block in row_blocks(logits, rows):
+        top_values, ids[block] = _ordered_topk(logits[rows[block], :vocab_size], width)
+        values[block] = top_values.to(values.dtype)
+    log_probs = values - log_z.unsqueeze(-1)
+
+    before = log_probs.exp().cumsum(-1) - log_probs.exp()
+    # Without a mass to drop nothing but zero mass is dropped, however float32 rounds the sum.
+    keep = before < (1 - dropped_mass if dropped_mass > 0 else math.inf)
+    keep &= log_probs > -math.inf
+    keep[:, 0] = True
+    ids = torch.where(keep, ids, -1)
+    log_probs = torch.where(keep, log_probs, -math.inf)
+
+    found = ids == sampled_ids.unsqueeze(-1)
+    missing = ~found.any(-1)
+    sampled_log_probs = logits[rows, sampled_ids].to(log_z.dtype) - log_z
+    ids = torch.cat([ids, torch.where(missing, sampled_ids, -1).unsqueeze(-1)], dim=-1)
+    log_probs = torch.cat([log_probs, torch.where(missing, sampled_log_probs, -math.inf).unsqueeze(-1)], dim=-1)
+    sampled = torch.where(missing, width, found.int().argmax(-1))
+    return SparsePolicy(ids, log_probs, sampled)
+
+
+def _true_vocab_size(logits: Tensor, vocab_size: int | None) -> int:
+    columns = logits.shape[-1]
+    if vocab_size is None:
+        return columns
+    if not 0 < vocab_size <= columns:
+        raise ValueError(f"vocab_size must lie between 1 and the {columns} logit columns, got {vocab_size!r}")
+    return vocab_size
+
+
+def _ordered_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and ids ``[R, k]`` of the k largest entries of ``[R, V]``, by value descending, then id ascending.
+
+    ``torch.topk`` leaves the order of equal values open, also across the k-th place.
+    """
+    columns = rows.shape[-1]
+    candidates = min(k + _TIE_MARGIN, columns)
+    values, ids = rows.topk(candidates, dim=-1)
+    ids, by_id = ids.sort(dim=-1)
+    values, by_value = values.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(-1, by_value)
+    if candidates < columns:
+        threshold = values[:, k - 1 : k]
+        # Ties that may go on past the candidates: take the lowest ids among all entries equal to the k-th value.
+        open_ended = (values[:, -1:] == threshold).squeeze(-1).nonzero().squeeze(-1)
+        if open_ended.numel() > 0:
+            tied = rows[open_ended] == threshold[open_ended]
+            order = torch.arange(columns, device=rows.device)
+            lowest = torch.where(tied, order, columns).topk(k, dim=-1, largest=False).values
+            above = (values[open_ended] > threshold[open_ended]).sum(-1, keepdim=True)
+            place = torch.arange(k, device=rows.device)
+            tie_rank = (place - above).clamp_min(0)
+            ids[open_ended, :k] = torch.where(place < above, ids[open_ended, :k], lowest.gather(-1, tie_rank))
+            values[open_ended, :k] = torch.where(place < above, values[open_ended, :k], threshold[open_ended])
+    return values[:, :k], ids[:, :k]
+
+
+def compare(
+    rule: SupportRule,
+    logits: Tensor,
+    rows: Tensor,
+    old: SparsePolicy,
+    *,
+    k: int,
+    dropped_mass: float,
+    vocab_size: int | None = None,
+) -> Comparison:
+    """Put the new policy given by ``logits`` beside the old one on common outcomes.
+
+    Args:
+        rule: ``union`` (published) or ``anchored``.
+        logits: ``[N, V]`` of the new policy, temperature applied; gradients flow to its rows ``rows``.
+        rows: ``[R]`` int64 without repetition.
+        old: the old policy at these rows.
+        k, dropped_mass, vocab_size: as in :func:`select`.
+
+    Raises:
+        ValueError: an unknown rule, or a setting out of range.
+    """
+    check_support_settings(k, dropped_mass)
+    vocab_size = _true_vocab_size(logits, vocab_size)
+    log_z = log_normaliser(logits.detach(), rows, vocab_size)
+    if rule == "anchored":
+        return _anchored(logits, rows, old, log_z, k, dropped_mass, vocab_size)
+    if rule == "union":
+        return _union(logits, rows, old, log_z, k, dropped_mass, vocab_size)
+    raise ValueError(f"support must be one of {SUPPORT_RULES}, got {rule!r}")
+
+
+def _anchored(
+    logits: Tensor, rows: Tensor, old: SparsePolicy, log_z: Tensor, k: int, dropped_mass: float, vocab_size: int
+) -> Comparison:
+    new_log_probs = log_probs_at(logits, rows, old.ids, log_z, vocab_size)
+    support_size = (old.ids >= 0).sum(-1)
+    has_rest = support_size < vocab_size
+    new_rest, new_mass = _rest(new_log_probs, has_rest)
+    old_rest, old_mass = _rest(old.log_probs, has_rest)
+    return Comparison(
+        new_log_probs=torch.cat([new_log_probs, new_rest], dim=-1),
+        old_log_probs=torch.cat([old.log_probs, old_rest], dim=-1),
+        sampled=old.sampled,
+        sampled_log_probs=_at(new_log_probs, old.sampled),
+        outcomes=support_size + has_rest.long(),
+        support_size=support_size,
+        old_kept_mass=old_mass,
+        new_kept_mass=new_mass.detach(),
+        cap_hit=_cap_hit(support_size, old_mass, k, dropped_mass),
+    )
+
+
+def _rest(log_probs: Tensor, has_rest: Tensor) -> tuple[Tensor, Tensor]:
+    """``[R, 1]`` log-mass outside ``log_probs [R, W]`` (``-inf`` where nothing is outside) and ``[R]`` mass inside."""
+    mass = log_probs.exp().sum(-1)
+    rest = torch.where(has_rest, (1 - mass).clamp_min(REST_FLOOR), 1.0).log()
+    return torch.where(has_rest, rest, -math.inf).unsqueeze(-1), mass
+
+
+def _union(
+    logits: Tensor, rows: Tensor, old: SparsePolicy, log_z: Tensor, k: int, dropped_mass: float, vocab_size: int
+) -> Comparison:
+    sampled_ids = _at(old.ids, old.sampled)
+    new = select(logits, rows, sampled_ids, k=k, dropped_mass=dropped_mass, vocab_size=vocab_size, log_z=log_z)
+    only_new = torch.where(_is_member(new.ids, old.ids), -1, new.ids)
+    ids = torch.cat([old.ids, only_new], dim=-1)
+    used = ids >= 0
+    kept_by_new = torch.cat([_is_member(old.ids, new.ids), only_new >= 0], dim=-1)
+
+    new_log_probs = log_probs_at(logits, rows, torch.where(kept_by_new, ids, -1), log_z, vocab_size)
+    sampled_log_probs = _at(new_log_probs, old.sampled)
+    new_log_probs = torch.where(used & ~kept_by_new, LOG_MISSING, new_log_probs)
+    old_log_probs = torch.cat([old.log_probs, torch.where(only_new >= 0, LOG_MISSING, -math.inf)], dim=-1)
+    support_size = (old.ids >= 0).sum(-1)
+    old_mass = old.log_probs.exp().sum(-1)
+    return Comparison(
+        new_log_probs=new_log_probs - torch.logsumexp(new_log_probs, dim=-1, keepdim=True),
+        old_log_probs=old_log_probs - torch.logsumexp(old_log_probs, dim=-1, keepdim=True),
+        sampled=old.sampled,
+        sampled_log_probs=sampled_log_probs,
+        outcomes=used.sum(-1),
+        support_size=support_size,
+        old_kept_mass=old_mass,
+        new_kept_mass=new.log_probs.exp().sum(-1),
+        cap_hit=_cap_hit(support_size, old_mass, k, dropped_mass),
+    )
+
+
+def _at(values: Tensor, place: Tensor) -> Tensor:
+    return values.gather(-1, place.unsqueeze(-1)).squeeze(-1)
+
+
+def _cap_hit(support_size: Tensor, mass: Tensor, k: int, dropped_mass: float) -> Tensor:
+    return (support_size >= k) & (mass < 1 - dropped_mass)
+
+
+def _is_member(ids: Tensor, among: Tensor) -> Tensor:
+    """``[R, W]`` bool: which used ids of ``ids [R, W]`` occur in the same row of ``among [R, M]``."""
+    ordered = among.sort(dim=-1).values
+    place = torch.searchsorted(ordered, ids.contiguous()).clamp_max(ordered.shape[-1] - 1)
+    return (ordered.gather(-1, place) == ids) & (ids >= 0)
