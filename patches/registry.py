@@ -1,0 +1,109 @@
+"""How a host package is patched: declared, version-gated, idempotent, and tied to the source that was read.
+
+Each module in this folder holds one :class:`Patch`. ``replaces`` names every host definition that the patch stands
+in for, with the fingerprint of the source it was written against; ``tests/test_patches.py`` fails when an installed
+host no longer matches, so that no patch outlives the code it was made for.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+
+from verl_troll.versions import goes_on_untested
+
+
+class PatchError(RuntimeError):
+    """A patch was asked for on a host version that it was not written for."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change to a host package.
+
+    Attributes:
+        name: short identifier, printed by ``verl-troll doctor``.
+        host: distribution that is patched, for example ``verl``.
+        versions: PEP 440 specifier of the host versions that the patch was tested on.
+        why: one sentence, for a reader who wonders whether the patch is still needed.
+        upstream: where the host could make it unnecessary (issue, pull request, or the file and line to change).
+        install: makes the change; called at most once per process.
+        replaces: ``"module:qualified.name" -> fingerprint`` of each host definition that the change stands in for.
+    """
+
+    name: str
+    host: str
+    versions: str
+    why: str
+    upstream: str
+    install: Callable[[], None]
+    replaces: Mapping[str, str] = field(default_factory=dict)
+
+
+_applied: dict[str, Patch] = {}
+
+
+def applied() -> tuple[Patch, ...]:
+    """Patches that are in force in this process, in the order in which they were applied."""
+    return tuple(_applied.values())
+
+
+def apply(patch: Patch) -> None:
+    """Install ``patch`` once.
+
+    Raises:
+        PatchError: the installed host version is outside ``patch.versions``, and untested versions are not allowed.
+    """
+    if patch.name in _applied:
+        return
+    version = importlib.metadata.version(patch.host)
+    message = (
+        f"patch {patch.name!r} was written for {patch.host} {patch.versions}, but {patch.host} {version} is installed."
+    )
+    if not SpecifierSet(patch.versions).contains(version, prereleases=True) and not goes_on_untested(message):
+        raise PatchError(
+            f"{message} Install a tested version, or drop the patch if upstream no longer needs it ({patch.upstream})."
+        )
+    patch.install()
+    _applied[patch.name] = patch
+
+
+def source_fingerprint(target: str) -> str:
+    """First 16 hex digits of the SHA-256 of a host definition's source, read without importing the module.
+
+    Args:
+        target: ``"module:qualified.name"``, for example ``"verl.utils.py_functional:rename_dict"``.
+
+    Raises:
+        LookupError: the module or the definition does not exist.
+    """
+    module, _, name = target.partition(":")
+    # Only the top-level package is imported: importing a submodule could pull in an accelerator stack.
+    root, *rest = module.split(".")
+    spec = importlib.util.find_spec(root)
+    if spec is None or spec.origin is None:
+        raise LookupError(f"{root} is not installed")
+    base = Path(spec.origin).parent.joinpath(*rest)
+    path = base.with_suffix(".py") if rest and base.with_suffix(".py").exists() else base / "__init__.py"
+    if not path.exists():
+        raise LookupError(f"{module} does not exist in the installed {root}")
+    text = path.read_text(encoding="utf-8")
+    node: ast.AST = ast.parse(text)
+    for part in name.split("."):
+        for child in ast.iter_child_nodes(node):
+            if getattr(child, "name", None) == part:
+                node = child
+                break
+        else:
+            raise LookupError(f"{module} has no {name}")
+    segment = ast.get_source_segment(text, node)
+    if segment is None:
+        raise LookupError(f"{module} has no source for {name}")
+    return hashlib.sha256(segment.encode()).hexdigest()[:16]

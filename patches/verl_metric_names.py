@@ -1,0 +1,42 @@
+"""verl's trainer prefixes every metric of the actor with ``actor/``; metrics under ``troll/`` keep their name."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+from verl_troll.patches.registry import Patch
+
+NAMESPACE = "troll/"
+
+
+def _install() -> None:
+    from verl.utils import py_functional
+
+    original = py_functional.rename_dict
+
+    @functools.wraps(original)
+    def rename_dict(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        renamed = original({key: value for key, value in data.items() if not key.startswith(NAMESPACE)}, prefix)
+        return {**renamed, **{key: value for key, value in data.items() if key.startswith(NAMESPACE)}}
+
+    py_functional.rename_dict = rename_dict
+    # The trainer may have imported the name already.
+    trainer = sys.modules.get("verl.trainer.ppo.v1.trainer_base")
+    if trainer is not None:
+        trainer.rename_dict = rename_dict  # type: ignore[attr-defined]
+
+
+PATCH = Patch(
+    name="verl-metric-names",
+    host="verl",
+    versions=">=0.9.1,<0.10",
+    why="PPOTrainer._update_actor renames troll/... to actor/troll/...",
+    upstream="verl/trainer/ppo/v1/trainer_base.py: rename only keys without a '/'",
+    install=_install,
+    replaces={
+        "verl.utils.py_functional:rename_dict": "380084057251157e",
+        "verl.trainer.ppo.v1.trainer_base:PPOTrainer._update_actor": "82879aeff227214b",
+    },
+)

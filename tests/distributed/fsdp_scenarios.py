@@ -1,0 +1,377 @@
+"""Scenarios on verl's real FSDP2 engine that ranks run; results come back as plain tensors and floats."""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+from torch import Tensor
+
+VOCAB = 61
+TEMPERATURE = 0.8
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One configuration of engine, method and batch; every field is a keyword a user would set."""
+
+    model_path: str
+    troll: dict[str, Any] | None = field(default_factory=dict)
+    loss_agg_mode: str = "token-mean"
+    loss_scale_factor: int | None = None
+    micro_batch_size: int = 4
+    use_dynamic_bsz: bool = False
+    max_token_len: int = 64
+    use_remove_padding: bool = True
+    ulysses: int = 1
+    use_kl_loss: bool = False
+    kl_loss_coef: float = 0.1
+    entropy_coeff: float = 0.0
+    rollout_weights: bool = False
+    lora_rank: int = 0
+    temperature: float = TEMPERATURE
+    ppo_epochs: int = 1
+    mini_batch_size: int = 8
+    shuffle: bool = False
+    lr: float = 3e-2
+    param_dtype: str = "fp32"
+
+
+def write_model(folder: Path, *, attention: bool = True) -> str:
+    """A tiny random Qwen2 with peaked outputs, saved as verl loads it; no tokenizer is needed at this level.
+
+    Without ``attention`` no token sees another: sequence-parallel attention needs a flash kernel, which a CPU has not.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.3)
+        model.lm_head.weight.mul_(3)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(float(attention))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def make_batch(seed: int = 0, samples: int = 8) -> TensorDict:
+    """Ragged prompts and responses; one response is empty, one fully masked, one has masked turns inside."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    prompts, responses, masks = [], [], []
+    for index in range(samples):
+        prompt = torch.randint(2, VOCAB, (rng.randint(2, 7),), generator=generator)
+        response = torch.randint(2, VOCAB, (rng.randint(3, 12),), generator=generator)
+        mask = torch.ones(len(response), dtype=torch.long)
+        if index == 1:
+            response, mask = response[:0], mask[:0]
+        elif index == 3:
+            mask[:] = 0
+        elif index == 5:
+            mask[1:3] = 0
+        prompts.append(prompt)
+        responses.append(response)
+        masks.append(mask)
+    sequences = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+    advantages = [torch.randn(len(r), generator=generator) for r in responses]
+    weights = [torch.rand(len(r), generator=generator) * 1.5 for r in responses]
+    reference = [-3 + 0.5 * torch.randn(len(r), generator=generator) for r in responses]
+
+    def nested(rows: list[Tensor]) -> Tensor:
+        offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+        return torch.nested.nested_tensor_from_jagged(torch.cat(rows), offsets)
+
+    return TensorDict(
+        {
+            "input_ids": nested(sequences),
+            "position_ids": nested([torch.arange(len(s)) for s in sequences]),
+            "prompts": nested(prompts),
+            "responses": nested(responses),
+            "response_mask": nested(masks),
+            "loss_mask": nested(masks),
+            "advantages": nested(advantages),
+            "rollout_is_weights": nested(weights),
+            "ref_log_prob": nested(reference),
+        },
+        batch_size=[samples],
+    )
+
+
+def _build(setup: Setup) -> tuple[Any, Any, Any]:
+    """Engine, verl's loss function and the actor's configuration, through verl's own registry and dataclasses."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import (
+        FSDPActorConfig,
+        FSDPEngineConfig,
+        FSDPOptimizerConfig,
+        HFModelConfig,
+        PolicyLossConfig,
+    )
+    from verl.workers.engine import EngineRegistry
+    from verl.workers.utils.losses import ppo_loss
+
+    from verl_troll.plugin.config import HostSettings, TrollConfig, TrollPolicyLossConfig, actor_config
+
+    torch.manual_seed(0)
+    model = HFModelConfig(
+        path=setup.model_path,
+        load_tokenizer=False,
+        override_config={"attn_implementation": "sdpa"},
+        enable_gradient_checkpointing=False,
+        use_remove_padding=setup.use_remove_padding,
+        lora_rank=setup.lora_rank,
+    )
+    engine_config = FSDPEngineConfig(
+        strategy="fsdp2",
+        use_torch_compile=False,
+        mixed_precision={"param_dtype": setup.param_dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+        use_dynamic_bsz=setup.use_dynamic_bsz,
+        max_token_len_per_gpu=setup.max_token_len,
+        infer_max_token_len_per_gpu=setup.max_token_len,
+        micro_batch_size_per_gpu=setup.micro_batch_size,
+        infer_micro_batch_size_per_gpu=setup.micro_batch_size,
+        ulysses_sequence_parallel_size=setup.ulysses,
+        use_remove_padding=setup.use_remove_padding,
+    )
+    common: dict[str, Any] = dict(
+        strategy="fsdp2",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=setup.micro_batch_size,
+        loss_agg_mode=setup.loss_agg_mode,
+        loss_scale_factor=setup.loss_scale_factor,
+        use_kl_loss=setup.use_kl_loss,
+        kl_loss_coef=setup.kl_loss_coef,
+        kl_loss_type="k2",
+        entropy_coeff=setup.entropy_coeff,
+        fsdp_config=engine_config,
+    )
+    if setup.troll is None:
+        actor = FSDPActorConfig(policy_loss=PolicyLossConfig(loss_mode="vanilla"), **common)
+    else:
+        settings = TrollConfig(**setup.troll, host=HostSettings(external_lib="verl_troll.plugin"))
+        actor = actor_config(policy_loss=TrollPolicyLossConfig(loss_mode="troll", troll=settings), **common)
+    engine = EngineRegistry.new(
+        "language_model",
+        "fsdp2",
+        model_config=model,
+        engine_config=engine_config,
+        optimizer_config=FSDPOptimizerConfig(lr=setup.lr, clip_grad=1e9, weight_decay=0.0),
+        checkpoint_config=CheckpointConfig(),
+    )
+    engine.initialize()
+    return engine, functools.partial(ppo_loss, config=actor), actor
+
+
+def _with_settings(batch: TensorDict, setup: Setup, **extra: Any) -> TensorDict:
+    from verl.utils import tensordict_utils as tu
+
+    batch = batch.clone()
+    tu.assign_non_tensor(
+        batch,
+        use_remove_padding=setup.use_remove_padding,
+        use_dynamic_bsz=setup.use_dynamic_bsz,
+        max_token_len_per_gpu=setup.max_token_len,
+        micro_batch_size_per_gpu=setup.micro_batch_size,
+        use_fused_kernels=False,
+        temperature=setup.temperature,
+        global_batch_size=setup.mini_batch_size,
+        pad_token_id=0,
+        **extra,
+    )
+    return batch
+
+
+def _shard(batch: TensorDict, engine: Any) -> TensorDict:
+    """This data-parallel rank's part of the batch, as verl dispatches it."""
+    from verl.utils import tensordict_utils as tu
+
+    return tu.chunk_tensordict(batch, engine.get_data_parallel_size())[engine.get_data_parallel_rank()]
+
+
+def old_pass(engine: Any, batch: TensorDict, setup: Setup, **extra: Any) -> dict[str, Tensor]:
+    """``compute_log_prob`` as verl's worker calls it; nested model outputs."""
+    data = _with_settings(batch, setup, calculate_entropy=True, compute_loss=False, **extra)
+    with engine.eval_mode():
+        return dict(engine.infer_batch(data, loss_function=None)["model_output"])
+
+
+def with_old_policy(batch: TensorDict, output: dict[str, Tensor]) -> TensorDict:
+    """The batch with the fields that the old pass leaves behind, as verl's trainer stores them."""
+    from verl.workers.utils.padding import response_from_nested
+
+    batch = batch.clone()
+    batch["old_log_probs"] = response_from_nested(output["log_probs"], batch["response_mask"])
+    for name, value in output.items():
+        if name.startswith("troll_"):
+            batch[name] = value
+    return batch
+
+
+def perturb(engine: Any, seed: int, scale: float) -> None:
+    """Move every non-zero parameter by the same noise on all ranks, as an updated policy would be."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    with torch.no_grad():
+        for index, (_, parameter) in enumerate(sorted(engine.module.named_parameters())):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed + index)) * scale
+            if isinstance(parameter, DTensor):
+                noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements)
+            parameter.add_(noise * (parameter != 0))
+
+
+def gradients(engine: Any) -> dict[str, Tensor]:
+    """Full gradients by parameter name (collective)."""
+    from torch.distributed.tensor import DTensor
+
+    result = {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.grad is not None:
+            grad = parameter.grad
+            result[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+    return result
+
+
+def _aggregate(metrics: dict[str, Any]) -> dict[str, float]:
+    """Metrics of one mini-batch over micro-batches and data-parallel ranks, as verl's worker reduces them."""
+    from verl.utils.metric import Metric
+    from verl.utils.torch_functional import allgather_dict_into_dict
+
+    gathered = allgather_dict_into_dict(data=metrics, group=dist.group.WORLD)
+    return {
+        name: float(Metric.aggregate_dp(values)) for name, values in gathered.items() if isinstance(values[0], Metric)
+    }
+
+
+def loss_and_gradient(setup: Setup, batch: TensorDict, noise: float = 0.006) -> dict[str, Any]:
+    """Old pass, a move of the policy, then loss, metrics and full gradients of one mini-batch."""
+    engine, loss_function, _ = _build(setup)
+    if not setup.rollout_weights:
+        batch = batch.exclude("rollout_is_weights")
+    shard = _shard(batch, engine)
+    output = old_pass(engine, shard, setup)
+    shard = with_old_policy(shard, output)
+    perturb(engine, seed=1, scale=noise)
+    data = _with_settings(shard, setup, calculate_entropy=setup.entropy_coeff != 0)
+    with engine.train_mode():
+        engine.optimizer_zero_grad()
+        result = engine.forward_backward_batch(data, loss_function, forward_only=False)
+        loss = torch.tensor(sum(result["loss"]), dtype=torch.float64)
+        dist.all_reduce(loss, op=dist.ReduceOp.SUM)
+        grads = gradients(engine)
+        metrics = _aggregate(result["metrics"])
+    return {
+        "loss": loss.item() / dist.get_world_size(),
+        "gradients": grads,
+        "metrics": metrics,
+        "engine": type(engine).__name__,
+    }
+
+
+def each(setups: list[Setup], batch: TensorDict, noise: float = 0.006) -> list[dict[str, Any]]:
+    """:func:`loss_and_gradient` of several setups in one launch."""
+    return [loss_and_gradient(setup, batch, noise) for setup in setups]
+
+
+def old_policies(setups: list[Setup], batch: TensorDict) -> list[dict[str, list[Tensor]]]:
+    """Model outputs of the old pass by name, one tensor per sample, for several setups."""
+    results = []
+    for setup in setups:
+        engine, _, _ = _build(setup)
+        output = old_pass(engine, _shard(batch, engine), setup)
+        results.append({name: list(value.unbind()) for name, value in output.items()})
+    return results
+
+
+def lora_passes(setup: Setup, batch: TensorDict) -> dict[str, Any]:
+    """Old pass and reference pass through one LoRA engine whose adapter is not zero, then an update."""
+    engine, loss_function, _ = _build(setup)
+    perturb(engine, seed=5, scale=0.1)
+    batch = batch.exclude("rollout_is_weights")
+    old = old_pass(engine, batch, setup)
+    data = _with_settings(batch, setup, calculate_entropy=False, compute_loss=False)
+    with engine.eval_mode(), engine.disable_adapter():
+        reference = dict(engine.infer_batch(data, loss_function=None)["model_output"])
+    data = _with_settings(with_old_policy(batch, old), setup, calculate_entropy=False)
+    with engine.train_mode():
+        result = engine.train_batch(data, loss_function)
+    return {
+        "old_fields": sorted(old),
+        "reference_fields": sorted(reference),
+        "moved": (old["log_probs"].values() - reference["log_probs"].values()).abs().max().item(),
+        "trained": sorted(name for name, _ in engine.module.named_parameters() if _.requires_grad),
+        "grad_norm": float(result["metrics"]["grad_norm"]),
+    }
+
+
+def update_without_support(setup: Setup, batch: TensorDict) -> str:
+    """The error of an update whose batch lost the old policy's support."""
+    engine, loss_function, _ = _build(setup)
+    output = old_pass(engine, batch, setup)
+    data = with_old_policy(batch, {name: v for name, v in output.items() if not name.startswith("troll_")})
+    return _error(engine, _with_settings(data, setup, calculate_entropy=False), loss_function)
+
+
+def troll_loss_on_stock_engine(setup: Setup, batch: TensorDict) -> str:
+    """The error of verl's own engine under the registered loss ``troll``: what a silent stock run would be."""
+    import verl.workers.engine.fsdp.transformer_impl as stock
+    from verl.workers.engine import EngineRegistry
+
+    registry = EngineRegistry._engines["language_model"]["fsdp2"]
+    engine, loss_function, _ = _build(setup)
+    output = old_pass(engine, batch, setup)
+    data = _with_settings(with_old_policy(batch, output), setup, calculate_entropy=False)
+    engine.__class__ = stock.FSDPEngineWithLMHead
+    assert registry["cuda"] is stock.FSDPEngineWithLMHead
+    return _error(engine, data, loss_function)
+
+
+def _error(engine: Any, data: TensorDict, loss_function: Any) -> str:
+    with engine.train_mode():
+        try:
+            engine.forward_backward_batch(data, loss_function, forward_only=False)
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def train_steps_after_move(setup: Setup, batch: TensorDict, steps: int) -> list[dict[str, float]]:
+    """:func:`train_steps` of a policy that has left the region."""
+    return train_steps(setup, batch, steps, noise=0.05)
+
+
+def train_steps(setup: Setup, batch: TensorDict, steps: int, noise: float = 0.0) -> list[dict[str, float]]:
+    """Optimizer steps on one mini-batch after one old pass; metrics by step."""
+    engine, loss_function, _ = _build(setup)
+    batch = batch.exclude("rollout_is_weights")
+    shard = _shard(batch, engine)
+    shard = with_old_policy(shard, old_pass(engine, shard, setup))
+    perturb(engine, seed=1, scale=noise)
+    history = []
+    for _ in range(steps):
+        with engine.train_mode():
+            result = engine.train_batch(_with_settings(shard, setup, calculate_entropy=False), loss_function)
+        grad_norm = float(result["metrics"].pop("grad_norm"))
+        history.append({**_aggregate(result["metrics"]), "grad_norm": grad_norm})
+    return history

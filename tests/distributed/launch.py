@@ -1,0 +1,98 @@
+"""Run a function on several gloo ranks and bring back its results, or the first traceback.
+
+Ranks start from a fork server that has imported the host packages once, so that a scenario costs tenths of a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+PRELOAD = ("torch", "torch.distributed", "tests.distributed.preload")
+
+
+class RankFailedError(AssertionError):
+    """A rank raised, died or hung; the message holds its traceback."""
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    return context
+
+
+def _rank_main(
+    function: Callable[..., Any], rank: int, world_size: int, folder: str, arguments: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    log = os.open(str(Path(folder) / f"log{rank}"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
+    try:
+        store = dist.FileStore(str(Path(folder) / "store"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+        result = (True, function(*arguments))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        result = (False, traceback.format_exc())
+    Path(folder, f"result{rank}").write_bytes(pickle.dumps(result))
+    # Library threads must not keep a finished rank alive.
+    os._exit(0 if result[0] else 1)
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, arguments: Sequence[Any] = (), *, timeout: float = 120.0
+) -> list[Any]:
+    """Results of ``function(*arguments)`` by rank; the process group is initialised around it.
+
+    Raises:
+        RankFailedError: as soon as one rank fails, with its traceback; the others are ended.
+    """
+    context = _context()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_rank_main, args=(function, rank, world_size, folder, tuple(arguments)))
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + timeout
+        waiting = dict(enumerate(ranks))
+        try:
+            while waiting:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise RankFailedError(f"ranks {sorted(waiting)} of {world_size} did not finish in {timeout} s")
+                multiprocessing.connection.wait([process.sentinel for process in waiting.values()], timeout=left)
+                for rank in [rank for rank, process in waiting.items() if not process.is_alive()]:
+                    waiting.pop(rank)
+                    _raise_if_failed(rank, ranks[rank].exitcode, folder)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+        return [pickle.loads(Path(folder, f"result{rank}").read_bytes())[1] for rank in range(world_size)]
+
+
+def _raise_if_failed(rank: int, exit_code: int | None, folder: str) -> None:
+    path = Path(folder, f"result{rank}")
+    if not path.exists():
+        log = Path(folder, f"log{rank}").read_text(errors="replace")[-4000:]
+        raise RankFailedError(f"rank {rank} ended with exit code {exit_code} before it had a result:\n{log}")
+    passed, value = pickle.loads(path.read_bytes())
+    if not passed:
+        raise RankFailedError(f"rank {rank} failed:\n{value}")

@@ -1,0 +1,7 @@
+"""What every rank needs, imported once in the fork server."""
+
+import verl.workers.engine_workers  # noqa: F401
+from transformers import Qwen2ForCausalLM  # noqa: F401
+
+import tests.conftest  # noqa: F401  (sets CPU mode before verl is imported)
+import verl_troll.plugin  # noqa: F401

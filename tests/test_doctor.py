@@ -1,0 +1,128 @@
+"""The doctor tells the truth on a good and on a broken install, and a broken plugin ends a run before it starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HIDE_VERL = """
+import importlib.abc, importlib.metadata, sys
+
+class _Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "verl":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, _Hide())
+_version = importlib.metadata.version
+
+def version(name):
+    if name == "verl":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return _version(name)
+
+importlib.metadata.version = version
+"""
+
+
+def run(arguments: list[str], path: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A Python command; ``path`` goes before everything else on the module path."""
+    environment = {**os.environ, **variables}
+    if path is not None:
+        environment["PYTHONPATH"] = f"{path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=200, check=False
+    )
+
+
+def pretend_verl_version(folder: Path, version: str) -> None:
+    """Metadata of another verl, found before the installed one's."""
+    metadata = folder / f"verl-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: verl\nVersion: {version}\n")
+
+
+def test_good_install_passes_and_names_what_is_registered_and_patched() -> None:
+    done = run(["-m", "verl_troll", "doctor"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    for expected in (
+        "verl 0.9.1",
+        "policy loss 'troll' is verl_troll.plugin.policy_loss.troll_policy_loss",
+        "engine fsdp2: verl_troll.plugin.engines.TrollFSDPEngine",
+        "+troll=default builds",
+        "patch verl-metric-names",
+        "patch verl-gloo-backend",
+        "No problem found.",
+    ):
+        assert expected in done.stdout
+    assert "FAIL" not in done.stdout
+
+
+def test_missing_verl_is_explained_and_the_package_still_imports(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HIDE_VERL)
+    done = run(["-m", "verl_troll", "doctor"], tmp_path)
+    assert done.returncode == 1
+    assert "verl is not installed" in done.stdout
+    assert "pip install verl==0.9.1" in done.stdout
+    done = run(["-c", "import verl_troll; print(verl_troll.project.__name__)"], tmp_path)
+    assert done.stdout.strip() == "project"
+
+
+def test_untested_version_fails_with_its_mend_and_can_be_allowed(tmp_path: Path) -> None:
+    pretend_verl_version(tmp_path, "0.8.0")
+    done = run(["-m", "verl_troll", "doctor"], tmp_path)
+    assert done.returncode == 1
+    assert "verl 0.8.0 is outside the tested range" in done.stdout
+    assert "VERL_TROLL_ALLOW_UNTESTED=1" in done.stdout
+    assert "the plugin does not load" in done.stdout
+
+    importing = ["-c", "import verl_troll.plugin.config"]
+    gpu = {"VERL_PLATFORM": "", "VERL_USE_EXTERNAL_MODULES": ""}
+    refused = run(importing, tmp_path, **gpu)
+    assert refused.returncode != 0
+    assert "UntestedVersionError" in refused.stderr
+    allowed = run(importing, tmp_path, VERL_TROLL_ALLOW_UNTESTED="1", **gpu)
+    assert allowed.returncode == 0, allowed.stderr
+    assert "Going on because VERL_TROLL_ALLOW_UNTESTED=1" in allowed.stderr
+
+
+def test_broken_plugin_is_reported_with_its_own_error(tmp_path: Path) -> None:
+    (tmp_path / "takes_the_name.py").write_text(
+        "from verl.trainer.ppo.core_algos import register_policy_loss\n"
+        "register_policy_loss('troll')(lambda *a, **k: None)\n"
+    )
+    done = run(["-m", "verl_troll", "doctor"], tmp_path, VERL_USE_EXTERNAL_MODULES="verl_troll.cpu,takes_the_name")
+    assert done.returncode == 1
+    assert "verl already has a policy loss 'troll'" in done.stdout
+
+
+@pytest.mark.parametrize("breakage", ["version", "import"])
+def test_plugin_that_fails_to_load_ends_the_run_before_ray_starts(tmp_path: Path, breakage: str) -> None:
+    if breakage == "version":
+        pretend_verl_version(tmp_path, "0.8.0")
+        expected, variables = "UntestedVersionError", {"VERL_PLATFORM": "", "VERL_USE_EXTERNAL_MODULES": ""}
+    else:
+        (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['verl_troll.plugin.engines'] = None\n")
+        expected, variables = "verl_troll.plugin.engines", {}
+    done = run(
+        [
+            "-m",
+            "verl.trainer.main_ppo",
+            "hydra.searchpath=[pkg://verl_troll.configs]",
+            f"hydra.run.dir={tmp_path}/hydra",
+            "+troll=default",
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+            "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
+            "actor_rollout_ref.rollout.name=vllm",
+        ],
+        tmp_path,
+        HYDRA_FULL_ERROR="1",
+        **variables,
+    )
+    assert done.returncode != 0
+    assert expected in done.stderr
+    assert "ray init kwargs" not in done.stdout

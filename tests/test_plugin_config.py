@@ -1,0 +1,147 @@
+"""Settings are checked against verl's real Hydra configuration, on the driver, with a message that names the key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.errors import ConfigCompositionException, InstantiationException
+from omegaconf import OmegaConf
+from verl.utils.config import omega_conf_to_dataclass
+
+TROLL = "actor_rollout_ref.actor.policy_loss.troll"
+BASE = (
+    "hydra.searchpath=[pkg://verl_troll.configs]",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+    "actor_rollout_ref.rollout.name=vllm",
+)
+
+
+@pytest.fixture(autouse=True)
+def verl_config() -> Iterator[None]:
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        yield
+
+
+def build(*overrides: str, troll: bool = True) -> Any:
+    """The actor's settings as verl builds them from a command line."""
+    group = ("+troll=default",) if troll else ()
+    config = compose("ppo_trainer", overrides=[*BASE, *group, *overrides])
+    return omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_group_switches_troll_on_with_the_published_defaults(strategy: str) -> None:
+    actor = build(f"actor_rollout_ref.actor.strategy={strategy}")
+    settings = actor.policy_loss.troll
+    assert actor.policy_loss.loss_mode == "troll"
+    assert actor.engine.troll is settings
+    assert (settings.kl_bound, settings.alpha, settings.k, settings.dropped_mass) == (0.05, 1.0, 64, 1e-5)
+    assert (settings.support, settings.importance_ratio, settings.step_size_gradient) == ("union", "token", "implicit")
+
+
+def test_without_the_group_nothing_changes() -> None:
+    actor = build(troll=False)
+    assert type(actor).__name__ == "FSDPActorConfig"
+    assert not hasattr(actor.engine, "troll")
+
+
+def test_settings_are_overridden_without_a_plus() -> None:
+    settings = build(f"{TROLL}.kl_bound=0.01", f"{TROLL}.k=256", f"{TROLL}.support=anchored").policy_loss.troll
+    assert (settings.kl_bound, settings.k, settings.support) == (0.01, 256, "anchored")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("kl_bound", "0"),
+        ("kl_bound", "-0.1"),
+        ("kl_bound", ".nan"),
+        ("kl_bound", ".inf"),
+        ("kl_bound", "true"),
+        ("kl_bound", "wide"),
+        ("alpha", "-1"),
+        ("alpha", ".inf"),
+        ("k", "0"),
+        ("k", "1.5"),
+        ("k", "true"),
+        ("dropped_mass", "1"),
+        ("dropped_mass", "-1e-5"),
+        ("dropped_mass", ".nan"),
+        ("support", "both"),
+        ("importance_ratio", "word"),
+        ("step_size_gradient", "off"),
+    ],
+)
+def test_value_out_of_range_is_refused_by_name(setting: str, value: str) -> None:
+    with pytest.raises(InstantiationException) as error:
+        build(f"{TROLL}.{setting}={value}")
+    message = str(error.value.__cause__ or error.value)
+    assert f"{TROLL}.{setting}=" in message
+    assert "allowed is" in message
+
+
+def test_typo_is_refused() -> None:
+    with pytest.raises(ConfigCompositionException):
+        build(f"{TROLL}.kl_bund=0.1")
+    with pytest.raises(InstantiationException, match="kl_bund"):
+        build(f"+{TROLL}.kl_bund=0.1")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("trainer.use_v1=False", "trainer.use_v1"),
+        ("trainer.v1.trainer_mode=separate_async", "trainer.v1.trainer_mode"),
+        ("algorithm.rollout_correction.bypass_mode=True", "algorithm.rollout_correction.bypass_mode"),
+        ("actor_rollout_ref.model.use_fused_kernels=True", "actor_rollout_ref.model.use_fused_kernels"),
+        ("actor_rollout_ref.actor.use_fused_kernels=True", "actor_rollout_ref.actor.use_fused_kernels"),
+        ("actor_rollout_ref.actor.pad_to_length=True", "actor_rollout_ref.actor.pad_to_length"),
+        ("actor_rollout_ref.actor.fsdp_config.pad_to_length=True", "actor_rollout_ref.actor.pad_to_length"),
+        ("distillation.enabled=True", "distillation.enabled"),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode=vanilla", "actor_rollout_ref.actor.policy_loss.loss_mode"),
+        ("actor_rollout_ref.model.external_lib=my_models", "actor_rollout_ref.model.external_lib"),
+        ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm", "actor_rollout_ref.actor.loss_scale_factor"),
+        ("actor_rollout_ref.actor.strategy=veomni", "actor_rollout_ref.actor.strategy"),
+    ],
+)
+def test_unsupported_combination_is_refused_with_its_key(override: str, key: str) -> None:
+    with pytest.raises(InstantiationException) as error:
+        build(override)
+    message = str(error.value.__cause__ or error.value)
+    assert f"{key}=" in message
+    assert "allowed is" in message
+
+
+def test_users_own_external_library_goes_beside_the_plugin() -> None:
+    build("actor_rollout_ref.model.external_lib=[json,verl_troll.plugin]")
+
+
+@pytest.mark.parametrize(
+    "mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+)
+def test_every_aggregation_mode_is_accepted(mode: str) -> None:
+    build(f"actor_rollout_ref.actor.loss_agg_mode={mode}", "actor_rollout_ref.actor.loss_scale_factor=128")
+
+
+def test_engine_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VERL_ENGINE_DEVICE", "npu")
+    monkeypatch.setenv("VERL_ENGINE_VENDOR", "unheard-of")
+    with pytest.raises(InstantiationException, match="not on a TROLL engine"):
+        build()
+
+
+def test_group_refers_only_to_keys_that_verl_has() -> None:
+    config = compose("ppo_trainer", overrides=[*BASE, "+troll=default"])
+    host = OmegaConf.to_container(config.actor_rollout_ref.actor.policy_loss.troll.host, resolve=True)
+    assert host == {
+        "_target_": "verl_troll.plugin.config.HostSettings",
+        "use_v1": True,
+        "trainer_mode": "sync",
+        "bypass_mode": False,
+        "distillation": False,
+        "use_fused_kernels": False,
+        "external_lib": "verl_troll.plugin",
+    }

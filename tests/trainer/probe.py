@@ -1,0 +1,65 @@
+"""Loaded into verl's workers by the trainer tests: writes down what the side channel carries, changing nothing.
+
+Every sample that leaves the old pass and every sample that enters an update is written as one line: the pass, and a
+digest of its tokens and of its support, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+FOLDER = "TROLL_TEST_PROBE"
+
+
+def _write(kind: str, data: Any, fields: dict[str, Tensor]) -> None:
+    from verl_troll.plugin import carry
+
+    lines = []
+    columns = [
+        data["input_ids"],
+        data["response_mask"],
+        *(fields[n] for n in (carry.COUNTS, carry.IDS, carry.LOG_PROBS)),
+    ]
+    for parts in _rows(columns):
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            digest.update(part.contiguous().numpy().tobytes())
+        lines.append(json.dumps({"pass": kind, "digest": digest.hexdigest(), "kept": int(parts[2].sum())}))
+    with Path(os.environ[FOLDER], f"probe-{os.getpid()}.jsonl").open("a") as file:
+        file.writelines(line + "\n" for line in lines)
+
+
+def _rows(columns: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(column.cpu().unbind() for column in columns), strict=True)
+
+
+def install() -> None:
+    """Wrap the two ends of the side channel."""
+    from verl_troll.plugin import carry, passes
+
+    pack, unpack = carry.pack, carry.unpack
+    packed = passes.OldPolicyPass._packed_support
+
+    @functools.wraps(packed)
+    def watched_pack(self: Any, data: Any) -> dict[str, Tensor]:
+        fields = packed(self, data)
+        _write("old", data, fields)
+        return fields
+
+    @functools.wraps(unpack)
+    def watched_unpack(data: Any, tokens: Any) -> Any:
+        _write("update", data, data)
+        return unpack(data, tokens)
+
+    assert pack is carry.pack
+    passes.OldPolicyPass._packed_support = watched_pack  # type: ignore[method-assign]
+    carry.unpack = watched_unpack

@@ -1,0 +1,155 @@
+"""Start verl's real trainer on tiny assets and read back what it logged."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBE_MODULE = "tests.trainer.probe_loader"
+
+
+def _quickstart(name: str) -> Any:
+    """A module of the quickstart, whose tokenizer the tests share."""
+    folder = str(ROOT / "examples" / "quickstart")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(f"quickstart_{name}", Path(folder, f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_assets(folder: Path) -> None:
+    """A random Qwen2 model with peaked outputs, its tokenizer, and prompts."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = _quickstart("prepare").make_tokenizer()
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [
+        {
+            "data_source": "even-digits",
+            "prompt": [{"role": "user", "content": "say" + " please" * (index % 3)}],
+            "ability": "form",
+            "reward_model": {"style": "rule", "ground_truth": ""},
+            "extra_info": {"index": index},
+        }
+        for index in range(32)
+    ]
+    pd.DataFrame(rows).to_parquet(folder / "train.parquet")
+    pd.DataFrame(rows[:8]).to_parquet(folder / "val.parquet")
+
+
+def run_trainer(
+    assets: Path, out: Path, overrides: list[str], *, ranks: int = 1, probe: bool = False, timeout: float = 280
+) -> list[dict[str, Any]]:
+    """Run ``verl.trainer.main_ppo`` and return one row of metrics per logged step (``step`` among the keys).
+
+    Raises:
+        AssertionError: the trainer failed or hung; the message ends with its log.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = out / "metrics.jsonl"
+    modules = "verl_troll.cpu" + (f",{PROBE_MODULE}" if probe else "")
+    environment = {
+        **os.environ,
+        "VERL_PLATFORM": "cpu",
+        "VERL_USE_EXTERNAL_MODULES": modules,
+        "VERL_FILE_LOGGER_PATH": str(metrics),
+        "TROLL_TEST_PROBE": str(out),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "HYDRA_FULL_ERROR": "1",
+        "RAY_DEDUP_LOGS": "0",
+    }
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    command = [
+        sys.executable,
+        "-m",
+        "verl.trainer.main_ppo",
+        "hydra.searchpath=[pkg://verl_troll.configs]",
+        f"hydra.run.dir={out}/hydra",
+        "+cpu=default",
+        "algorithm.adv_estimator=grpo",
+        f"data.train_files={assets}/train.parquet",
+        f"data.val_files={assets}/val.parquet",
+        "data.train_batch_size=8",
+        "data.max_prompt_length=24",
+        "data.max_response_length=10",
+        f"actor_rollout_ref.model.path={assets}/model",
+        f"{actor}.ppo_mini_batch_size=4",
+        f"{actor}.ppo_micro_batch_size_per_gpu=4",
+        f"{actor}.optim.lr=5e-3",
+        f"{rollout}.n=4",
+        f"{rollout}.log_prob_micro_batch_size_per_gpu=8",
+        f"reward.custom_reward_function.path={ROOT}/tests/trainer/reward.py",
+        f"trainer.n_gpus_per_node={ranks}",
+        "trainer.logger=[console,file]",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        "trainer.save_freq=-1",
+        "trainer.resume_mode=disable",
+        f"trainer.default_local_dir={out}/checkpoints",
+        *overrides,
+    ]
+    log = out / "trainer.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=out, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = -1
+        finally:
+            # Ray's processes stay in the trainer's session; none may outlive the test.
+            _end_session(process.pid)
+    tail = log.read_text(errors="replace")[-6000:]
+    assert code == 0, f"the trainer ended with {code} (-1: not within {timeout} s):\n{tail}"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [{"step": row["step"], **row["data"]} for row in rows]
+
+
+def _end_session(session: int) -> None:
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            if os.getsid(int(entry.name)) == session:
+                os.kill(int(entry.name), signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def probe_lines(out: Path) -> list[dict[str, Any]]:
+    """What :mod:`tests.trainer.probe` wrote down, over all workers."""
+    return [json.loads(line) for path in sorted(out.glob("probe-*.jsonl")) for line in path.read_text().splitlines()]

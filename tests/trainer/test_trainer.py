@@ -1,0 +1,105 @@
+"""verl's real trainer (Ray, v1, FSDP2, TransferQueue) end to end, with TROLL and without, on one and two ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.run import make_assets, probe_lines, run_trainer
+
+pytestmark = [pytest.mark.trainer, pytest.mark.timeout(600)]
+
+ACTOR = "actor_rollout_ref.actor"
+BOUND = 0.05 * (1 + 1e-5)
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    make_assets(folder)
+    return folder
+
+
+def assert_projected_within_bound(rows: list[dict[str, Any]]) -> None:
+    assert all(row["troll/kl_after_max"] <= BOUND for row in rows)
+    assert all(row["troll/unconverged"] == 0 for row in rows)
+    assert any(row["troll/projected_share"] > 0.01 for row in rows)
+    assert all(row["troll/kl_after"] <= row["troll/kl_before"] for row in rows)
+
+
+def assert_side_channel_exact(out: Path, steps: int, samples: int, epochs: int) -> None:
+    """Every sample's support enters each epoch's update bit for bit as it left the old pass."""
+    lines = probe_lines(out)
+    old = Counter(line["digest"] for line in lines if line["pass"] == "old")
+    update = Counter(line["digest"] for line in lines if line["pass"] == "update")
+    assert sum(old.values()) == steps * samples
+    assert all(line["kept"] > 0 for line in lines)
+    assert update == Counter({digest: count * epochs for digest, count in old.items()})
+
+
+def test_troll_trains_saves_and_resumes_on_one_rank(assets: Path, tmp_path: Path) -> None:
+    settings = [
+        "+troll=default",
+        f"{ACTOR}.ppo_epochs=2",
+        f"{ACTOR}.shuffle=True",
+        f"{ACTOR}.use_dynamic_bsz=True",
+        f"{ACTOR}.ppo_max_token_len_per_gpu=256",
+        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True",
+        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=256",
+        "actor_rollout_ref.rollout.temperature=0.9",
+        "trainer.save_freq=2",
+        "trainer.resume_mode=auto",
+        f"trainer.default_local_dir={tmp_path}/checkpoints",
+    ]
+    first = tmp_path / "first"
+    rows = run_trainer(assets, first, [*settings, "trainer.total_training_steps=2"], probe=True)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert_projected_within_bound(rows)
+    assert_side_channel_exact(first, steps=2, samples=32, epochs=2)
+    assert not any(name.startswith("actor/troll") for name in rows[0])
+    for name in ("actor/pg_loss", "actor/ppo_kl", "actor/pg_clipfrac", "actor/entropy", "actor/grad_norm"):
+        assert name in rows[0]
+    assert (tmp_path / "checkpoints" / "global_step_2" / "actor").is_dir()
+
+    resumed = run_trainer(assets, tmp_path / "second", [*settings, "trainer.total_training_steps=3"])
+    assert [row["step"] for row in resumed] == [3]
+    assert_projected_within_bound(resumed)
+
+
+def test_troll_trains_on_two_ranks(assets: Path, tmp_path: Path) -> None:
+    rows = run_trainer(
+        assets,
+        tmp_path / "run",
+        [
+            "+troll=default",
+            f"{ACTOR}.policy_loss.troll.support=anchored",
+            f"{ACTOR}.policy_loss.troll.importance_ratio=sequence",
+            f"{ACTOR}.use_kl_loss=True",
+            f"{ACTOR}.entropy_coeff=0.001",
+            f"{ACTOR}.loss_agg_mode=seq-mean-token-mean",
+            f"{ACTOR}.ppo_micro_batch_size_per_gpu=2",
+            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4",
+            "actor_rollout_ref.model.use_remove_padding=False",
+            "trainer.total_training_steps=2",
+            "trainer.val_before_train=True",
+        ],
+        ranks=2,
+        probe=True,
+    )
+    assert any(name.startswith("val-") for name in rows[0])
+    steps = [row for row in rows if "troll/kl_before" in row]
+    assert [row["step"] for row in steps] == [1, 2]
+    assert_projected_within_bound(steps)
+    assert_side_channel_exact(tmp_path / "run", steps=2, samples=32, epochs=1)
+    assert all(row["actor/kl_loss"] >= 0 for row in steps)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_vanilla_runs_unchanged_beside_the_plugin(assets: Path, tmp_path: Path, ranks: int) -> None:
+    rows = run_trainer(assets, tmp_path / "run", ["trainer.total_training_steps=2"], ranks=ranks)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert not any("troll" in name for row in rows for name in row)
+    assert all(row["actor/grad_norm"] > 0 for row in rows)

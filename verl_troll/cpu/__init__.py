@@ -1,0 +1,61 @@
+"""CPU mode: verl's real trainer on a machine without an accelerator, for tests and for the quickstart.
+
+Two environment variables switch it on, in every process of a run::
+
+    VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=verl_troll.cpu
+
+verl then imports this package at the end of ``import verl``. It registers the platform ``cpu``
+(:mod:`verl_troll.cpu.platform`), the rollout ``hf`` (:mod:`verl_troll.cpu.rollout`), and applies the three CPU patches
+of :mod:`verl_troll.patches`. The configuration group ``+cpu=default`` sets what verl needs besides.
+
+Training engines are verl's own: ``VERL_ENGINE_DEVICE=cuda`` (verl's public override, set here unless it is set
+already) selects the engines that verl registers for ``cuda``, and those run on CPU tensors. The platform's vendor is
+``generic``, so an engine registered for ``("cuda", "generic")`` is preferred to the stock one.
+
+Without ``VERL_PLATFORM=cpu`` an import changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+__all__ = ["activate", "is_active"]
+
+
+def is_active() -> bool:
+    """Whether this process runs in CPU mode (``VERL_PLATFORM=cpu``)."""
+    return os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
+
+
+def _load_replica() -> type[Any]:
+    from verl_troll.cpu.rollout import EmbeddedReplica
+
+    return EmbeddedReplica
+
+
+def activate() -> None:
+    """Register the platform and the rollout, select verl's engines, apply the CPU patches; idempotent.
+
+    Raises:
+        verl_troll.patches.registry.PatchError: the installed verl is none that the patches were written for.
+    """
+    import verl_troll.cpu.platform
+    from verl_troll.patches import registry, verl_fsdp2_cpu_offload, verl_gloo_backend, verl_rollout_table
+
+    os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
+    for patch in (verl_gloo_backend.PATCH, verl_fsdp2_cpu_offload.PATCH, verl_rollout_table.PATCH):
+        registry.apply(patch)
+
+    from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+    RolloutReplicaRegistry.register("hf", _load_replica)
+
+
+if is_active():
+    activate()
+elif __name__ in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
+    raise RuntimeError(
+        f"VERL_USE_EXTERNAL_MODULES names {__name__}, but VERL_PLATFORM is {os.environ.get('VERL_PLATFORM', '')!r}: "
+        "set VERL_PLATFORM=cpu as well, or drop the module to run on an accelerator."
+    )

@@ -1,0 +1,147 @@
+"""``verl-troll doctor``: what is installed, registered and patched on this host, and what to do where it is wrong.
+
+Needs torch alone. What needs verl runs in a process of its own (:mod:`verl_troll.plugin.inspection`), so that a plugin
+that cannot be imported is reported as it would fail in a run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from verl_troll import __version__
+from verl_troll.versions import OVERRIDE_VARIABLE, TESTED_VERL, is_tested
+
+_REQUIRED = ("torch", "verl", "ray", "hydra-core", "tensordict", "TransferQueue", "transformers")
+_OPTIONAL = ("vllm", "sglang", "megatron-core", "flash-attn")
+_VARIABLES = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "VERL_ENGINE_DEVICE", "VERL_ENGINE_VENDOR")
+_TIMEOUT_SECONDS = 180
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class _Report:
+    """Prints findings as they come and remembers whether one was bad."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def note(self, text: str) -> None:
+        print(f"        {text}")
+
+    def good(self, text: str) -> None:
+        print(f"  ok    {text}")
+
+    def bad(self, text: str, mend: str) -> None:
+        self.failures += 1
+        print(f"  FAIL  {text}")
+        print(f"        -> {mend}")
+
+
+def run() -> int:
+    """Print the report; 0 where TROLL would run on this host, 1 where something needs mending."""
+    report = _Report()
+    print(f"verl_troll {__version__} on Python {platform.python_version()}")
+    print("Versions")
+    verl = _check_versions(report)
+    print("Plugin")
+    if verl is None:
+        report.bad("not loaded: verl is not installed", "pip install 'verl_troll[cpu]', or verl==0.9.1 with your stack")
+    else:
+        facts = _inspect(report)
+        if facts is not None:
+            _report_facts(report, facts)
+    print("No problem found." if report.failures == 0 else f"{report.failures} problem(s) found.")
+    return 0 if report.failures == 0 else 1
+
+
+def _check_versions(report: _Report) -> str | None:
+    for name in _REQUIRED:
+        version = _version(name)
+        if version is None:
+            report.bad(f"{name} is not installed", f"pip install {'verl==0.9.1' if name == 'verl' else name}")
+        elif name == "verl":
+            _check_verl(report, version)
+        else:
+            report.good(f"{name} {version}")
+    for name in _OPTIONAL:
+        report.note(f"{name} {_version(name) or 'not installed (optional)'}")
+    for name in _VARIABLES:
+        if name in os.environ:
+            report.note(f"{name}={os.environ[name]}")
+    return _version("verl")
+
+
+def _check_verl(report: _Report, version: str) -> None:
+    if is_tested(version):
+        report.good(f"verl {version} (tested: {TESTED_VERL})")
+    elif os.environ.get(OVERRIDE_VARIABLE) == "1":
+        report.good(f"verl {version} is untested (tested: {TESTED_VERL}), allowed by {OVERRIDE_VARIABLE}=1")
+    else:
+        report.bad(
+            f"verl {version} is outside the tested range {TESTED_VERL}",
+            f"pip install 'verl==0.9.1', or set {OVERRIDE_VARIABLE}=1 to go on at your own risk",
+        )
+
+
+def _inspect(report: _Report) -> dict[str, Any] | None:
+    command = [sys.executable, "-W", "ignore", "-m", "verl_troll.plugin.inspection"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        report.bad(
+            f"the plugin did not load within {_TIMEOUT_SECONDS} s", "run 'python -m verl_troll.plugin.inspection'"
+        )
+        return None
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        report.bad(
+            f"the plugin does not load: {lines[-1] if lines else f'exit status {done.returncode}'}",
+            "mend it; 'python -m verl_troll.plugin.inspection' shows all of it. A run fails in the same way",
+        )
+        return None
+    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return facts
+
+
+def _report_facts(report: _Report, facts: dict[str, Any]) -> None:
+    report.good(f"platform {facts['platform']}, device {facts['device']}, vendor {facts['vendor']}")
+    if not facts["available"]:
+        report.note("no such device here: right on a head node; for CPU mode set")
+        report.note("VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=verl_troll.cpu")
+    report.good(f"policy loss 'troll' is {facts['policy_loss']}")
+    for backend, chosen in facts["engines"].items():
+        if chosen["troll"]:
+            report.good(f"engine {backend}: {chosen['name']}, registered for {_listed(chosen['registered'])}")
+        else:
+            report.bad(
+                f"engine {backend}: verl would use {chosen['name']}; TROLL's is registered for "
+                f"{_listed(chosen['registered'])}",
+                "set VERL_ENGINE_DEVICE and VERL_ENGINE_VENDOR to one of these, or report your device",
+            )
+    if facts["config_error"] is None:
+        report.good("configuration: 'hydra.searchpath=[pkg://verl_troll.configs]' +troll=default builds")
+    else:
+        report.bad(
+            f"configuration group troll=default does not build: {facts['config_error']}",
+            "reinstall verl_troll (pip install --force-reinstall --no-deps)",
+        )
+    for patch in facts["patches"]:
+        report.good(f"patch {patch['name']} on {patch['host']}: {patch['why']}")
+        report.note(f"unnecessary once: {patch['upstream']}")
+
+
+def _listed(pairs: Iterable[Iterable[str]]) -> str:
+    return ", ".join("/".join(pair) for pair in pairs)

@@ -1,0 +1,203 @@
+"""Typed settings, checked when verl builds its configuration (on the driver, before Ray starts).
+
+``configs/troll/default.yaml`` points ``actor_rollout_ref.actor._target_`` at :func:`actor_config` and fills
+:class:`HostSettings` by interpolation, so that the checks see the values that the run will use.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl.base_config import BaseConfig
+from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig
+
+from verl_troll.objective import IMPORTANCE_RATIOS
+from verl_troll.support import SUPPORT_RULES
+
+PREFIX = "actor_rollout_ref.actor.policy_loss.troll"
+LOSS_MODE = "troll"
+PLUGIN_MODULE = "verl_troll.plugin"
+STEP_SIZE_GRADIENTS = ("implicit", "detached")
+
+
+class TrollConfigError(ValueError):
+    """A setting is out of range, or a combination with the host's settings is not supported."""
+
+
+def _refusal(key: str, value: object, allowed: str, mend: str = "") -> TrollConfigError:
+    return TrollConfigError(f"{key}={value!r} is not supported with TROLL: allowed is {allowed}. {mend}".rstrip())
+
+
+@dataclass
+class HostSettings(BaseConfig):
+    """verl's settings that TROLL depends on, read by interpolation and never set here."""
+
+    use_v1: bool = True
+    trainer_mode: str = "sync"
+    bypass_mode: bool = False
+    distillation: bool = False
+    use_fused_kernels: bool = False
+    external_lib: Any = None
+
+    def check(self) -> None:
+        """Raise :class:`TrollConfigError` for the first setting that TROLL cannot work with."""
+        if not self.use_v1:
+            raise _refusal(
+                "trainer.use_v1",
+                self.use_v1,
+                "True",
+                "The deprecated v0 trainer drops the old policy's support on its way to the update.",
+            )
+        if self.trainer_mode != "sync":
+            raise _refusal(
+                "trainer.v1.trainer_mode", self.trainer_mode, "sync", "Asynchronous trainers are not tested yet."
+            )
+        if self.bypass_mode:
+            raise _refusal(
+                "algorithm.rollout_correction.bypass_mode",
+                self.bypass_mode,
+                "False",
+                "Bypass mode skips the pass that computes the old policy's support.",
+            )
+        if self.distillation:
+            raise _refusal(
+                "distillation.enabled",
+                self.distillation,
+                "False",
+                "Distillation uses the same hook on the logits.",
+            )
+        if self.use_fused_kernels:
+            raise _refusal(
+                "actor_rollout_ref.model.use_fused_kernels",
+                self.use_fused_kernels,
+                "False",
+                "The fused kernels never form the logits that the projection reads.",
+            )
+        libraries = [self.external_lib] if isinstance(self.external_lib, str) else list(self.external_lib or [])
+        if PLUGIN_MODULE not in libraries:
+            raise _refusal(
+                "actor_rollout_ref.model.external_lib",
+                self.external_lib,
+                f"a list that holds {PLUGIN_MODULE}",
+                f"Write 'actor_rollout_ref.model.external_lib=[your.module,{PLUGIN_MODULE}]'.",
+            )
+
+
+@dataclass
+class TrollConfig(BaseConfig):
+    """Settings of the method, under ``actor_rollout_ref.actor.policy_loss.troll``.
+
+    Attributes:
+        kl_bound: eps, largest KL(pi || q) of a token, in nats; above 0.
+        alpha: weight of the regression term KL(p || stop_gradient(pi)); at least 0.
+        k: most ids kept of a policy; at least 1.
+        dropped_mass: probability mass that the kept ids may leave out; in [0, 1).
+        support: ``union`` (as published) or ``anchored`` (old ids and one outcome for the rest).
+        importance_ratio: ``token``, or ``sequence`` for GSPO.
+        step_size_gradient: ``implicit`` (through the step size, as published) or ``detached``.
+        host: verl's own settings, for the start-up checks.
+    """
+
+    kl_bound: float = 0.05
+    alpha: float = 1.0
+    k: int = 64
+    dropped_mass: float = 1e-5
+    support: str = "union"
+    importance_ratio: str = "token"
+    step_size_gradient: str = "implicit"
+    host: HostSettings = field(default_factory=HostSettings)
+
+    def __post_init__(self) -> None:
+        """Raise :class:`TrollConfigError` naming the first setting that is out of range."""
+        self._check_number("kl_bound", 0, math.inf, "a finite number above 0 (nats)", low_open=True)
+        self._check_number("alpha", 0, math.inf, "a finite number of at least 0")
+        self._check_number("dropped_mass", 0, 1, "a number of at least 0 and below 1")
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+            self._reject("k", "an integer of at least 1")
+        for name, choices in (
+            ("support", SUPPORT_RULES),
+            ("importance_ratio", IMPORTANCE_RATIOS),
+            ("step_size_gradient", STEP_SIZE_GRADIENTS),
+        ):
+            if getattr(self, name) not in choices:
+                self._reject(name, f"one of {', '.join(choices)}")
+
+    def _check_number(self, name: str, low: float, high: float, allowed: str, low_open: bool = False) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not (low < value if low_open else low <= value) or not value < high:
+            self._reject(name, allowed)
+
+    def _reject(self, name: str, allowed: str) -> None:
+        raise TrollConfigError(f"{PREFIX}.{name}={getattr(self, name)!r}: allowed is {allowed}")
+
+
+@dataclass
+class TrollPolicyLossConfig(PolicyLossConfig):
+    """verl's policy-loss settings with the group ``troll`` beside them."""
+
+    troll: TrollConfig = field(default_factory=TrollConfig)
+
+
+def _check_actor(actor: ActorConfig, pad_to_length: bool) -> None:
+    """Checks that need the actor's own settings."""
+    loss = actor.policy_loss
+    if not isinstance(loss, TrollPolicyLossConfig):
+        raise _refusal("actor_rollout_ref.actor.policy_loss._target_", type(loss).__name__, "TrollPolicyLossConfig")
+    if loss.loss_mode != LOSS_MODE:
+        raise _refusal(
+            "actor_rollout_ref.actor.policy_loss.loss_mode",
+            loss.loss_mode,
+            LOSS_MODE,
+            "For another loss leave out +troll=default.",
+        )
+    loss.troll.host.check()
+    if actor.use_fused_kernels:
+        raise _refusal("actor_rollout_ref.actor.use_fused_kernels", True, "False")
+    if pad_to_length:
+        raise _refusal(
+            "actor_rollout_ref.actor.pad_to_length",
+            True,
+            "False",
+            "Padded tokens would have no place in the old policy's support.",
+        )
+    if actor.loss_agg_mode == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None:
+        raise _refusal(
+            "actor_rollout_ref.actor.loss_scale_factor",
+            None,
+            "a number with loss_agg_mode=seq-mean-token-sum-norm",
+            "Without one verl divides by each micro-batch's longest response, so that the loss depends on how the "
+            "mini-batch is cut. Set it to data.max_response_length.",
+        )
+    # Imported late: the engines import these settings.
+    from verl_troll.plugin.engines import check_engine
+
+    check_engine(actor.strategy)
+
+
+@dataclass
+class TrollFSDPActorConfig(FSDPActorConfig):
+    """verl's FSDP actor settings; hands the TROLL settings to the engine, as verl hands over ``strategy``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_actor(self, self.pad_to_length or self.engine.pad_to_length)
+        object.__setattr__(self.engine, "troll", self.policy_loss.troll)
+
+
+_ACTOR_CONFIGS: dict[str, type[ActorConfig]] = {"fsdp": TrollFSDPActorConfig, "fsdp2": TrollFSDPActorConfig}
+
+
+def actor_config(**settings: Any) -> ActorConfig:
+    """Actor settings of the strategy in use; the ``_target_`` of ``actor_rollout_ref.actor`` under ``+troll=default``.
+
+    Raises:
+        TrollConfigError: the strategy is not supported, or a setting is refused.
+    """
+    strategy = settings.get("strategy")
+    config = _ACTOR_CONFIGS.get(str(strategy))
+    if config is None:
+        raise _refusal("actor_rollout_ref.actor.strategy", strategy, " or ".join(_ACTOR_CONFIGS))
+    return config(**settings)

@@ -1,0 +1,72 @@
+"""What the plugin did to this process, as one line of JSON; run by ``verl-troll doctor``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from verl.plugin.platform import get_platform
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.engine import EngineRegistry
+
+from verl_troll.patches import registry
+from verl_troll.plugin import engines
+from verl_troll.plugin.config import LOSS_MODE
+
+
+def _engine(backend: str) -> dict[str, Any]:
+    chosen = EngineRegistry.get_engine_cls(engines.MODEL_TYPE, backend)
+    registered = EngineRegistry._engines[engines.MODEL_TYPE][backend]
+    return {
+        "name": f"{chosen.__module__}.{chosen.__qualname__}",
+        "troll": issubclass(chosen, engines.TrollEngineMixin),
+        "registered": [
+            key
+            for key, engine in registered.items()
+            if isinstance(key, tuple) and issubclass(engine, engines.TrollEngineMixin)
+        ],
+    }
+
+
+def _config_error() -> str | None:
+    """Why verl's configuration does not build with ``+troll=default``; None where it does."""
+    overrides = [
+        "hydra.searchpath=[pkg://verl_troll.configs]",
+        "+troll=default",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+        "actor_rollout_ref.rollout.name=vllm",
+    ]
+    try:
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            config = compose("ppo_trainer", overrides=overrides)
+            omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    except (HydraException, OmegaConfBaseException) as error:
+        return str(error.__cause__ or error).splitlines()[0]
+    return None
+
+
+def inspect() -> dict[str, Any]:
+    """Registrations, patches and the configuration group of this process."""
+    loss = get_policy_loss_fn(LOSS_MODE)
+    platform = get_platform()
+    return {
+        "platform": type(platform).__name__,
+        "device": platform.device_name,
+        "available": platform.is_available(),
+        "vendor": platform.vendor_name,
+        "policy_loss": f"{loss.__module__}.{loss.__qualname__}",
+        "engines": {backend: _engine(backend) for backend in engines.BACKENDS},
+        "config_error": _config_error(),
+        "patches": [
+            {"name": patch.name, "host": patch.host, "why": patch.why, "upstream": patch.upstream}
+            for patch in registry.applied()
+        ],
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(inspect()))

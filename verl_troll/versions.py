@@ -1,0 +1,59 @@
+"""Which verl versions the plugin was run against, and the one way to go past them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import warnings
+
+from packaging.specifiers import SpecifierSet
+
+TESTED_VERL = SpecifierSet(">=0.9.1,<0.9.2")
+OVERRIDE_VARIABLE = "VERL_TROLL_ALLOW_UNTESTED"
+
+
+class UntestedVersionError(RuntimeError):
+    """The installed verl is not one that this plugin was run against."""
+
+
+def installed_verl() -> str:
+    """Version of the installed verl.
+
+    Raises:
+        UntestedVersionError: verl is not installed.
+    """
+    try:
+        return importlib.metadata.version("verl")
+    except importlib.metadata.PackageNotFoundError:
+        raise UntestedVersionError(
+            f"verl is not installed; verl_troll.plugin needs verl {TESTED_VERL}: pip install 'verl==0.9.1'"
+        ) from None
+
+
+def is_tested(version: str) -> bool:
+    """Whether ``version`` of verl lies in the tested range."""
+    return TESTED_VERL.contains(version, prereleases=True)
+
+
+def goes_on_untested(message: str) -> bool:
+    """Whether the user allowed untested versions; if so, ``message`` becomes a warning."""
+    if os.environ.get(OVERRIDE_VARIABLE) != "1":
+        return False
+    warnings.warn(f"{message} Going on because {OVERRIDE_VARIABLE}=1.", stacklevel=3)
+    return True
+
+
+def check_verl_version() -> None:
+    """Refuse an untested verl, unless ``VERL_TROLL_ALLOW_UNTESTED=1`` turns the refusal into a warning.
+
+    Raises:
+        UntestedVersionError: verl is missing, or its version is outside the tested range.
+    """
+    version = installed_verl()
+    message = f"verl {version} is installed, but verl_troll was tested with verl {TESTED_VERL} only."
+    if is_tested(version) or goes_on_untested(message):
+        return
+    raise UntestedVersionError(
+        f"{message} Install a tested version (pip install 'verl==0.9.1'), or set {OVERRIDE_VARIABLE}=1 to go on at "
+        f"your own risk."
+    )
