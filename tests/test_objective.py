@@ -75,7 +75,7 @@ def test_log_probs_at_is_a_gathered_log_softmax(
     assert bool((mine[IDS < 0] == -INF).all())
     weight = normal(4, 3, seed=2)
     for values in (mine, dense):
-        (torch.where(IDS >= 0, values, 0.0) * weight).sum().backward()
+        torch.autograd.backward((torch.where(IDS >= 0, values, 0.0) * weight).sum())
     torch.testing.assert_close(gradient_of(ours), gradient_of(theirs), rtol=0, atol=1e-12)
     assert bool((gradient_of(ours)[[1, 2, 5]] == 0).all())
     assert bool((gradient_of(ours)[:, vocab_size:] == 0).all())
@@ -102,17 +102,25 @@ def test_lower_precisions_are_read_as_float32(dtype: torch.dtype) -> None:
     assert mine.dtype == torch.float32
     torch.testing.assert_close(mine, dense, rtol=0, atol=1e-6)
     for values in (mine, dense):
-        values[IDS >= 0].sum().backward()
+        torch.autograd.backward(values[IDS >= 0].sum())
     assert gradient_of(ours).dtype == dtype
     torch.testing.assert_close(
         gradient_of(ours).float(), gradient_of(theirs), rtol=2 * torch.finfo(dtype).eps, atol=1e-6
     )
 
 
+def test_what_comes_back_to_unused_places_is_ignored() -> None:
+    ours, theirs = (normal(7, 11, seed=7).requires_grad_() for _ in range(2))
+    weight = normal(4, 3, seed=8)
+    torch.autograd.backward(log_probs(ours, ROWS, IDS, 11), weight)
+    torch.autograd.backward(log_probs(theirs, ROWS, IDS, 11), torch.where(IDS >= 0, weight, 0.0))
+    assert torch.equal(gradient_of(ours), gradient_of(theirs))
+
+
 def test_no_rows_at_all_give_a_zero_gradient() -> None:
     logits = normal(3, 5, seed=5).requires_grad_()
     none = torch.empty(0, dtype=torch.int64)
-    log_probs(logits, none, none.reshape(0, 4), 5).sum().backward()
+    torch.autograd.backward(log_probs(logits, none, none.reshape(0, 4), 5).sum())
     assert bool((gradient_of(logits) == 0).all())
 
 
@@ -120,7 +128,7 @@ def test_impossible_ids_beside_the_chosen_ones_get_no_gradient() -> None:
     logits = normal(2, 5, seed=6)
     logits[:, 3] = -INF
     leaf = logits.clone().requires_grad_()
-    log_probs(leaf, torch.arange(2), torch.tensor([[0, 1], [2, 4]]), 5).sum().backward()
+    torch.autograd.backward(log_probs(leaf, torch.arange(2), torch.tensor([[0, 1], [2, 4]]), 5).sum())
     assert bool(gradient_of(leaf).isfinite().all())
     assert bool((gradient_of(leaf)[:, 3] == 0).all())
 
@@ -168,9 +176,9 @@ def test_token_terms_match_the_oracle(mode: str) -> None:
     assert torch.equal(terms.projected, oracle.kl(log_p, log_q).detach() > BOUND)
     assert 0 < int(terms.projected.sum()) < 24
     weight = normal(24, seed=13)
-    (weight * terms.log_ratio + 0.7 * terms.regression_kl).sum().backward()
+    torch.autograd.backward((weight * terms.log_ratio + 0.7 * terms.regression_kl).sum())
     own = (log_pi - log_q).gather(-1, place).squeeze(-1)
-    (weight * own + 0.7 * oracle.kl(log_p, log_pi.detach())).sum().backward()
+    torch.autograd.backward((weight * own + 0.7 * oracle.kl(log_p, log_pi.detach())).sum())
     torch.testing.assert_close(gradient_of(ours), gradient_of(theirs), rtol=1e-6, atol=1e-8)
 
 
@@ -180,7 +188,7 @@ def test_the_regression_vanishes_inside_the_region() -> None:
     terms = token_terms(comparison_of(leaf.log_softmax(-1), log_q, sampled), BOUND)
     assert not bool(terms.projected.any())
     assert bool((terms.regression_kl == 0).all())
-    terms.regression_kl.sum().backward()
+    torch.autograd.backward(terms.regression_kl.sum())
     assert bool((gradient_of(leaf) == 0).all())
 
 
@@ -190,7 +198,7 @@ def test_the_regression_is_positive_outside_and_pulls_towards_the_region() -> No
     terms = token_terms(comparison_of(leaf.log_softmax(-1), log_q, sampled), BOUND)
     assert bool(terms.projected.all())
     assert bool((terms.regression_kl > 0).all())
-    terms.regression_kl.sum().backward()
+    torch.autograd.backward(terms.regression_kl.sum())
     stepped = (new - 1e-3 * gradient_of(leaf)).log_softmax(-1)
     assert bool((oracle.kl(stepped, log_q) < oracle.kl(new.log_softmax(-1), log_q)).all())
 
@@ -202,7 +210,7 @@ def test_terms_are_finite_and_the_regression_never_negative(seed: int, shift: fl
     for dtype, tiny in ((torch.float32, 1e-6), (DOUBLE, 1e-12)):
         leaf = new.to(dtype).requires_grad_()
         terms = token_terms(comparison_of(leaf.log_softmax(-1), log_q.to(dtype), sampled), bound)
-        (terms.log_ratio.exp() + terms.regression_kl).sum().backward()
+        torch.autograd.backward((terms.log_ratio.exp() + terms.regression_kl).sum())
         assert bool((terms.regression_kl >= -tiny).all())
         assert bool(terms.log_ratio.isfinite().all())
         assert bool(gradient_of(leaf).isfinite().all())
@@ -218,7 +226,7 @@ def test_padding_outcomes_meet_no_infinities() -> None:
     torch.testing.assert_close(padded.log_ratio, narrow.log_ratio, rtol=0, atol=1e-9)
     torch.testing.assert_close(padded.regression_kl, narrow.regression_kl, rtol=0, atol=1e-9)
     for terms in (narrow, padded):
-        (terms.log_ratio + terms.regression_kl).sum().backward()
+        torch.autograd.backward((terms.log_ratio + terms.regression_kl).sum())
     torch.testing.assert_close(gradient_of(wide_in), gradient_of(narrow_in), rtol=0, atol=1e-7)
 
 
@@ -259,7 +267,7 @@ def test_the_token_ratio_is_the_exponential_and_one_where_masked(as_bool: bool) 
     torch.testing.assert_close(ratio[live], log_ratio[live].exp(), rtol=1e-14, atol=0)
     assert bool((ratio[~live] == 1).all())
     weight = normal(4, 5, seed=21)
-    (ratio * weight).sum().backward()
+    torch.autograd.backward((ratio * weight).sum())
     torch.testing.assert_close(gradient_of(leaf)[live], (ratio * weight)[live], rtol=1e-12, atol=0)
     assert bool((gradient_of(leaf)[~live] == 0).all())
 
@@ -277,7 +285,7 @@ def test_the_sequence_ratio_is_the_mean_with_a_token_gradient(as_bool: bool) -> 
     assert bool((ratio[~live] == 1).all())
     # Each token's ratio moves with that token alone, at the rate of the sequence's ratio.
     weight = normal(4, 5, seed=22)
-    (ratio * weight).sum().backward()
+    torch.autograd.backward((ratio * weight).sum())
     torch.testing.assert_close(gradient_of(leaf)[live], (ratio * weight)[live].detach(), rtol=1e-12, atol=0)
     assert bool((gradient_of(leaf)[~live] == 0).all())
 
@@ -298,7 +306,7 @@ def test_surrogate_losses_are_the_weighted_negative_products() -> None:
     assert torch.equal(surrogate_losses(ratio, advantages), -ratio * advantages)
     torch.testing.assert_close(surrogate_losses(ratio, advantages, weights), -ratio * advantages * weights)
     leaf = ratio.clone().requires_grad_()
-    surrogate_losses(leaf, advantages, weights).sum().backward()
+    torch.autograd.backward(surrogate_losses(leaf, advantages, weights).sum())
     torch.testing.assert_close(gradient_of(leaf), -advantages * weights)
 
 
@@ -368,8 +376,8 @@ def test_loss_and_gradient_match_the_oracle(rule: str, ratio: str, mode: str) ->
         mine = library_loss(ours, batch, config)
         reference = oracle.loss(dataclasses.replace(batch, new=theirs), config)
         torch.testing.assert_close(mine, reference, rtol=0, atol=1e-6)
-        mine.backward()
-        reference.backward()
+        torch.autograd.backward(mine)
+        torch.autograd.backward(reference)
         torch.testing.assert_close(gradient_of(ours), gradient_of(theirs), rtol=1e-5, atol=1e-7)
         assert float(gradient_of(ours).abs().max()) > 1e-3
 
@@ -384,8 +392,8 @@ def test_the_float32_loss_is_near_the_oracle(rule: str) -> None:
     reference = oracle.loss(dataclasses.replace(double, new=theirs), config)
     # The step size is accepted up to a thousandth of the bound below it.
     torch.testing.assert_close(mine.double(), reference, rtol=0, atol=1e-3)
-    mine.backward()
-    reference.backward()
+    torch.autograd.backward(mine)
+    torch.autograd.backward(reference)
     torch.testing.assert_close(gradient_of(ours).double(), gradient_of(theirs), rtol=1e-2, atol=1e-3)
 
 
@@ -433,7 +441,7 @@ def test_the_gradient_is_the_finite_difference_of_the_loss_with_its_targets_held
             assert float(ranked[kept.selected - 1] - ranked[kept.selected]) > 2e-4
             assert kept.edge_gap > 2e-5
     leaf = base.clone().requires_grad_()
-    library_loss(leaf, batch, config).backward()
+    torch.autograd.backward(library_loss(leaf, batch, config))
     step = 2e-5
     numeric = torch.zeros_like(base)
     with torch.no_grad():
@@ -451,7 +459,7 @@ def test_the_gradient_is_the_finite_difference_of_the_loss_with_its_targets_held
 def test_masked_tokens_and_padding_columns_get_no_gradient(rule: str, ratio: str) -> None:
     batch = problem()
     leaf = batch.new.clone().requires_grad_()
-    library_loss(leaf, batch, settings_of(rule, ratio)).backward()
+    torch.autograd.backward(library_loss(leaf, batch, settings_of(rule, ratio)))
     gradient = gradient_of(leaf)
     assert bool((gradient[~batch.mask] == 0).all())
     assert bool((gradient[..., VOCAB:] == 0).all())
@@ -469,7 +477,7 @@ def test_alpha_changes_nothing_while_all_tokens_are_inside(rule: str) -> None:
         leaf = batch.new.clone().requires_grad_()
         # The whole vocabulary, so that neither rule sees ids come and go.
         loss = library_loss(leaf, batch, settings_of(rule, alpha=alpha, k=VOCAB, dropped_mass=0.0))
-        loss.backward()
+        torch.autograd.backward(loss)
         results.append((loss.detach(), gradient_of(leaf)))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
@@ -480,11 +488,11 @@ def test_the_first_step_is_plain_policy_gradient(rule: str) -> None:
     batch = problem(weighted=False)
     leaf = batch.old.clone().requires_grad_()
     loss = library_loss(leaf, batch, settings_of(rule, k=VOCAB, dropped_mass=0.0))
-    loss.backward()
+    torch.autograd.backward(loss)
     torch.testing.assert_close(loss, -batch.advantages[batch.mask].mean(), rtol=1e-14, atol=0)
     plain = batch.old.clone().requires_grad_()
     log_prob = plain[..., :VOCAB].log_softmax(-1).gather(-1, batch.sampled.unsqueeze(-1)).squeeze(-1)
-    (-batch.advantages * log_prob)[batch.mask].mean().backward()
+    torch.autograd.backward((-batch.advantages * log_prob)[batch.mask].mean())
     torch.testing.assert_close(gradient_of(leaf), gradient_of(plain), rtol=1e-10, atol=1e-12)
 
 
@@ -496,7 +504,7 @@ def test_blocks_of_rows_change_nothing(rule: str, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(logits_module, "_BLOCK_ELEMENTS", block)
         leaf = batch.new.clone().requires_grad_()
         loss = library_loss(leaf, batch, config)
-        loss.backward()
+        torch.autograd.backward(loss)
         results.append((loss.detach(), gradient_of(leaf)))
     for loss, gradient in results[1:]:
         torch.testing.assert_close(loss, results[0][0], rtol=1e-13, atol=0)

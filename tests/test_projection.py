@@ -14,13 +14,14 @@ from torch import Tensor
 from tests import oracle
 from tests.families import FAMILIES, Family, draw
 from verl_troll import projection as projection_module
-from verl_troll.projection import MAX_EVALUATIONS, Projection, project
+from verl_troll.projection import MAX_EVALUATIONS, Projection, StepSizeGradient, project
 
 INF = math.inf
 BOUND = 0.05
 # Relative slack below the bound at which float32 and float64 step sizes are accepted by default.
 SLACK = {torch.float32: 1e-3, torch.float64: 1e-10}
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
+MODES: tuple[StepSizeGradient, ...] = ("implicit", "detached")
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
 
@@ -130,11 +131,11 @@ def test_gradient_agrees_with_the_oracle_on_the_families(family: Family) -> None
     for implicit in (True, False):
         ours = log_p.clone().requires_grad_()
         theirs = log_p.clone().requires_grad_()
-        mode = "implicit" if implicit else "detached"
+        mode: StepSizeGradient = "implicit" if implicit else "detached"
         pi = project(ours.log_softmax(-1), log_q, family.bound, step_size_gradient=mode, tolerance=1e-12).log_probs
-        (pi.exp() * weight).sum().backward()
+        torch.autograd.backward((pi.exp() * weight).sum())
         reference = oracle.project(theirs.log_softmax(-1), log_q, family.bound, implicit=implicit)
-        (reference.exp() * weight).sum().backward()
+        torch.autograd.backward((reference.exp() * weight).sum())
         assert ours.grad is not None
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-8)
 
@@ -181,7 +182,7 @@ def test_any_input_is_projected_into_the_region(both: tuple[Tensor, Tensor], bou
 def test_any_gradient_is_finite(both: tuple[Tensor, Tensor], bound: float) -> None:
     logits = both[0].clone().requires_grad_()
     result = project(logits.log_softmax(-1), both[1], bound)
-    result.log_probs.exp().square().sum().backward()
+    torch.autograd.backward(result.log_probs.exp().square().sum())
     assert logits.grad is not None
     assert bool(logits.grad.isfinite().all())
 
@@ -198,6 +199,18 @@ def test_a_row_cut_short_ends_inside_the_region(monkeypatch: pytest.MonkeyPatch,
         assert bool((result.converged | (result.kl_before > family.bound)).all())
         unfinished += int((~result.converged).sum())
     assert unfinished > 0
+
+
+def test_a_row_cut_short_where_nothing_varies_passes_finite_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection_module, "MAX_EVALUATIONS", 2)
+    log_q = torch.tensor([[0.0, -800.0]], dtype=torch.float64)
+    log_p = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log().requires_grad_()
+    result = project(log_p, log_q, BOUND)
+    assert not bool(result.converged)
+    assert bool((result.kl <= BOUND).all())
+    torch.autograd.backward(result.log_probs.sum())
+    assert log_p.grad is not None
+    assert bool(log_p.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("tolerance", [1e-15, 1e-12, 0.5])
@@ -231,7 +244,7 @@ def test_rows_inside_the_region_come_back_bit_for_bit(dtype: torch.dtype) -> Non
     assert bool((result.evaluations == 1).all())
     assert bool((result.kl == result.kl_before).all())
     weight = torch.randn(64, 20, generator=generator(9)).to(dtype)
-    (result.log_probs * weight).sum().backward()
+    torch.autograd.backward((result.log_probs * weight).sum())
     assert given_rows.grad is not None
     assert same_bits(given_rows.grad, weight)
 
@@ -303,7 +316,7 @@ def test_a_vanishing_bound_gives_finite_values_and_gradients(bound: float) -> No
     log_p, log_q = pair(8, 6, seed=15)
     logits = log_p.clone().requires_grad_()
     result = project(logits.log_softmax(-1), log_q, bound)
-    result.log_probs[:, 0].sum().backward()
+    torch.autograd.backward(result.log_probs[:, 0].sum())
     assert bool(result.log_probs.isfinite().all())
     assert logits.grad is not None
     assert bool(logits.grad.isfinite().all())
@@ -330,7 +343,7 @@ def test_dropping_most_of_the_old_mass_stays_feasible_with_finite_gradients() ->
     result = project(logits.log_softmax(-1), log_q, BOUND)
     assert bool((result.kl <= BOUND).all())
     assert bool((oracle.kl(normalised(result.log_probs), normalised(log_q)) <= BOUND * (1 + 1e-4)).all())
-    result.log_probs[:, 1].sum().backward()
+    torch.autograd.backward(result.log_probs[:, 1].sum())
     assert logits.grad is not None
     assert bool(logits.grad.isfinite().all())
 
@@ -371,9 +384,9 @@ def test_what_is_no_outcome_of_the_old_policy_gets_no_mass(shift: float) -> None
     live = [i for i in range(12) if i not in (2, 9)]
     expected = oracle.project(log_p[:, live].log_softmax(-1), log_q[:, live], BOUND)
     torch.testing.assert_close(result.log_probs.detach()[:, live], expected, rtol=0, atol=1e-8)
-    result.log_probs[:, live].square().sum().backward()
+    torch.autograd.backward(result.log_probs[:, live].square().sum())
     reference = log_p.clone().requires_grad_()
-    oracle.project(reference[:, live].log_softmax(-1), log_q[:, live], BOUND).square().sum().backward()
+    torch.autograd.backward(oracle.project(reference[:, live].log_softmax(-1), log_q[:, live], BOUND).square().sum())
     assert given_rows.grad is not None
     assert reference.grad is not None
     torch.testing.assert_close(given_rows.grad, reference.grad, rtol=1e-6, atol=1e-6)
@@ -392,8 +405,8 @@ def test_padding_outcomes_change_nothing(dtype: torch.dtype) -> None:
     torch.testing.assert_close(padded.kl, narrow.kl, rtol=tiny, atol=tiny)
     assert torch.equal(padded.converged, narrow.converged)
     weight = torch.randn(24, 10, generator=generator(20)).to(dtype)
-    (narrow.log_probs * weight).sum().backward()
-    (padded.log_probs[:, :10] * weight).sum().backward()
+    torch.autograd.backward((narrow.log_probs * weight).sum())
+    torch.autograd.backward((padded.log_probs[:, :10] * weight).sum())
     assert narrow_in.grad is not None
     assert wide_in.grad is not None
     torch.testing.assert_close(wide_in.grad[:, :10], narrow_in.grad, rtol=1e-4, atol=10 * tiny)
@@ -406,7 +419,7 @@ def test_a_single_outcome_is_left_alone() -> None:
     assert same_bits(result.log_probs.detach(), torch.zeros(3, 1))
     assert bool((result.kl == 0).all())
     assert bool(result.converged.all())
-    result.log_probs.sum().backward()
+    torch.autograd.backward(result.log_probs.sum())
     padded = torch.tensor([[0.0, -INF, -INF]])
     assert same_bits(project(padded, padded.clone(), BOUND).log_probs, padded)
 
@@ -415,7 +428,7 @@ def test_a_single_common_outcome_takes_all_mass_and_passes_no_gradient() -> None
     log_p = torch.tensor([[0.3, 0.7]]).log().requires_grad_()
     result = project(log_p, torch.tensor([[0.0, -INF]]), BOUND)
     assert result.log_probs.tolist() == [[0.0, -INF]]
-    result.log_probs[:, 0].sum().backward()
+    torch.autograd.backward(result.log_probs[:, 0].sum())
     assert log_p.grad is not None
     assert bool((log_p.grad == 0).all())
 
@@ -438,7 +451,7 @@ def test_huge_logits_are_solved(dtype: torch.dtype) -> None:
     assert bool((result.kl <= BOUND * (1 + 1e-5)).all())
     assert bool(result.converged.all())
     assert_feasible(result, old.log_softmax(-1), BOUND)
-    result.log_probs.exp().square().sum().backward()
+    torch.autograd.backward(result.log_probs.exp().square().sum())
     assert given_rows.grad is not None
     assert bool(given_rows.grad.isfinite().all())
 
@@ -452,8 +465,8 @@ def test_lower_precisions_are_computed_in_float32(dtype: torch.dtype) -> None:
     for field in dataclasses.fields(Projection):
         assert same_bits(getattr(low, field.name).detach(), getattr(full, field.name).detach()), field.name
     assert low.log_probs.dtype == low.step_size.dtype == low.kl.dtype == low.kl_before.dtype == torch.float32
-    low.log_probs[:, 0].sum().backward()
-    full.log_probs[:, 0].sum().backward()
+    torch.autograd.backward(low.log_probs[:, 0].sum())
+    torch.autograd.backward(full.log_probs[:, 0].sum())
     assert half.grad is not None
     assert single.grad is not None
     assert same_bits(half.grad, single.grad.to(dtype))
@@ -472,7 +485,7 @@ def test_any_leading_dimensions(leading: tuple[int, ...]) -> None:
         assert getattr(shaped, name).shape == leading, name
         assert same_bits(getattr(shaped, name).reshape(-1), getattr(flat, name)), name
     assert shaped.converged.dtype == torch.bool
-    shaped.log_probs.sum().backward()
+    torch.autograd.backward(shaped.log_probs.sum())
     assert given_rows.grad is not None
     assert given_rows.grad.shape == given_rows.shape
 
@@ -483,7 +496,7 @@ def test_a_broken_row_is_reported_and_touches_no_other(side: str, value: float |
     log_p, log_q = pair(6, 8, seed=26)
     bad_p, bad_q = log_p.clone(), log_q.clone()
     target = bad_p if side == "new" else bad_q
-    if value == "no mass":
+    if isinstance(value, str):
         target[2] = -INF
     else:
         target[2, 3] = value
@@ -496,8 +509,8 @@ def test_a_broken_row_is_reported_and_touches_no_other(side: str, value: float |
         assert torch.equal(getattr(broken, name)[good], getattr(clean, name)[good]), name
     assert torch.equal(broken.evaluations[good], clean.evaluations[good])
     weight = torch.randn(6, 8, generator=generator(27), dtype=torch.float64)
-    (clean.log_probs * weight).sum().backward()
-    (broken.log_probs * weight).sum().backward()
+    torch.autograd.backward((clean.log_probs * weight).sum())
+    torch.autograd.backward((broken.log_probs * weight).sum())
     assert clean_in.grad is not None
     assert broken_in.grad is not None
     assert torch.equal(broken_in.grad[good], clean_in.grad[good])
@@ -608,12 +621,12 @@ def test_the_detached_gradient_is_autograd_at_a_fixed_step_size() -> None:
     weight = torch.randn(6, 6, generator=generator(34), dtype=torch.float64)
     ours = log_p.clone().requires_grad_()
     result = project(ours.log_softmax(-1), log_q, BOUND, step_size_gradient="detached")
-    (result.log_probs * weight).sum().backward()
+    torch.autograd.backward((result.log_probs * weight).sum())
     theirs = log_p.clone().requires_grad_()
     t = result.step_size.unsqueeze(-1)
     tilted = (log_q + t * (theirs.log_softmax(-1) - log_q)).log_softmax(-1)
     torch.testing.assert_close(result.log_probs, tilted, rtol=0, atol=1e-12)
-    (tilted * weight).sum().backward()
+    torch.autograd.backward((tilted * weight).sum())
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
 
 
@@ -621,7 +634,7 @@ def gradient(log_p: Tensor, log_q: Tensor, weight: Tensor, mode: str | None) -> 
     leaf = log_p.clone().requires_grad_()
     options = {} if mode is None else {"step_size_gradient": mode}
     result = project(leaf.log_softmax(-1), log_q, BOUND, **options)  # type: ignore[arg-type]
-    (result.log_probs * weight).sum().backward()
+    torch.autograd.backward((result.log_probs * weight).sum())
     assert leaf.grad is not None
     return leaf.grad
 
@@ -653,12 +666,10 @@ def test_two_outcomes_on_the_bound_have_no_policy_gradient_and_three_have(dtype:
         keep = oracle.kl(normalised(new), normalised(log_q)) > 2 * BOUND
         new, log_q = new[keep].requires_grad_(), log_q[keep]
         assert new.shape[0] >= 4
-        norms = {}
-        for mode in ("implicit", "detached"):
-            new.grad = None
-            project(new.log_softmax(-1), log_q, BOUND, step_size_gradient=mode).log_probs[:, 0].sum().backward()  # type: ignore[arg-type]
-            assert new.grad is not None
-            norms[mode] = new.grad.norm(dim=-1)
+        norms: dict[str, Tensor] = {}
+        for mode in MODES:
+            result = project(new.log_softmax(-1), log_q, BOUND, step_size_gradient=mode)
+            norms[mode] = torch.autograd.grad(result.log_probs[:, 0].sum(), new)[0].norm(dim=-1)
         assert bool((norms["detached"] > 1e-3).all())
         if n == 2:
             assert bool((norms["implicit"] < (1e-6 if dtype == torch.float32 else 1e-13)).all())
@@ -671,7 +682,7 @@ def test_no_gradient_reaches_the_old_policy() -> None:
     log_p.requires_grad_()
     log_q.requires_grad_()
     result = project(log_p, log_q, BOUND)
-    result.log_probs.sum().backward()
+    torch.autograd.backward(result.log_probs.sum())
     assert log_p.grad is not None
     assert log_q.grad is None
     assert not project(log_p.detach(), log_q, BOUND).log_probs.requires_grad
@@ -683,6 +694,25 @@ def test_only_the_log_probs_are_differentiable() -> None:
     assert result.log_probs.requires_grad
     for name in ("step_size", "kl_before", "kl", "converged", "evaluations"):
         assert not getattr(result, name).requires_grad, name
+
+
+def test_a_second_derivative_is_right_or_refused() -> None:
+    log_p, log_q = mixed_rows()
+    weight = torch.randn(6, 6, generator=generator(40), dtype=torch.float64)
+
+    def slope(logits: Tensor) -> Tensor:
+        pi = project(logits.log_softmax(-1), log_q, BOUND, tolerance=1e-13).log_probs
+        return torch.autograd.grad((pi.exp() * weight).sum(), logits, create_graph=True)[0]
+
+    leaf = log_p.clone().requires_grad_()
+    try:
+        torch.autograd.backward((slope(leaf) * weight).sum())
+    except RuntimeError:
+        return
+    assert leaf.grad is not None
+    step = 1e-4 * weight
+    ahead, behind = (slope((log_p + sign * step).requires_grad_()).detach() for sign in (1, -1))
+    torch.testing.assert_close(leaf.grad, (ahead - behind) / 2e-4, rtol=1e-3, atol=1e-5)
 
 
 def test_float32_gradients_agree_with_float64() -> None:

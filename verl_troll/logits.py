@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Elements of logits that are held in working precision at a time (64 MiB in float32).
 _BLOCK_ELEMENTS = 1 << 24
@@ -74,6 +75,7 @@ class _LogProbsAt(torch.autograd.Function):
         return torch.where(ids >= 0, picked - log_z.unsqueeze(-1), -math.inf)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits, rows, ids, log_z = ctx.saved_tensors
         grad = torch.where(ids >= 0, grad, 0.0)

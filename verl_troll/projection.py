@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 StepSizeGradient = Literal["implicit", "detached"]
 
@@ -183,7 +184,8 @@ def _solve(
     lower = math.log(kl_bound) + math.log1p(-tolerance)
     target = 0.5 * (upper + lower)
 
-    log_lo = _safe_step_size(log_q, s, kl_bound).log()
+    # Feasible from the start, and not above the window.
+    log_lo = _safe_step_size(log_q, s, kl_bound * (1 - tolerance)).log()
     log_hi = torch.zeros_like(log_lo)
     log_t = torch.zeros_like(log_lo)
     here = at_one
@@ -277,6 +279,7 @@ class _Project(torch.autograd.Function):
         return log_probs, scalars[0], scalars[1], scalars[2], converged, evaluations
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None, None, None]:
         log_pi, s, t, mean, variance, moved, on_bound, live, broken = ctx.saved_tensors
         g = torch.where(live, grad.double(), 0.0)

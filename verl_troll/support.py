@@ -231,7 +231,7 @@ def _anchored(
         support_size=support_size,
         old_kept_mass=old_mass,
         new_kept_mass=new_mass.detach(),
-        cap_hit=_cap_hit(support_size, old_mass, k, dropped_mass),
+        cap_hit=_cap_hit(old, k, dropped_mass, vocab_size),
     )
 
 
@@ -255,7 +255,8 @@ def _union(
     new_log_probs = log_probs_at(logits, rows, torch.where(kept_by_new, ids, -1), log_z, vocab_size)
     sampled_log_probs = _at(new_log_probs, old.sampled)
     new_log_probs = torch.where(used & ~kept_by_new, LOG_MISSING, new_log_probs)
-    old_log_probs = torch.cat([old.log_probs, torch.where(only_new >= 0, LOG_MISSING, -math.inf)], dim=-1)
+    defaults = torch.full_like(new.log_probs, -math.inf).masked_fill(only_new >= 0, LOG_MISSING)
+    old_log_probs = torch.cat([old.log_probs, defaults], dim=-1)
     support_size = (old.ids >= 0).sum(-1)
     old_mass = old.log_probs.exp().sum(-1)
     return Comparison(
@@ -267,7 +268,7 @@ def _union(
         support_size=support_size,
         old_kept_mass=old_mass,
         new_kept_mass=new.log_probs.exp().sum(-1),
-        cap_hit=_cap_hit(support_size, old_mass, k, dropped_mass),
+        cap_hit=_cap_hit(old, k, dropped_mass, vocab_size),
     )
 
 
@@ -275,8 +276,11 @@ def _at(values: Tensor, place: Tensor) -> Tensor:
     return values.gather(-1, place.unsqueeze(-1)).squeeze(-1)
 
 
-def _cap_hit(support_size: Tensor, mass: Tensor, k: int, dropped_mass: float) -> Tensor:
-    return (support_size >= k) & (mass < 1 - dropped_mass)
+def _cap_hit(policy: SparsePolicy, k: int, dropped_mass: float, vocab_size: int) -> Tensor:
+    size = (policy.ids >= 0).sum(-1)
+    # The sampled id, where it was added, comes after the k selected ones.
+    selected_mass = policy.log_probs[:, :k].exp().sum(-1)
+    return (size >= k) & (size < vocab_size) & (selected_mass < 1 - dropped_mass)
 
 
 def _is_member(ids: Tensor, among: Tensor) -> Tensor:

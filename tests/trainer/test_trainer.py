@@ -97,6 +97,27 @@ def test_troll_trains_on_two_ranks(assets: Path, tmp_path: Path) -> None:
     assert all(row["actor/kl_loss"] >= 0 for row in steps)
 
 
+def test_lora_with_the_reference_inside_the_actor(assets: Path, tmp_path: Path) -> None:
+    rows = run_trainer(
+        assets,
+        tmp_path / "run",
+        [
+            "+troll=default",
+            "actor_rollout_ref.model.lora_rank=4",
+            "actor_rollout_ref.model.lora.merge=True",
+            f"{ACTOR}.use_kl_loss=True",
+            f"{ACTOR}.optim.lr=2e-2",
+            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4",
+            "trainer.total_training_steps=2",
+        ],
+        probe=True,
+    )
+    assert_projected_within_bound(rows)
+    # The reference pass goes through the same engine, and must not count as an old pass.
+    assert_side_channel_exact(tmp_path / "run", steps=2, samples=32, epochs=1)
+    assert all(row["actor/kl_loss"] > 0 for row in rows)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_vanilla_runs_unchanged_beside_the_plugin(assets: Path, tmp_path: Path, ranks: int) -> None:
     rows = run_trainer(assets, tmp_path / "run", ["trainer.total_training_steps=2"], ranks=ranks)

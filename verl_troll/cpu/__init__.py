@@ -40,9 +40,12 @@ def activate() -> None:
     Raises:
         verl_troll.patches.registry.PatchError: the installed verl is none that the patches were written for.
     """
-    import verl_troll.cpu.platform
+    from verl.plugin.platform import PlatformRegistry
+
+    from verl_troll.cpu.platform import CpuPlatform
     from verl_troll.patches import registry, verl_fsdp2_cpu_offload, verl_gloo_backend, verl_rollout_table
 
+    PlatformRegistry.register(platform="cpu")(CpuPlatform)
     os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
     for patch in (verl_gloo_backend.PATCH, verl_fsdp2_cpu_offload.PATCH, verl_rollout_table.PATCH):
         registry.apply(patch)

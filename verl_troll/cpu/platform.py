@@ -1,4 +1,4 @@
-"""verl's platform interface for a machine whose only device is the CPU; registered as ``cpu`` on import."""
+"""verl's platform interface for a machine whose only device is the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import torch
-from verl.plugin.platform import PlatformBase, PlatformRegistry
+from verl.plugin.platform import PlatformBase
 
 __all__ = ["CpuPlatform"]
 
@@ -69,7 +69,6 @@ class _CpuDeviceModule(ModuleType):
 _DEVICE_MODULE = _CpuDeviceModule("verl_troll.cpu.torch_cpu")
 
 
-@PlatformRegistry.register(platform="cpu")
 class CpuPlatform(PlatformBase):  # type: ignore[misc, unused-ignore]
     """The CPU as verl's device.
 
