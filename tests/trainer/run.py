@@ -90,6 +90,9 @@ def run_trainer(
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "HYDRA_FULL_ERROR": "1",
         "RAY_DEDUP_LOGS": "0",
+        # A dozen processes share the cores.
+        "OMP_NUM_THREADS": "1",
+        "TQ_NUM_THREADS": "1",
     }
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     command = [

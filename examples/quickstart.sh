@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# GRPO with TROLL on two CPU cores: installs, makes data and a small model, trains, draws the curves.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: bash examples/quickstart.sh [--loss troll|vanilla] [--steps N] [--seed N] [--out DIR] [-- OVERRIDE...]
+
+Trains a small model on multi-step arithmetic with verl, GRPO and TROLL, on the CPU. The first run installs what it
+needs into .venv-quickstart and makes the data set and the model; later runs reuse both.
+
+  --loss LOSS  troll (default), or vanilla for PPO clipping
+  --steps N    training steps (default 40)
+  --seed N     order of the data and sampling (default 0)
+  --out DIR    folder of the run (default runs/quickstart/LOSS-seedN)
+  --help       this text
+  -- ...       further settings for verl, for example: -- actor_rollout_ref.actor.optim.lr=1e-4
+
+Environment: PYTHON names the interpreter (default python3, versions 3.10 to 3.12). pip's own settings apply.
+TEXT
+}
+
+fail() {
+  echo "quickstart: $1" >&2
+  echo "Try: bash examples/quickstart.sh --help" >&2
+  exit 2
+}
+
+whole_number() {
+  [[ $2 =~ ^[0-9]+$ ]] || fail "$1 takes a whole number, got '$2'"
+}
+
+loss=troll steps=40 seed=0 out=""
+overrides=()
+while (($#)); do
+  case $1 in
+    --help | -h)
+      usage
+      exit 0
+      ;;
+    --loss | --steps | --seed | --out)
+      (($# >= 2)) || fail "$1 needs a value"
+      case $1 in
+        --loss) loss=$2 ;;
+        --steps) steps=$2 ;;
+        --seed) seed=$2 ;;
+        --out) out=$2 ;;
+      esac
+      shift 2
+      ;;
+    --)
+      shift
+      overrides=("$@")
+      break
+      ;;
+    *) fail "unknown argument '$1'" ;;
+  esac
+done
+[[ $loss == troll || $loss == vanilla ]] || fail "--loss takes troll or vanilla, got '$loss'"
+whole_number --steps "$steps"
+((steps >= 1)) || fail "--steps takes at least 1"
+whole_number --seed "$seed"
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$repository/.venv-quickstart
+data=$repository/runs/quickstart/data
+out=${out:-$repository/runs/quickstart/$loss-seed$seed}
+began=$SECONDS
+
+package_fingerprint() {
+  (
+    cd "$repository"
+    find setup.cfg pyproject.toml README.md verl_troll patches configs -type f \
+      \( -name '*.py' -o -name '*.yaml' -o -name '*.cfg' -o -name '*.toml' -o -name '*.md' \) -print0 |
+      LC_ALL=C sort -z | xargs -0 cat | cksum
+  )
+}
+
+# Runs pip with its output in a log, a sign of life every 30 seconds, and the log's end if it fails.
+install() {
+  local log=$repository/runs/quickstart/install.log start=$SECONDS pid
+  mkdir -p "$(dirname "$log")"
+  "$venv/bin/pip" install --disable-pip-version-check "$@" >"$log" 2>&1 &
+  pid=$!
+  while kill -0 "$pid" 2>/dev/null; do
+    sleep 1
+    (((SECONDS - start) % 30)) || echo "  installing for $((SECONDS - start)) s: $(tail -n 1 "$log" | cut -c 1-60)"
+  done
+  wait "$pid" || {
+    echo "quickstart: pip failed. The end of $log:" >&2
+    tail -n 30 "$log" >&2
+    exit 1
+  }
+}
+
+echo "1/3 install"
+# A build of an older state would put its modules into the new one.
+rm -rf "$repository/build/lib"
+fingerprint=$(package_fingerprint)
+requirements=$(cksum <"$repository/setup.cfg")
+installed=$venv/installed-requirements package=$venv/installed-package
+if [[ ! -f $installed || $(<"$installed") != "$requirements" ]]; then
+  echo "  creating $venv (a few minutes, once)"
+  "${PYTHON:-python3}" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
+    fail "Python 3.10 to 3.12 is needed; name one with PYTHON=..."
+  "${PYTHON:-python3}" -m venv --clear "$venv"
+  install "${repository}[cpu]" torch==2.13.0 verl==0.9.1
+  echo "$requirements" >"$installed"
+  echo "$fingerprint" >"$package"
+elif [[ ! -f $package || $(<"$package") != "$fingerprint" ]]; then
+  echo "  the package changed: installing it again"
+  install --no-deps --force-reinstall "$repository"
+  echo "$fingerprint" >"$package"
+else
+  echo "  reusing $venv"
+fi
+
+echo "2/3 data set and warm start"
+"$venv/bin/python" "$repository/examples/quickstart/prepare.py" "$data"
+
+echo "3/3 training: GRPO, $loss, $steps steps, seed $seed"
+"$venv/bin/python" "$repository/examples/quickstart/train.py" \
+  --data "$data" --out "$out" --loss "$loss" --steps "$steps" --seed "$seed" -- ${overrides[@]+"${overrides[@]}"}
+echo "  took $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s"

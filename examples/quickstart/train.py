@@ -1,0 +1,191 @@
+"""Train on the quickstart's task with verl's trainer, show one line per step, and end with a summary and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import plot
+
+HERE = Path(__file__).resolve().parent
+
+PROMPTS, SAMPLES, MINI_BATCHES = 16, 8, 8
+TEST_EVERY = 10
+TAIL_LINES = 40
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """verl's command line for one run."""
+    data: Path = args.data
+    chosen = [
+        "hydra.searchpath=[pkg://verl_troll.configs]",
+        "+cpu=default",
+        *(["+troll=default"] if args.loss == "troll" else []),
+        f"hydra.run.dir={args.out / 'hydra'}",
+        "algorithm.adv_estimator=grpo",
+        f"data.train_files={data / 'train.parquet'}",
+        f"data.val_files={data / 'held_out.parquet'}",
+        f"data.train_batch_size={PROMPTS}",
+        f"data.seed={args.seed}",
+        "data.max_prompt_length=16",
+        "data.max_response_length=12",
+        f"actor_rollout_ref.model.path={data / 'model'}",
+        "actor_rollout_ref.model.use_remove_padding=False",
+        "actor_rollout_ref.actor.optim.lr=3e-4",
+        "actor_rollout_ref.actor.optim.weight_decay=0",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS // MINI_BATCHES}",
+        f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={PROMPTS * SAMPLES // MINI_BATCHES}",
+        f"actor_rollout_ref.rollout.n={SAMPLES}",
+        f"actor_rollout_ref.rollout.seed={args.seed}",
+        f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={PROMPTS * SAMPLES}",
+        "actor_rollout_ref.rollout.calculate_log_probs=True",
+        # Success is a property of the policy that is trained: sampled at its own temperature, not greedily.
+        "actor_rollout_ref.rollout.val_kwargs.do_sample=True",
+        "actor_rollout_ref.rollout.val_kwargs.temperature=1.0",
+        "actor_rollout_ref.rollout.val_kwargs.top_p=1.0",
+        f"reward.custom_reward_function.path={HERE / 'reward.py'}",
+        "trainer.logger=[console,file]",
+        "trainer.project_name=quickstart",
+        f"trainer.experiment_name={args.loss}-seed{args.seed}",
+        f"trainer.default_local_dir={args.out / 'checkpoints'}",
+        "trainer.val_before_train=True",
+        f"trainer.test_freq={TEST_EVERY}",
+        "trainer.save_freq=-1",
+        "trainer.resume_mode=disable",
+        f"trainer.total_training_steps={args.steps}",
+        "trainer.total_epochs=1000000",
+    ]
+    return [*chosen, *args.overrides]
+
+
+def environment(metrics: Path) -> dict[str, str]:
+    """Environment of the trainer and of all its processes."""
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return {
+        **kept,
+        "VERL_PLATFORM": "cpu",
+        "VERL_USE_EXTERNAL_MODULES": "verl_troll.cpu",
+        "VERL_FILE_LOGGER_PATH": str(metrics),
+        "HF_HUB_OFFLINE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONUNBUFFERED": "1",
+        # A dozen processes share the cores; more threads in each of them only wait for one another.
+        "OMP_NUM_THREADS": "1",
+        "TQ_NUM_THREADS": "1",
+    }
+
+
+def new_rows(stream: Any, rest: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows that have been completed in a growing file since the last call; ``rest`` holds an unfinished line."""
+    rest[0] += stream.read()
+    *lines, rest[0] = rest[0].split("\n")
+    for line in lines:
+        row = json.loads(line)
+        yield {"step": row["step"], **row["data"]}
+
+
+def show(row: dict[str, Any], steps: int, begin: float | None) -> None:
+    """Print one line about one step."""
+    step = row["step"]
+    parts = [f"  step {step:>3}/{steps}"]
+    if (reward := row.get(plot.REWARD)) is not None:
+        parts.append(f"reward {reward:.2f}")
+    if (share := row.get(plot.PROJECTED_SHARE)) is not None:
+        parts.append(f"projected {share:6.2%}")
+    success = plot.held_out_success(row)
+    parts.append(f"held-out success {success:.2f}" if success is not None else " " * 21)
+    if begin is not None and 0 < step < steps:
+        left = (time.monotonic() - begin) / step * (steps - step)
+        parts.append(f"{left / 60:.1f} min left" if left >= 90 else f"{left:.0f} s left")
+    print("   ".join(parts).rstrip(), flush=True)
+
+
+def follow(process: subprocess.Popen[bytes], metrics: Path, steps: int) -> None:
+    """Show steps as they are logged until the trainer ends."""
+    begin: float | None = None
+    rest = [""]
+    stream = None
+    while True:
+        ended = process.poll() is not None
+        if stream is None and metrics.exists():
+            stream = metrics.open(encoding="utf-8")
+        if stream is not None:
+            for row in new_rows(stream, rest):
+                if begin is None:
+                    begin = time.monotonic()
+                show(row, steps, begin)
+        if ended:
+            if stream is not None:
+                stream.close()
+            return
+        time.sleep(0.2)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the trainer and let it end its Ray processes."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def main() -> int:
+    """Run the trainer; its exit status is returned."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder made by prepare.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--loss", choices=("troll", "vanilla"), required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("overrides", nargs="*", help="further Hydra overrides for verl, after --")
+    args = parser.parse_args()
+    args.out, args.data = args.out.resolve(), args.data.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    metrics, log_path = args.out / "metrics.jsonl", args.out / "train.log"
+    metrics.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(args)]
+    print(f"  verl's own log: {log_path}\n  starting Ray and verl, up to a minute", flush=True)
+    with log_path.open("wb") as log:
+        log.write(f"{shlex.join(command)}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            command,
+            env=environment(metrics),
+            cwd=args.out,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            follow(process, metrics, args.steps)
+        finally:
+            stop(process)
+    if process.returncode != 0:
+        tail = log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        print(f"\nverl failed (exit status {process.returncode}). The end of {log_path}:", file=sys.stderr)
+        print("\n".join(tail), file=sys.stderr)
+        return process.returncode if process.returncode > 0 else 1
+    rows = plot.read(metrics)
+    picture = args.out / "curves.png"
+    plot.draw(rows, picture, f"GRPO, {args.loss}, seed {args.seed}", plot.kl_bound(args.out / "hydra"))
+    print()
+    print(plot.summary(rows))
+    print(f"  metrics: {metrics}\n  curves:  {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
