@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
+from tests.tiny_model import tiny_qwen2
 from verl_troll.cpu import generation
 from verl_troll.cpu.generation import Completion, Request, generate, token_log_probs
 
@@ -21,21 +22,7 @@ STOP = 1
 
 @pytest.fixture(scope="module")
 def model() -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=STOP,
-        pad_token_id=0,
-    )
-    return Qwen2ForCausalLM(config).eval()
+    return tiny_qwen2(VOCAB, end=STOP, initializer_range=0.3).eval()
 
 
 PROMPTS = [(5, 6, 7, 8, 9, 10), (11,), (12, 13, 14), (11,)]

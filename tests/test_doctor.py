@@ -80,7 +80,7 @@ def test_untested_version_fails_with_its_mend_and_can_be_allowed(tmp_path: Path)
     assert "VERL_TROLL_ALLOW_UNTESTED=1" in done.stdout
     assert "the plugin does not load" in done.stdout
 
-    importing = ["-c", "import verl_troll.plugin.config"]
+    importing = ["-c", "import verl_troll.plugin.actor_config"]
     gpu = {"VERL_PLATFORM": "", "VERL_USE_EXTERNAL_MODULES": ""}
     refused = run(importing, tmp_path, **gpu)
     assert refused.returncode != 0

@@ -137,7 +137,7 @@ def test_group_refers_only_to_keys_that_verl_has() -> None:
     config = compose("ppo_trainer", overrides=[*BASE, "+troll=default"])
     host = OmegaConf.to_container(config.actor_rollout_ref.actor.policy_loss.troll.host, resolve=True)
     assert host == {
-        "_target_": "verl_troll.plugin.config.HostSettings",
+        "_target_": "verl_troll.plugin.settings.HostSettings",
         "use_v1": True,
         "trainer_mode": "sync",
         "bypass_mode": False,

@@ -48,23 +48,9 @@ def write_model(folder: Path, *, attention: bool = True) -> str:
 
     Without ``attention`` no token sees another: sequence-parallel attention needs a flash kernel, which a CPU has not.
     """
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from tests.tiny_model import tiny_qwen2
 
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    model = Qwen2ForCausalLM(config)
+    model = tiny_qwen2(VOCAB)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -132,7 +118,8 @@ def _build(setup: Setup) -> tuple[Any, Any, Any]:
     from verl.workers.engine import EngineRegistry
     from verl.workers.utils.losses import ppo_loss
 
-    from verl_troll.plugin.config import HostSettings, TrollConfig, TrollPolicyLossConfig, actor_config
+    from verl_troll.plugin.actor_config import TrollPolicyLossConfig, actor_config
+    from verl_troll.plugin.settings import HostSettings, TrollConfig
 
     torch.manual_seed(0)
     model = HFModelConfig(

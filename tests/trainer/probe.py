@@ -46,7 +46,7 @@ def install() -> None:
     """Wrap the two ends of the side channel."""
     from verl_troll.plugin import carry, passes
 
-    pack, unpack = carry.pack, carry.unpack
+    unpack = carry.unpack
     packed = passes.OldPolicyPass._packed_support
 
     @functools.wraps(packed)
@@ -60,6 +60,5 @@ def install() -> None:
         _write("update", data, data)
         return unpack(data, tokens)
 
-    assert pack is carry.pack
     passes.OldPolicyPass._packed_support = watched_pack  # type: ignore[method-assign]
     carry.unpack = watched_unpack

@@ -33,25 +33,10 @@ def _quickstart(name: str) -> Any:
 
 def make_assets(folder: Path) -> None:
     """A random Qwen2 model with peaked outputs, its tokenizer, and prompts."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from tests.tiny_model import tiny_qwen2
 
     tokenizer = _quickstart("prepare").make_tokenizer()
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    model = tiny_qwen2(len(tokenizer), pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id)
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
     model.save_pretrained(folder / "model")

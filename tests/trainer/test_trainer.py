@@ -80,6 +80,8 @@ def test_troll_trains_on_two_ranks(assets: Path, tmp_path: Path) -> None:
             f"{ACTOR}.use_kl_loss=True",
             f"{ACTOR}.entropy_coeff=0.001",
             f"{ACTOR}.loss_agg_mode=seq-mean-token-mean",
+            "algorithm.rollout_correction.rollout_is=token",
+            "actor_rollout_ref.rollout.calculate_log_probs=True",
             f"{ACTOR}.ppo_micro_batch_size_per_gpu=2",
             "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4",
             "actor_rollout_ref.model.use_remove_padding=False",
@@ -95,6 +97,7 @@ def test_troll_trains_on_two_ranks(assets: Path, tmp_path: Path) -> None:
     assert_projected_within_bound(steps)
     assert_side_channel_exact(tmp_path / "run", steps=2, samples=32, epochs=1)
     assert all(row["actor/kl_loss"] >= 0 for row in steps)
+    assert all(any(name.startswith("rollout_corr/") for name in row) for row in steps)
 
 
 def test_lora_with_the_reference_inside_the_actor(assets: Path, tmp_path: Path) -> None:

@@ -63,17 +63,17 @@ def response_tokens(data: TensorDict) -> ResponseTokens:
     return ResponseTokens(rows, input_ids.values()[rows + 1].long(), response_mask.values().bool(), offsets)
 
 
-def pack(policy: SparsePolicy, tokens: ResponseTokens) -> dict[str, Tensor]:
-    """Nested fields for the ``[M, W]`` support of the tokens whose mask is set."""
-    used = policy.ids >= 0
+def pack(ids: Tensor, log_probs: Tensor, tokens: ResponseTokens) -> dict[str, Tensor]:
+    """Nested fields for the support ``ids, log_probs [M, W]`` of the tokens whose mask is set."""
+    used = ids >= 0
     counts = torch.zeros_like(tokens.rows)
     counts[tokens.mask] = used.sum(-1)
     before = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     starts = before[tokens.offsets]
     return {
         COUNTS: torch.nested.nested_tensor_from_jagged(counts.to(torch.int16), tokens.offsets),
-        IDS: torch.nested.nested_tensor_from_jagged(policy.ids[used].to(torch.int32), starts),
-        LOG_PROBS: torch.nested.nested_tensor_from_jagged(policy.log_probs[used].float(), starts),
+        IDS: torch.nested.nested_tensor_from_jagged(ids[used].to(torch.int32), starts),
+        LOG_PROBS: torch.nested.nested_tensor_from_jagged(log_probs[used].float(), starts),
     }
 
 

@@ -14,8 +14,8 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine import BaseEngine, EngineRegistry, FSDPEngineWithLMHead
 
-from verl_troll.plugin.config import TrollConfig
 from verl_troll.plugin.passes import LossFunction, OldPolicyPass, UpdatePass
+from verl_troll.plugin.settings import TrollConfig
 
 MODEL_TYPE = "language_model"
 # Vendors that verl's platforms name; generic is CPU mode, which runs the engines registered for cuda.

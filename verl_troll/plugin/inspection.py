@@ -15,7 +15,7 @@ from verl.workers.engine import EngineRegistry
 
 from verl_troll.patches import registry
 from verl_troll.plugin import engines
-from verl_troll.plugin.config import LOSS_MODE
+from verl_troll.plugin.settings import LOSS_MODE
 
 
 def _engine(backend: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ Shapes: N packed positions on this rank, V vocabulary, M response tokens that ta
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +32,9 @@ from verl.workers.utils.padding import no_padding_2_padding
 from verl_troll.logits import log_normaliser, log_probs_at
 from verl_troll.objective import token_terms
 from verl_troll.plugin import carry
-from verl_troll.plugin.config import TrollConfig
 from verl_troll.plugin.metrics import as_metrics, token_statistics
 from verl_troll.plugin.policy_loss import ProjectedTerms, projected_terms
+from verl_troll.plugin.settings import TrollConfig
 from verl_troll.support import SparsePolicy, compare, select
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Any]]]
@@ -69,12 +70,8 @@ class _Window:
         return gathered
 
 
-class OldPolicyPass:
-    """Takes the place of the missing loss function in the old-log-prob pass."""
-
-    def __init__(self, settings: TrollConfig) -> None:
-        self.settings = settings
-        self._support: tuple[_Window, Tensor, SparsePolicy] | None = None
+class _LogitsPass(ABC):
+    """The two roles, told apart as verl does it: by whether logits are given."""
 
     def __call__(
         self,
@@ -84,15 +81,30 @@ class OldPolicyPass:
         student_logits: Tensor | None = None,
         data_format: str = "thd",
     ) -> Any:
-        """Read the support off the logits, or add it to ``model_output``, by the role verl calls for."""
+        """Per-token tensors ``[1, N]`` by name from logits ``[1, N, V]``; without logits, the loss and its metrics."""
         if data is None:
             raise TypeError("data is missing")
         if student_logits is not None:
             return self._read_logits(student_logits.squeeze(0), data)
         if model_output is None:
             raise TypeError("model_output is missing")
-        model_output.update(self._packed_support(data))
-        return torch.ones((), device=data["input_ids"].device), {}
+        return self._loss(model_output, data, dp_group)
+
+    @abstractmethod
+    def _read_logits(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def _loss(
+        self, model_output: dict[str, Tensor], data: TensorDict, dp_group: dist.ProcessGroup | None
+    ) -> tuple[Tensor, dict[str, Any]]: ...
+
+
+class OldPolicyPass(_LogitsPass):
+    """Takes the place of the missing loss function in the old-log-prob pass; adds the support to its output."""
+
+    def __init__(self, settings: TrollConfig) -> None:
+        self.settings = settings
+        self._support: tuple[_Window, Tensor, SparsePolicy] | None = None
 
     def _read_logits(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
         tokens = carry.response_tokens(data)
@@ -113,44 +125,34 @@ class OldPolicyPass:
         self._support = (window, rows[mask], policy)
         return {"log_probs": window.spread(rows, log_probs).unsqueeze(0)}
 
+    def _loss(
+        self, model_output: dict[str, Tensor], data: TensorDict, dp_group: dist.ProcessGroup | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        # verl stores what is in model_output once its loss function has returned.
+        model_output.update(self._packed_support(data))
+        return torch.ones((), device=data["input_ids"].device), {}
+
     def _packed_support(self, data: TensorDict) -> dict[str, Tensor]:
         if self._support is None:
             raise RuntimeError("the engine never showed its logits: this verl no longer calls the logits hook")
         window, rows, policy = self._support
         self._support = None
         tokens = carry.response_tokens(data)
+        ids, log_probs = policy.ids, policy.log_probs
         if window.ranks > 1:
             wanted = tokens.rows[tokens.mask]
-            ids = window.gather(window.spread(rows, policy.ids, fill=-1))[wanted]
-            log_probs = window.gather(window.spread(rows, policy.log_probs, fill=-torch.inf))[wanted]
-            policy = SparsePolicy(ids, log_probs, policy.sampled)
-        return carry.pack(policy, tokens)
+            ids = window.gather(window.spread(rows, ids, fill=-1))[wanted]
+            log_probs = window.gather(window.spread(rows, log_probs, fill=-torch.inf))[wanted]
+        return carry.pack(ids, log_probs, tokens)
 
 
-class UpdatePass:
+class UpdatePass(_LogitsPass):
     """Wraps verl's loss function in the update."""
 
     def __init__(self, settings: TrollConfig, inner: LossFunction) -> None:
         self.settings = settings
         self.inner = inner
         self._statistics: tuple[Tensor, Tensor] | None = None
-
-    def __call__(
-        self,
-        model_output: dict[str, Tensor] | None = None,
-        data: TensorDict | None = None,
-        dp_group: dist.ProcessGroup | None = None,
-        student_logits: Tensor | None = None,
-        data_format: str = "thd",
-    ) -> Any:
-        """Project at the logits, or compute the loss, by the role verl calls for."""
-        if data is None:
-            raise TypeError("data is missing")
-        if student_logits is not None:
-            return self._read_logits(student_logits.squeeze(0), data)
-        if model_output is None:
-            raise TypeError("model_output is missing")
-        return self._loss(model_output, data, dp_group)
 
     def _read_logits(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
         settings = self.settings

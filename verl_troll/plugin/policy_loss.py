@@ -19,7 +19,7 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register
 from verl.workers.config import ActorConfig
 
 from verl_troll.objective import importance_ratio, surrogate_losses
-from verl_troll.plugin.config import LOSS_MODE, TrollConfig
+from verl_troll.plugin.settings import LOSS_MODE, TrollConfig
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""Typed settings, checked when verl builds its configuration (on the driver, before Ray starts).
+"""Typed settings of the method, and verl's settings that it depends on; every value checked when it is built.
 
-``configs/troll/default.yaml`` points ``actor_rollout_ref.actor._target_`` at :func:`actor_config` and fills
-:class:`HostSettings` by interpolation, so that the checks see the values that the run will use.
+``configs/troll/default.yaml`` fills :class:`HostSettings` by interpolation, so that the checks see the values that the
+run will use.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl.base_config import BaseConfig
-from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig
 
 from verl_troll.objective import IMPORTANCE_RATIOS
 from verl_troll.support import SUPPORT_RULES
@@ -26,7 +25,8 @@ class TrollConfigError(ValueError):
     """A setting is out of range, or a combination with the host's settings is not supported."""
 
 
-def _refusal(key: str, value: object, allowed: str, mend: str = "") -> TrollConfigError:
+def refusal(key: str, value: object, allowed: str, mend: str = "") -> TrollConfigError:
+    """The error for a host setting that TROLL cannot work with: key, value, what is allowed, what to do."""
     return TrollConfigError(f"{key}={value!r} is not supported with TROLL: allowed is {allowed}. {mend}".rstrip())
 
 
@@ -44,32 +44,32 @@ class HostSettings(BaseConfig):
     def check(self) -> None:
         """Raise :class:`TrollConfigError` for the first setting that TROLL cannot work with."""
         if not self.use_v1:
-            raise _refusal(
+            raise refusal(
                 "trainer.use_v1",
                 self.use_v1,
                 "True",
                 "The deprecated v0 trainer drops the old policy's support on its way to the update.",
             )
         if self.trainer_mode != "sync":
-            raise _refusal(
+            raise refusal(
                 "trainer.v1.trainer_mode", self.trainer_mode, "sync", "Asynchronous trainers are not tested yet."
             )
         if self.bypass_mode:
-            raise _refusal(
+            raise refusal(
                 "algorithm.rollout_correction.bypass_mode",
                 self.bypass_mode,
                 "False",
                 "Bypass mode skips the pass that computes the old policy's support.",
             )
         if self.distillation:
-            raise _refusal(
+            raise refusal(
                 "distillation.enabled",
                 self.distillation,
                 "False",
                 "Distillation uses the same hook on the logits.",
             )
         if self.use_fused_kernels:
-            raise _refusal(
+            raise refusal(
                 "actor_rollout_ref.model.use_fused_kernels",
                 self.use_fused_kernels,
                 "False",
@@ -77,7 +77,7 @@ class HostSettings(BaseConfig):
             )
         libraries = [self.external_lib] if isinstance(self.external_lib, str) else list(self.external_lib or [])
         if PLUGIN_MODULE not in libraries:
-            raise _refusal(
+            raise refusal(
                 "actor_rollout_ref.model.external_lib",
                 self.external_lib,
                 f"a list that holds {PLUGIN_MODULE}",
@@ -132,72 +132,3 @@ class TrollConfig(BaseConfig):
 
     def _reject(self, name: str, allowed: str) -> None:
         raise TrollConfigError(f"{PREFIX}.{name}={getattr(self, name)!r}: allowed is {allowed}")
-
-
-@dataclass
-class TrollPolicyLossConfig(PolicyLossConfig):
-    """verl's policy-loss settings with the group ``troll`` beside them."""
-
-    troll: TrollConfig = field(default_factory=TrollConfig)
-
-
-def _check_actor(actor: ActorConfig, pad_to_length: bool) -> None:
-    """Checks that need the actor's own settings."""
-    loss = actor.policy_loss
-    if not isinstance(loss, TrollPolicyLossConfig):
-        raise _refusal("actor_rollout_ref.actor.policy_loss._target_", type(loss).__name__, "TrollPolicyLossConfig")
-    if loss.loss_mode != LOSS_MODE:
-        raise _refusal(
-            "actor_rollout_ref.actor.policy_loss.loss_mode",
-            loss.loss_mode,
-            LOSS_MODE,
-            "For another loss leave out +troll=default.",
-        )
-    loss.troll.host.check()
-    if actor.use_fused_kernels:
-        raise _refusal("actor_rollout_ref.actor.use_fused_kernels", True, "False")
-    if pad_to_length:
-        raise _refusal(
-            "actor_rollout_ref.actor.pad_to_length",
-            True,
-            "False",
-            "Padded tokens would have no place in the old policy's support.",
-        )
-    if actor.loss_agg_mode == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None:
-        raise _refusal(
-            "actor_rollout_ref.actor.loss_scale_factor",
-            None,
-            "a number with loss_agg_mode=seq-mean-token-sum-norm",
-            "Without one verl divides by each micro-batch's longest response, so that the loss depends on how the "
-            "mini-batch is cut. Set it to data.max_response_length.",
-        )
-    # Imported late: the engines import these settings.
-    from verl_troll.plugin.engines import check_engine
-
-    check_engine(actor.strategy)
-
-
-@dataclass
-class TrollFSDPActorConfig(FSDPActorConfig):
-    """verl's FSDP actor settings; hands the TROLL settings to the engine, as verl hands over ``strategy``."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_actor(self, self.pad_to_length or self.engine.pad_to_length)
-        object.__setattr__(self.engine, "troll", self.policy_loss.troll)
-
-
-_ACTOR_CONFIGS: dict[str, type[ActorConfig]] = {"fsdp": TrollFSDPActorConfig, "fsdp2": TrollFSDPActorConfig}
-
-
-def actor_config(**settings: Any) -> ActorConfig:
-    """Actor settings of the strategy in use; the ``_target_`` of ``actor_rollout_ref.actor`` under ``+troll=default``.
-
-    Raises:
-        TrollConfigError: the strategy is not supported, or a setting is refused.
-    """
-    strategy = settings.get("strategy")
-    config = _ACTOR_CONFIGS.get(str(strategy))
-    if config is None:
-        raise _refusal("actor_rollout_ref.actor.strategy", strategy, " or ".join(_ACTOR_CONFIGS))
-    return config(**settings)
