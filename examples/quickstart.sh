@@ -84,7 +84,7 @@ install() {
   pid=$!
   while kill -0 "$pid" 2>/dev/null; do
     sleep 1
-    (((SECONDS - start) % 30)) || echo "  installing for $((SECONDS - start)) s: $(tail -n 1 "$log" | cut -c 1-60)"
+    (((SECONDS - start) % 30)) || echo "  installing for $((SECONDS - start)) s"
   done
   wait "$pid" || {
     echo "quickstart: pip failed. The end of $log:" >&2

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("verl")
-
 CPU_MODE = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "verl_troll.cpu"}
 
 
@@ -154,7 +152,6 @@ def test_half_a_switch_is_refused() -> None:
 
 @pytest.mark.parametrize(("mode", "name"), [("sync", "ReplayBuffer"), ("colocate_async", "ReplayBufferAsync")])
 def test_replay_buffer_keeps_verls_class_for_each_trainer(mode: str, name: str) -> None:
-    pytest.importorskip("transfer_queue")
     from omegaconf import OmegaConf
 
     from verl_troll.cpu.replay_buffer import POLL_SECONDS, frequent_replay_buffer
