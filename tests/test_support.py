@@ -63,7 +63,7 @@ def assert_select_matches(
         torch.testing.assert_close(policy.log_probs[row][live].double(), log_q[expected.ids], rtol=0, atol=atol)
         assert bool((policy.log_probs[row][~live] == -INF).all())
         assert int(policy.ids[row, policy.sampled[row]]) == o
-        torch.testing.assert_close(policy.sampled_log_probs[row].double(), log_q[o], rtol=0, atol=atol)
+        torch.testing.assert_close(policy.log_probs[row, policy.sampled[row]].double(), log_q[o], rtol=0, atol=atol)
     assert policy.ids.dtype == policy.sampled.dtype == torch.int64
     return policy
 

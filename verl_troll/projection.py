@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 StepSizeGradient = Literal["implicit", "detached"]
+STEP_SIZE_GRADIENTS: tuple[str, ...] = get_args(StepSizeGradient)
 
 MAX_EVALUATIONS = 20
 # From this evaluation on, a Newton step that does not halve the residual is replaced by a bisection.
@@ -124,8 +125,8 @@ def _check_arguments(
         )
     if not (kl_bound > 0 and math.isfinite(kl_bound)):
         raise ValueError(f"kl_bound must be a finite number above 0 (nats), got {kl_bound!r}")
-    if step_size_gradient not in get_args(StepSizeGradient):
-        raise ValueError(f"step_size_gradient must be one of {get_args(StepSizeGradient)}, got {step_size_gradient!r}")
+    if step_size_gradient not in STEP_SIZE_GRADIENTS:
+        raise ValueError(f"step_size_gradient must be one of {STEP_SIZE_GRADIENTS}, got {step_size_gradient!r}")
     if tolerance is not None and not 0 < tolerance < 1:
         raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance!r}")
 

@@ -49,11 +49,6 @@ class SparsePolicy:
     log_probs: Tensor
     sampled: Tensor
 
-    @property
-    def sampled_log_probs(self) -> Tensor:
-        """``[R]`` log-probability of the sampled id over the full vocabulary."""
-        return self.log_probs.gather(-1, self.sampled.unsqueeze(-1)).squeeze(-1)
-
 
 @dataclass(frozen=True)
 class Comparison:

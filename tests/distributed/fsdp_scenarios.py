@@ -36,9 +36,7 @@ class Setup:
     rollout_weights: bool = False
     lora_rank: int = 0
     temperature: float = TEMPERATURE
-    ppo_epochs: int = 1
     mini_batch_size: int = 8
-    shuffle: bool = False
     lr: float = 3e-2
     param_dtype: str = "fp32"
 

@@ -13,12 +13,12 @@ from typing import Any
 from verl.base_config import BaseConfig
 
 from verl_troll.objective import IMPORTANCE_RATIOS
+from verl_troll.projection import STEP_SIZE_GRADIENTS
 from verl_troll.support import SUPPORT_RULES
 
 PREFIX = "actor_rollout_ref.actor.policy_loss.troll"
 LOSS_MODE = "troll"
 PLUGIN_MODULE = "verl_troll.plugin"
-STEP_SIZE_GRADIENTS = ("implicit", "detached")
 
 
 class TrollConfigError(ValueError):
