@@ -67,6 +67,7 @@ def test_settings_are_overridden_without_a_plus() -> None:
         ("k", "0"),
         ("k", "1.5"),
         ("k", "true"),
+        ("k", "32767"),
         ("dropped_mass", "1"),
         ("dropped_mass", "-1e-5"),
         ("dropped_mass", ".nan"),

@@ -305,7 +305,7 @@ def lora_passes(setup: Setup, batch: TensorDict) -> dict[str, Any]:
         "old_fields": sorted(old),
         "reference_fields": sorted(reference),
         "moved": (old["log_probs"].values() - reference["log_probs"].values()).abs().max().item(),
-        "trained": sorted(name for name, _ in engine.module.named_parameters() if _.requires_grad),
+        "trained": sorted(name for name, weight in engine.module.named_parameters() if weight.requires_grad),
         "grad_norm": float(result["metrics"]["grad_norm"]),
     }
 

@@ -47,18 +47,18 @@ def install() -> None:
     from verl_troll.plugin import carry, passes
 
     unpack = carry.unpack
-    packed = passes.OldPolicyPass._packed_support
+    old_loss = passes.OldPolicyPass._loss
 
-    @functools.wraps(packed)
-    def watched_pack(self: Any, data: Any) -> dict[str, Tensor]:
-        fields = packed(self, data)
-        _write("old", data, fields)
-        return fields
+    @functools.wraps(old_loss)
+    def watched_old_pass(self: Any, model_output: dict[str, Tensor], data: Any, dp_group: Any) -> Any:
+        result = old_loss(self, model_output, data, dp_group)
+        _write("old", data, model_output)
+        return result
 
     @functools.wraps(unpack)
     def watched_unpack(data: Any, tokens: Any) -> Any:
         _write("update", data, data)
         return unpack(data, tokens)
 
-    passes.OldPolicyPass._packed_support = watched_pack  # type: ignore[method-assign]
+    passes.OldPolicyPass._loss = watched_old_pass  # type: ignore[method-assign]
     carry.unpack = watched_unpack

@@ -104,7 +104,7 @@ class OldPolicyPass(_LogitsPass):
 
     def __init__(self, settings: TrollConfig) -> None:
         self.settings = settings
-        self._support: tuple[_Window, Tensor, SparsePolicy] | None = None
+        self._support: tuple[_Window, carry.ResponseTokens, Tensor, SparsePolicy] | None = None
 
     def _read_logits(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
         tokens = carry.response_tokens(data)
@@ -122,22 +122,21 @@ class OldPolicyPass(_LogitsPass):
             dropped_mass=self.settings.dropped_mass,
             log_z=log_z[mask],
         )
-        self._support = (window, rows[mask], policy)
+        self._support = (window, tokens, rows[mask], policy)
         return {"log_probs": window.spread(rows, log_probs).unsqueeze(0)}
 
     def _loss(
         self, model_output: dict[str, Tensor], data: TensorDict, dp_group: dist.ProcessGroup | None
     ) -> tuple[Tensor, dict[str, Any]]:
         # verl stores what is in model_output once its loss function has returned.
-        model_output.update(self._packed_support(data))
+        model_output.update(self._packed_support())
         return torch.ones((), device=data["input_ids"].device), {}
 
-    def _packed_support(self, data: TensorDict) -> dict[str, Tensor]:
+    def _packed_support(self) -> dict[str, Tensor]:
         if self._support is None:
             raise RuntimeError("the engine never showed its logits: this verl no longer calls the logits hook")
-        window, rows, policy = self._support
+        window, tokens, rows, policy = self._support
         self._support = None
-        tokens = carry.response_tokens(data)
         ids, log_probs = policy.ids, policy.log_probs
         if window.ranks > 1:
             wanted = tokens.rows[tokens.mask]

@@ -19,6 +19,8 @@ from verl_troll.support import SUPPORT_RULES
 PREFIX = "actor_rollout_ref.actor.policy_loss.troll"
 LOSS_MODE = "troll"
 PLUGIN_MODULE = "verl_troll.plugin"
+# Counts of kept ids travel as int16, and the sampled id may come on top.
+LARGEST_K = 2**15 - 2
 
 
 class TrollConfigError(ValueError):
@@ -92,7 +94,7 @@ class TrollConfig(BaseConfig):
     Attributes:
         kl_bound: eps, largest KL(pi || q) of a token, in nats; above 0.
         alpha: weight of the regression term KL(p || stop_gradient(pi)); at least 0.
-        k: most ids kept of a policy; at least 1.
+        k: most ids kept of a policy; from 1 to 32766.
         dropped_mass: probability mass that the kept ids may leave out; in [0, 1).
         support: ``union`` (as published) or ``anchored`` (old ids and one outcome for the rest).
         importance_ratio: ``token``, or ``sequence`` for GSPO.
@@ -114,8 +116,8 @@ class TrollConfig(BaseConfig):
         self._check_number("kl_bound", 0, math.inf, "a finite number above 0 (nats)", low_open=True)
         self._check_number("alpha", 0, math.inf, "a finite number of at least 0")
         self._check_number("dropped_mass", 0, 1, "a number of at least 0 and below 1")
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            self._reject("k", "an integer of at least 1")
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k <= LARGEST_K:
+            self._reject("k", f"an integer from 1 to {LARGEST_K}")
         for name, choices in (
             ("support", SUPPORT_RULES),
             ("importance_ratio", IMPORTANCE_RATIOS),
