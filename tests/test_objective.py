@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests import oracle
 from verl_troll import logits as logits_module
-from verl_troll.logits import log_normaliser, log_probs_at, working_dtype
+from verl_troll.logits import working_dtype
 from verl_troll.objective import (
     IMPORTANCE_RATIOS,
     TokenTerms,
@@ -22,6 +22,7 @@ from verl_troll.objective import (
     token_terms,
 )
 from verl_troll.support import Comparison, SparsePolicy, compare, select
+from verl_troll.vocab_parallel import VocabShard, log_probs_at
 
 INF = math.inf
 BOUND = 0.05
@@ -53,7 +54,7 @@ def gathered(logits: Tensor, rows: Tensor, ids: Tensor, vocab_size: int) -> Tens
 
 
 def log_probs(logits: Tensor, rows: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
-    return log_probs_at(logits, rows, ids, log_normaliser(logits.detach(), rows, vocab_size), vocab_size)
+    return log_probs_at(logits, rows, ids, VocabShard.whole(logits.shape[-1], vocab_size))
 
 
 ROWS = torch.tensor([4, 0, 6, 3])
@@ -336,7 +337,11 @@ def library_terms(new: Tensor, batch: oracle.Batch, config: oracle.Settings) -> 
     """Terms of the response tokens, packed."""
     rows = batch.mask.reshape(-1).nonzero().squeeze(-1)
     old = batch.old.reshape(-1, COLUMNS)
-    options = {"k": config.k, "dropped_mass": config.dropped_mass, "vocab_size": config.vocab_size}
+    options = {
+        "k": config.k,
+        "dropped_mass": config.dropped_mass,
+        "shard": VocabShard.whole(COLUMNS, config.vocab_size),
+    }
     policy = select(old, rows, batch.sampled.reshape(-1)[rows], **options)  # type: ignore[arg-type]
     comparison = compare(config.rule, new.reshape(-1, COLUMNS), rows, policy, **options)  # type: ignore[arg-type]
     mode = "implicit" if config.implicit else "detached"
@@ -406,7 +411,11 @@ def frozen_losses(new: Tensor, base: Tensor, batch: oracle.Batch, config: oracle
     terms, _ = library_terms(new, batch, config)
     rows = batch.mask.reshape(-1).nonzero().squeeze(-1)
     old = batch.old.reshape(-1, COLUMNS)
-    options = {"k": config.k, "dropped_mass": config.dropped_mass, "vocab_size": config.vocab_size}
+    options = {
+        "k": config.k,
+        "dropped_mass": config.dropped_mass,
+        "shard": VocabShard.whole(COLUMNS, config.vocab_size),
+    }
     policy = select(old, rows, batch.sampled.reshape(-1)[rows], **options)  # type: ignore[arg-type]
     log_p = compare(config.rule, new.reshape(-1, COLUMNS), rows, policy, **options).new_log_probs  # type: ignore[arg-type]
     # Inside the region pi is p itself and the term is 0, whatever p.

@@ -11,6 +11,8 @@ from hydra.errors import ConfigCompositionException, InstantiationException
 from omegaconf import OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
 
+from verl_troll.plugin import engines
+
 TROLL = "actor_rollout_ref.actor.policy_loss.troll"
 BASE = (
     "hydra.searchpath=[pkg://verl_troll.configs]",
@@ -25,10 +27,10 @@ def verl_config() -> Iterator[None]:
         yield
 
 
-def build(*overrides: str, troll: bool = True) -> Any:
+def build(*overrides: str, troll: bool = True, trainer: str = "ppo_trainer") -> Any:
     """The actor's settings as verl builds them from a command line."""
     group = ("+troll=default",) if troll else ()
-    config = compose("ppo_trainer", overrides=[*BASE, *group, *overrides])
+    config = compose(trainer, overrides=[*BASE, *group, *overrides])
     return omega_conf_to_dataclass(config.actor_rollout_ref.actor)
 
 
@@ -116,6 +118,41 @@ def test_unsupported_combination_is_refused_with_its_key(override: str, key: str
     assert "allowed is" in message
 
 
+MEGATRON = "actor_rollout_ref.actor.megatron"
+
+
+def test_group_switches_troll_on_for_the_megatron_actor() -> None:
+    parallel = ("tensor_model_parallel_size=4", "pipeline_model_parallel_size=2", "context_parallel_size=2")
+    actor = build(*(f"{MEGATRON}.{size}" for size in parallel), trainer="ppo_megatron_trainer")
+    assert actor.strategy == "megatron"
+    assert actor.engine.tensor_model_parallel_size == 4
+    assert actor.engine.troll is actor.policy_loss.troll
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        (f"{MEGATRON}.pad_to_length=True", f"{MEGATRON}.pad_to_length"),
+        (f"{MEGATRON}.dynamic_context_parallel=True", f"{MEGATRON}.dynamic_context_parallel"),
+        ("actor_rollout_ref.model.mtp.enable=True", "actor_rollout_ref.model.mtp.enable"),
+        ("actor_rollout_ref.model.use_fused_kernels=True", "actor_rollout_ref.model.use_fused_kernels"),
+    ],
+)
+def test_what_the_megatron_actor_does_not_support_is_refused_with_its_key(override: str, key: str) -> None:
+    more = [f"{MEGATRON}.max_seqlen_per_dp_cp_rank=1024"] if "dynamic" in key else []
+    with pytest.raises(InstantiationException) as error:
+        build(override, *more, trainer="ppo_megatron_trainer")
+    message = str(error.value.__cause__ or error.value)
+    assert f"{key}=" in message
+    assert "allowed is" in message
+
+
+def test_megatron_actor_without_megatron_core_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(engines.BACKENDS, "megatron")
+    with pytest.raises(InstantiationException, match=r"Install megatron-core"):
+        build(trainer="ppo_megatron_trainer")
+
+
 def test_users_own_external_library_goes_beside_the_plugin() -> None:
     build("actor_rollout_ref.model.external_lib=[json,verl_troll.plugin]")
 
@@ -144,5 +181,6 @@ def test_group_refers_only_to_keys_that_verl_has() -> None:
         "bypass_mode": False,
         "distillation": False,
         "use_fused_kernels": False,
+        "multi_token_prediction": False,
         "external_lib": "verl_troll.plugin",
     }

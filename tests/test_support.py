@@ -24,6 +24,7 @@ from verl_troll.support import (
     compare,
     select,
 )
+from verl_troll.vocab_parallel import VocabShard
 
 INF = math.inf
 BOUND = 0.05
@@ -51,7 +52,8 @@ def assert_select_matches(
 ) -> SparsePolicy:
     """Every field of :func:`select` against the loops of the oracle, at every row."""
     rows = torch.arange(logits.shape[0])
-    policy = select(logits, rows, sampled, k=k, dropped_mass=dropped_mass, vocab_size=vocab_size)
+    shard = VocabShard.whole(logits.shape[-1], vocab_size)
+    policy = select(logits, rows, sampled, k=k, dropped_mass=dropped_mass, shard=shard)
     vocab = logits.shape[-1] if vocab_size is None else vocab_size
     atol = 1e-10 if logits.dtype == torch.float64 else 1e-5
     for row in range(logits.shape[0]):
@@ -183,7 +185,7 @@ def test_padding_columns_are_never_selected_and_never_counted(rule: str) -> None
         torch.testing.assert_close(padded.log_probs, clean.log_probs, rtol=0, atol=1e-6)
         leaf = poisoned_new.clone().requires_grad_()
         options = {"k": k, "dropped_mass": dropped_mass}
-        with_padding = compare(rule, leaf, rows, padded, vocab_size=60, **options)  # type: ignore[arg-type]
+        with_padding = compare(rule, leaf, rows, padded, shard=VocabShard.whole(64, 60), **options)  # type: ignore[arg-type]
         without = compare(rule, moved, rows, clean, **options)  # type: ignore[arg-type]
         torch.testing.assert_close(with_padding.new_log_probs, without.new_log_probs, rtol=0, atol=1e-5)
         torch.testing.assert_close(with_padding.old_log_probs, without.old_log_probs, rtol=0, atol=1e-5)
@@ -228,8 +230,6 @@ def test_select_passes_no_gradient_and_takes_no_rows() -> None:
         ("dropped_mass", {"dropped_mass": 1.0}),
         ("dropped_mass", {"dropped_mass": -1e-9}),
         ("dropped_mass", {"dropped_mass": math.nan}),
-        ("vocab_size", {"vocab_size": 31}),
-        ("vocab_size", {"vocab_size": 0}),
     ],
 )
 def test_bad_settings_are_named(name: str, settings_: dict[str, float]) -> None:
@@ -240,9 +240,8 @@ def test_bad_settings_are_named(name: str, settings_: dict[str, float]) -> None:
         select(logits, rows, sampled, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=name):
         compare("union", logits, rows, policy, **options)  # type: ignore[arg-type]
-    if name != "vocab_size":
-        with pytest.raises(ValueError, match=name):
-            check_support_settings(options["k"], options["dropped_mass"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=name):
+        check_support_settings(options["k"], options["dropped_mass"])  # type: ignore[arg-type]
 
 
 def test_an_unknown_rule_is_named() -> None:

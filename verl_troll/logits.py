@@ -1,28 +1,26 @@
-"""Exact log-probabilities of a few outcomes per token, straight from the logits.
+"""Reading ``[tokens, columns]`` logits in blocks of rows, so that no second tensor of their size is ever held.
 
-No ``[tokens, vocabulary]`` log-softmax is kept: the forward pass reads the logits in blocks of rows, the backward pass
-writes their gradient once.
-
-Shapes: N packed tokens, V vocabulary, R rows of interest (indices into N), W outcomes per row.
+Shapes: N packed tokens, C columns, R rows of interest (indices into N).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Elements of logits that are held in working precision at a time (64 MiB in float32).
 _BLOCK_ELEMENTS = 1 << 24
+# Candidates beyond k among which ties at the k-th place are ordered before a full row is searched.
+_TIE_MARGIN = 64
 
 
 def row_blocks(logits: Tensor, rows: Tensor) -> Iterator[slice]:
     """Slices of ``rows`` whose logits fit the working block."""
-    step = max(1, _BLOCK_ELEMENTS // logits.shape[-1])
+    step = max(1, _BLOCK_ELEMENTS // max(1, logits.shape[-1]))
     for start in range(0, rows.shape[0], step):
         yield slice(start, start + step)
 
@@ -32,58 +30,67 @@ def working_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def log_normaliser(logits: Tensor, rows: Tensor, vocab_size: int) -> Tensor:
-    """``log sum_v exp(logits[row, v])`` over the first ``vocab_size`` columns.
+class Normaliser(NamedTuple):
+    """The softmax's normaliser ``Z = mass * exp(peak)`` in two parts.
 
-    Args:
-        logits: ``[N, V]``; columns at or above ``vocab_size`` are padding and never counted.
-        rows: ``[R]`` int64.
+    Kept apart, log-probabilities of likely ids lose no digits to the size of the logits.
 
-    Returns:
-        ``[R]`` in :func:`working_dtype`, without gradient.
+    Attributes:
+        peak: ``[R]`` largest logit; ``-inf`` without columns.
+        mass: ``[R]`` ``sum exp(logit - peak)``; 0 without columns.
     """
-    result = torch.empty(rows.shape[0], dtype=working_dtype(logits), device=logits.device)
+
+    peak: Tensor
+    mass: Tensor
+
+    def log_probs(self, values: Tensor) -> Tensor:
+        """Log-probabilities ``[R, W]``, in nats, of outcomes with logits ``values [R, W]``."""
+        return (values - self.peak.unsqueeze(-1)) - self.mass.log().unsqueeze(-1)
+
+    @classmethod
+    def combine(cls, peaks: Tensor, masses: Tensor) -> Normaliser:
+        """The normaliser over all columns from those of P parts, ``[P, R]`` each."""
+        peak = peaks.amax(0)
+        return cls(peak, (masses * (peaks - peak).exp()).sum(0))
+
+
+def local_normaliser(logits: Tensor, rows: Tensor, columns: int) -> Normaliser:
+    """Normaliser over the first ``columns`` columns of ``logits [N, C]`` at ``rows [R]``, without gradient."""
+    dtype = working_dtype(logits)
+    peak = torch.full((rows.shape[0],), -math.inf, dtype=dtype, device=logits.device)
+    mass = torch.zeros_like(peak)
     with torch.no_grad():
-        for block in row_blocks(logits, rows):
-            result[block] = torch.logsumexp(logits[rows[block], :vocab_size].to(result.dtype), dim=-1)
-    return result
+        for block in row_blocks(logits, rows) if columns > 0 else ():
+            values = logits[rows[block], :columns].to(dtype)
+            peak[block] = values.amax(-1)
+            # Where every local logit is -inf the difference from the peak would be undefined.
+            shift = peak[block].clamp_min(torch.finfo(dtype).min)
+            mass[block] = values.sub_(shift.unsqueeze(-1)).exp_().sum(-1)
+    return Normaliser(peak, mass)
 
 
-def log_probs_at(logits: Tensor, rows: Tensor, ids: Tensor, log_z: Tensor, vocab_size: int) -> Tensor:
-    """``log_softmax(logits[rows, :vocab_size]).gather(-1, ids)``, differentiable with respect to the logits.
+def ordered_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and columns ``[R, k]`` of the k largest entries of ``[R, C]``, by falling value, then rising column.
 
-    Args:
-        logits: ``[N, V]`` float.
-        rows: ``[R]`` int64, without repetition.
-        ids: ``[R, W]`` int64 below ``vocab_size``; negative ids give ``-inf`` and no gradient.
-        log_z: ``[R]`` of :func:`log_normaliser`.
-        vocab_size: columns that count.
-
-    Returns:
-        ``[R, W]`` in :func:`working_dtype`, nats.
+    ``torch.topk`` leaves the order of equal values open, also across the k-th place.
     """
-    log_probs: Tensor = _LogProbsAt.apply(logits, rows, ids, log_z, vocab_size)  # type: ignore[no-untyped-call]
-    return log_probs
-
-
-class _LogProbsAt(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: Tensor, ids: Tensor, log_z: Tensor, vocab_size: int) -> Tensor:
-        ctx.save_for_backward(logits, rows, ids, log_z)
-        ctx.vocab_size = vocab_size
-        picked = logits[rows.unsqueeze(-1), ids.clamp_min(0)].to(log_z.dtype)
-        return torch.where(ids >= 0, picked - log_z.unsqueeze(-1), -math.inf)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, rows, ids, log_z = ctx.saved_tensors
-        grad = torch.where(ids >= 0, grad, 0.0)
-        total = grad.sum(-1, keepdim=True)
-        result = torch.zeros_like(logits)
-        for block in row_blocks(logits, rows):
-            columns = logits[rows[block], : ctx.vocab_size].to(log_z.dtype)
-            dense = torch.sub(columns, log_z[block].unsqueeze(-1)).exp_().mul_(-total[block])
-            dense.scatter_add_(-1, ids[block].clamp_min(0), grad[block])
-            result[rows[block], : ctx.vocab_size] = dense.to(logits.dtype)
-        return result, None, None, None, None
+    columns = rows.shape[-1]
+    candidates = min(k + _TIE_MARGIN, columns)
+    values, ids = rows.topk(candidates, dim=-1)
+    ids, by_id = ids.sort(dim=-1)
+    values, by_value = values.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(-1, by_value)
+    if candidates < columns:
+        threshold = values[:, k - 1 : k]
+        # Ties that may go on past the candidates: take the lowest ids among all entries equal to the k-th value.
+        open_ended = (values[:, -1:] == threshold).squeeze(-1).nonzero().squeeze(-1)
+        if open_ended.numel() > 0:
+            tied = rows[open_ended] == threshold[open_ended]
+            order = torch.arange(columns, device=rows.device)
+            lowest = torch.where(tied, order, columns).topk(k, dim=-1, largest=False).values
+            above = (values[open_ended] > threshold[open_ended]).sum(-1, keepdim=True)
+            place = torch.arange(k, device=rows.device)
+            tie_rank = (place - above).clamp_min(0)
+            ids[open_ended, :k] = torch.where(place < above, ids[open_ended, :k], lowest.gather(-1, tie_rank))
+            values[open_ended, :k] = torch.where(place < above, values[open_ended, :k], threshold[open_ended])
+    return values[:, :k], ids[:, :k]

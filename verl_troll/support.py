@@ -9,7 +9,10 @@ where the policies agree, and inside ``rest`` the projected policy keeps the new
 
     KL_vocabulary(pi || q) = KL_anchored(pi || q) + pi(rest) KL(p(. | rest) || q(. | rest))
 
-Shapes: N packed tokens, V logit columns, R rows of interest (indices into N), W kept ids, n outcomes.
+Logits may be split over a group of ranks (:class:`~verl_troll.vocab_parallel.VocabShard`); every rank then gets the
+same ids, in the same order, and the same values as a single process would.
+
+Shapes: N packed tokens, C local logit columns, R rows of interest (indices into N), W kept ids, n outcomes.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from verl_troll.logits import log_normaliser, log_probs_at, row_blocks, working_dtype
+from verl_troll.logits import Normaliser
+from verl_troll.vocab_parallel import VocabShard, log_probs_at, top_log_probs, with_gradient
 
 SupportRule = Literal["union", "anchored"]
 SUPPORT_RULES: tuple[str, ...] = get_args(SupportRule)
@@ -30,8 +34,6 @@ SUPPORT_RULES: tuple[str, ...] = get_args(SupportRule)
 LOG_MISSING = math.log(1e-12)
 # Least mass of the rest outcome: what a float32 sum of probabilities can resolve.
 REST_FLOOR = 1e-6
-# Candidates beyond K among which ties at the K-th place are ordered before a full row is searched.
-_TIE_MARGIN = 64
 
 
 @dataclass(frozen=True)
@@ -92,38 +94,34 @@ def select(
     *,
     k: int,
     dropped_mass: float,
-    vocab_size: int | None = None,
-    log_z: Tensor | None = None,
+    shard: VocabShard | None = None,
 ) -> SparsePolicy:
     """Keep each row's most probable ids until their mass reaches ``1 - dropped_mass``, at most ``k``, and the sampled.
 
     Equal logits are ordered by lower id, so that the choice does not depend on how the row is searched or sharded.
+    One all-gather where the vocabulary is sharded.
 
     Args:
-        logits: ``[N, V]`` float, temperature already applied. No gradient flows.
+        logits: ``[N, C]`` float, temperature already applied. No gradient flows.
         rows: ``[R]`` int64.
-        sampled_ids: ``[R]`` int64 below ``vocab_size``.
+        sampled_ids: ``[R]`` int64 below the vocabulary size.
         k: cap K on the selected ids (the sampled id may add one).
         dropped_mass: delta in [0, 1).
-        vocab_size: true vocabulary size; columns at or above it are padding. All columns by default.
-        log_z: ``[R]`` of ``log_normaliser`` where it is already known.
+        shard: the columns of ``logits``; the whole vocabulary, without padding, by default.
 
     Raises:
-        ValueError: ``k``, ``dropped_mass`` or ``vocab_size`` out of range.
+        ValueError: ``k`` or ``dropped_mass`` out of range, or a shard that does not fit the logits.
     """
     check_support_settings(k, dropped_mass)
-    vocab_size = _true_vocab_size(logits, vocab_size)
-    logits = logits.detach()
-    if log_z is None:
-        log_z = log_normaliser(logits, rows, vocab_size)
-    width = min(k, vocab_size)
-    ids = torch.empty(rows.shape[0], width, dtype=torch.int64, device=logits.device)
-    values = torch.empty(rows.shape[0], width, dtype=working_dtype(logits), device=logits.device)
-    for block in row_blocks(logits, rows):
-        top_values, ids[block] = _ordered_topk(logits[rows[block], :vocab_size], width)
-        values[block] = top_values.to(values.dtype)
-    log_probs = values - log_z.unsqueeze(-1)
+    shard = shard or VocabShard.whole(logits.shape[-1])
+    return _select(logits, rows, sampled_ids, k, dropped_mass, shard)[0]
 
+
+def _select(
+    logits: Tensor, rows: Tensor, sampled_ids: Tensor, k: int, dropped_mass: float, shard: VocabShard
+) -> tuple[SparsePolicy, Normaliser]:
+    ids, log_probs, sampled_log_probs, normaliser = top_log_probs(logits, rows, sampled_ids, k, shard)
+    width = ids.shape[-1]
     before = log_probs.exp().cumsum(-1) - log_probs.exp()
     # Without a mass to drop nothing but zero mass is dropped, however float32 rounds the sum.
     keep = before < (1 - dropped_mass if dropped_mass > 0 else math.inf)
@@ -134,47 +132,10 @@ def select(
 
     found = ids == sampled_ids.unsqueeze(-1)
     missing = ~found.any(-1)
-    sampled_log_probs = logits[rows, sampled_ids].to(log_z.dtype) - log_z
     ids = torch.cat([ids, torch.where(missing, sampled_ids, -1).unsqueeze(-1)], dim=-1)
     log_probs = torch.cat([log_probs, torch.where(missing, sampled_log_probs, -math.inf).unsqueeze(-1)], dim=-1)
     sampled = torch.where(missing, width, found.int().argmax(-1))
-    return SparsePolicy(ids, log_probs, sampled)
-
-
-def _true_vocab_size(logits: Tensor, vocab_size: int | None) -> int:
-    columns = logits.shape[-1]
-    if vocab_size is None:
-        return columns
-    if not 0 < vocab_size <= columns:
-        raise ValueError(f"vocab_size must lie between 1 and the {columns} logit columns, got {vocab_size!r}")
-    return vocab_size
-
-
-def _ordered_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and ids ``[R, k]`` of the k largest entries of ``[R, V]``, by value descending, then id ascending.
-
-    ``torch.topk`` leaves the order of equal values open, also across the k-th place.
-    """
-    columns = rows.shape[-1]
-    candidates = min(k + _TIE_MARGIN, columns)
-    values, ids = rows.topk(candidates, dim=-1)
-    ids, by_id = ids.sort(dim=-1)
-    values, by_value = values.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
-    ids = ids.gather(-1, by_value)
-    if candidates < columns:
-        threshold = values[:, k - 1 : k]
-        # Ties that may go on past the candidates: take the lowest ids among all entries equal to the k-th value.
-        open_ended = (values[:, -1:] == threshold).squeeze(-1).nonzero().squeeze(-1)
-        if open_ended.numel() > 0:
-            tied = rows[open_ended] == threshold[open_ended]
-            order = torch.arange(columns, device=rows.device)
-            lowest = torch.where(tied, order, columns).topk(k, dim=-1, largest=False).values
-            above = (values[open_ended] > threshold[open_ended]).sum(-1, keepdim=True)
-            place = torch.arange(k, device=rows.device)
-            tie_rank = (place - above).clamp_min(0)
-            ids[open_ended, :k] = torch.where(place < above, ids[open_ended, :k], lowest.gather(-1, tie_rank))
-            values[open_ended, :k] = torch.where(place < above, values[open_ended, :k], threshold[open_ended])
-    return values[:, :k], ids[:, :k]
+    return SparsePolicy(ids, log_probs, sampled), normaliser
 
 
 def compare(
@@ -185,36 +146,38 @@ def compare(
     *,
     k: int,
     dropped_mass: float,
-    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
 ) -> Comparison:
     """Put the new policy given by ``logits`` beside the old one on common outcomes.
 
+    Where the vocabulary is sharded: one all-reduce (``anchored``) or one all-gather (``union``) in the forward pass,
+    nothing in the backward pass.
+
     Args:
         rule: ``union`` (published) or ``anchored``.
-        logits: ``[N, V]`` of the new policy, temperature applied; gradients flow to its rows ``rows``.
+        logits: ``[N, C]`` of the new policy, temperature applied; gradients flow to its rows ``rows``.
         rows: ``[R]`` int64 without repetition.
         old: the old policy at these rows.
-        k, dropped_mass, vocab_size: as in :func:`select`.
+        k, dropped_mass, shard: as in :func:`select`.
 
     Raises:
         ValueError: an unknown rule, or a setting out of range.
     """
     check_support_settings(k, dropped_mass)
-    vocab_size = _true_vocab_size(logits, vocab_size)
-    log_z = log_normaliser(logits.detach(), rows, vocab_size)
+    shard = shard or VocabShard.whole(logits.shape[-1])
     if rule == "anchored":
-        return _anchored(logits, rows, old, log_z, k, dropped_mass, vocab_size)
+        return _anchored(logits, rows, old, k, dropped_mass, shard)
     if rule == "union":
-        return _union(logits, rows, old, log_z, k, dropped_mass, vocab_size)
+        return _union(logits, rows, old, k, dropped_mass, shard)
     raise ValueError(f"support must be one of {SUPPORT_RULES}, got {rule!r}")
 
 
 def _anchored(
-    logits: Tensor, rows: Tensor, old: SparsePolicy, log_z: Tensor, k: int, dropped_mass: float, vocab_size: int
+    logits: Tensor, rows: Tensor, old: SparsePolicy, k: int, dropped_mass: float, shard: VocabShard
 ) -> Comparison:
-    new_log_probs = log_probs_at(logits, rows, old.ids, log_z, vocab_size)
+    new_log_probs = log_probs_at(logits, rows, old.ids, shard)
     support_size = (old.ids >= 0).sum(-1)
-    has_rest = support_size < vocab_size
+    has_rest = support_size < shard.vocab_size
     new_rest, new_mass = _rest(new_log_probs, has_rest)
     old_rest, old_mass = _rest(old.log_probs, has_rest)
     return Comparison(
@@ -226,7 +189,7 @@ def _anchored(
         support_size=support_size,
         old_kept_mass=old_mass,
         new_kept_mass=new_mass.detach(),
-        cap_hit=_cap_hit(old, k, dropped_mass, vocab_size),
+        cap_hit=_cap_hit(old, k, dropped_mass, shard.vocab_size),
     )
 
 
@@ -238,16 +201,18 @@ def _rest(log_probs: Tensor, has_rest: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _union(
-    logits: Tensor, rows: Tensor, old: SparsePolicy, log_z: Tensor, k: int, dropped_mass: float, vocab_size: int
+    logits: Tensor, rows: Tensor, old: SparsePolicy, k: int, dropped_mass: float, shard: VocabShard
 ) -> Comparison:
-    sampled_ids = _at(old.ids, old.sampled)
-    new = select(logits, rows, sampled_ids, k=k, dropped_mass=dropped_mass, vocab_size=vocab_size, log_z=log_z)
-    only_new = torch.where(_is_member(new.ids, old.ids), -1, new.ids)
+    new, normaliser = _select(logits, rows, _at(old.ids, old.sampled), k, dropped_mass, shard)
+    only_new = torch.where(_find(new.ids, old.ids) >= 0, -1, new.ids)
     ids = torch.cat([old.ids, only_new], dim=-1)
     used = ids >= 0
-    kept_by_new = torch.cat([_is_member(old.ids, new.ids), only_new >= 0], dim=-1)
+    place = _find(old.ids, new.ids)
+    kept_by_new = torch.cat([place >= 0, only_new >= 0], dim=-1)
 
-    new_log_probs = log_probs_at(logits, rows, torch.where(kept_by_new, ids, -1), log_z, vocab_size)
+    selected = torch.cat([new.log_probs.gather(-1, place.clamp_min(0)), new.log_probs], dim=-1)
+    selected = torch.where(kept_by_new, selected, -math.inf)
+    new_log_probs = with_gradient(selected, logits, rows, torch.where(kept_by_new, ids, -1), normaliser, shard)
     sampled_log_probs = _at(new_log_probs, old.sampled)
     new_log_probs = torch.where(used & ~kept_by_new, LOG_MISSING, new_log_probs)
     defaults = torch.full_like(new.log_probs, -math.inf).masked_fill(only_new >= 0, LOG_MISSING)
@@ -263,7 +228,7 @@ def _union(
         support_size=support_size,
         old_kept_mass=old_mass,
         new_kept_mass=new.log_probs.exp().sum(-1),
-        cap_hit=_cap_hit(old, k, dropped_mass, vocab_size),
+        cap_hit=_cap_hit(old, k, dropped_mass, shard.vocab_size),
     )
 
 
@@ -278,8 +243,9 @@ def _cap_hit(policy: SparsePolicy, k: int, dropped_mass: float, vocab_size: int)
     return (size >= k) & (size < vocab_size) & (selected_mass < 1 - dropped_mass)
 
 
-def _is_member(ids: Tensor, among: Tensor) -> Tensor:
-    """``[R, W]`` bool: which used ids of ``ids [R, W]`` occur in the same row of ``among [R, M]``."""
-    ordered = among.sort(dim=-1).values
+def _find(ids: Tensor, among: Tensor) -> Tensor:
+    """``[R, W]`` int64: place of each used id of ``ids [R, W]`` in the same row of ``among [R, M]``, -1 without one."""
+    ordered, order = among.sort(dim=-1)
     place = torch.searchsorted(ordered, ids.contiguous()).clamp_max(ordered.shape[-1] - 1)
-    return (ordered.gather(-1, place) == ids) & (ids >= 0)
+    found = (ordered.gather(-1, place) == ids) & (ids >= 0)
+    return torch.where(found, order.gather(-1, place), -1)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig
+from verl.workers.config import ActorConfig, FSDPActorConfig, McoreActorConfig, PolicyLossConfig
 
 from verl_troll.plugin.engines import check_engine
-from verl_troll.plugin.settings import LOSS_MODE, TrollConfig, refusal
+from verl_troll.plugin.settings import LOSS_MODE, TrollConfig, TrollConfigError, refusal
 
 
 @dataclass
@@ -21,8 +21,8 @@ class TrollPolicyLossConfig(PolicyLossConfig):
     troll: TrollConfig = field(default_factory=TrollConfig)
 
 
-def _check_actor(actor: ActorConfig, pad_to_length: bool) -> None:
-    """Checks that need the actor's own settings."""
+def _check_actor(actor: ActorConfig) -> None:
+    """Checks that need the actor's own settings, whatever its strategy."""
     loss = actor.policy_loss
     if not isinstance(loss, TrollPolicyLossConfig):
         raise refusal("actor_rollout_ref.actor.policy_loss._target_", type(loss).__name__, "TrollPolicyLossConfig")
@@ -36,13 +36,6 @@ def _check_actor(actor: ActorConfig, pad_to_length: bool) -> None:
     loss.troll.host.check()
     if actor.use_fused_kernels:
         raise refusal("actor_rollout_ref.actor.use_fused_kernels", True, "False")
-    if pad_to_length:
-        raise refusal(
-            "actor_rollout_ref.actor.pad_to_length",
-            True,
-            "False",
-            "Padded tokens would have no place in the old policy's support.",
-        )
     if actor.loss_agg_mode == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None:
         raise refusal(
             "actor_rollout_ref.actor.loss_scale_factor",
@@ -60,11 +53,48 @@ class TrollFSDPActorConfig(FSDPActorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_actor(self, self.pad_to_length or self.engine.pad_to_length)
+        _check_actor(self)
+        if self.pad_to_length or self.engine.pad_to_length:
+            raise _padding_refused("actor_rollout_ref.actor.pad_to_length")
         object.__setattr__(self.engine, "troll", self.policy_loss.troll)
 
 
-_ACTOR_CONFIGS: dict[str, type[ActorConfig]] = {"fsdp": TrollFSDPActorConfig, "fsdp2": TrollFSDPActorConfig}
+@dataclass
+class TrollMegatronActorConfig(McoreActorConfig):
+    """verl's Megatron actor settings; hands the TROLL settings to the engine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_actor(self)
+        prefix = "actor_rollout_ref.actor.megatron"
+        if self.engine.pad_to_length:
+            raise _padding_refused(f"{prefix}.pad_to_length")
+        if self.engine.dynamic_context_parallel:
+            raise refusal(
+                f"{prefix}.dynamic_context_parallel",
+                True,
+                "False",
+                "verl does not show its logits under it. Use context_parallel_size.",
+            )
+        if self.policy_loss.troll.host.multi_token_prediction:
+            raise refusal(
+                "actor_rollout_ref.model.mtp.enable",
+                True,
+                "False with the Megatron actor",
+                "The extra heads would be trained without a trust region.",
+            )
+        object.__setattr__(self.engine, "troll", self.policy_loss.troll)
+
+
+def _padding_refused(key: str) -> TrollConfigError:
+    return refusal(key, True, "False", "verl does not show the logits of sequences padded to a fixed length.")
+
+
+_ACTOR_CONFIGS: dict[str, type[ActorConfig]] = {
+    "fsdp": TrollFSDPActorConfig,
+    "fsdp2": TrollFSDPActorConfig,
+    "megatron": TrollMegatronActorConfig,
+}
 
 
 def actor_config(**settings: Any) -> ActorConfig:

@@ -5,37 +5,34 @@ calls it with the temperature-scaled logits (``student_logits``) and stores the 
 as the loss, with those in ``model_output``. verl's own cross-entropy is skipped (``distillation_only``): log-probs
 come from the same normaliser as everything else, and nothing overwrites the logits in between.
 
-Under Ulysses each rank holds a window of the packed sequence. No collectives otherwise.
+Collectives per micro-batch, over the ranks that share the vocabulary: one in either pass (one more in the old pass
+where a response has masked tokens), none in backward; see :mod:`verl_troll.vocab_parallel`. Over the ranks that share
+the tokens: one all-reduce in the old pass, two small ones in the update.
 
-Shapes: N packed positions on this rank, V vocabulary, M response tokens that take part in the loss.
+Shapes: V local logit columns, R response tokens on this rank, M of them (on all ranks) that take part in the loss.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils.metric import AggregationType, Metric
-from verl.utils.ulysses import (
-    gather_outputs_and_unpad,
-    get_ulysses_sequence_parallel_group,
-    get_ulysses_sequence_parallel_rank,
-    get_ulysses_sequence_parallel_world_size,
-)
 from verl.workers.utils.padding import no_padding_2_padding
 
-from verl_troll.logits import log_normaliser, log_probs_at
 from verl_troll.objective import token_terms
 from verl_troll.plugin import carry
+from verl_troll.plugin.layout import TokenLayout
 from verl_troll.plugin.metrics import as_metrics, token_statistics
 from verl_troll.plugin.policy_loss import ProjectedTerms, projected_terms
 from verl_troll.plugin.settings import TrollConfig
 from verl_troll.support import SparsePolicy, compare, select
+from verl_troll.vocab_parallel import VocabShard, log_probs_at
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Any]]]
 
@@ -44,34 +41,24 @@ _REGRESSION_KL = "troll_regression_kl"
 _PROJECTED = "troll_projected"
 
 
-class _Window:
-    """This rank's part of the packed sequence."""
+class LogitsOwner(Protocol):
+    """What a pass asks of the engine whose logits it reads."""
 
-    def __init__(self, positions: int, total: int) -> None:
-        self.positions = positions
-        self.ranks = get_ulysses_sequence_parallel_world_size()
-        self.start = get_ulysses_sequence_parallel_rank() * positions if self.ranks > 1 else 0
-        self.padding = self.ranks * positions - total
+    def token_layout(self, shape: tuple[int, int], data: TensorDict, data_format: str) -> TokenLayout:
+        """Places of the micro-batch's tokens in logits with these leading dimensions."""
+        ...
 
-    def local(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of ``rows`` lie in the window (bool), and where those do (int64)."""
-        shifted = rows - self.start
-        inside = (shifted >= 0) & (shifted < self.positions)
-        return inside, shifted[inside]
-
-    def spread(self, rows: Tensor, values: Tensor, fill: float = 0.0) -> Tensor:
-        """``[positions, ...]`` with ``values`` at local ``rows``; gradients flow to ``values``."""
-        full = values.new_full((self.positions, *values.shape[1:]), fill)
-        return full.index_copy(0, rows, values)
-
-    def gather(self, values: Tensor) -> Tensor:
-        """``[total, ...]`` from every rank's ``[positions, ...]``: one all-gather under Ulysses."""
-        gathered: Tensor = gather_outputs_and_unpad(values, gather_dim=0, unpad_dim=0, padding_size=self.padding)
-        return gathered
+    def vocab_shard(self, columns: int) -> VocabShard:
+        """The part of the vocabulary that logits with so many columns hold."""
+        ...
 
 
 class _LogitsPass(ABC):
     """The two roles, told apart as verl does it: by whether logits are given."""
+
+    def __init__(self, settings: TrollConfig, owner: LogitsOwner) -> None:
+        self.settings = settings
+        self.owner = owner
 
     def __call__(
         self,
@@ -81,17 +68,22 @@ class _LogitsPass(ABC):
         student_logits: Tensor | None = None,
         data_format: str = "thd",
     ) -> Any:
-        """Per-token tensors ``[1, N]`` by name from logits ``[1, N, V]``; without logits, the loss and its metrics."""
+        """Per-token tensors ``[b, s]`` by name from logits ``[b, s, V]``; without logits, the loss and its metrics."""
         if data is None:
             raise TypeError("data is missing")
         if student_logits is not None:
-            return self._read_logits(student_logits.squeeze(0), data)
+            rows, columns, vocabulary = student_logits.shape
+            layout = self.owner.token_layout((rows, columns), data, data_format)
+            shard = self.owner.vocab_shard(vocabulary)
+            return self._read_logits(student_logits.flatten(0, 1), data, layout, shard)
         if model_output is None:
             raise TypeError("model_output is missing")
         return self._loss(model_output, data, dp_group)
 
     @abstractmethod
-    def _read_logits(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]: ...
+    def _read_logits(
+        self, logits: Tensor, data: TensorDict, layout: TokenLayout, shard: VocabShard
+    ) -> dict[str, Tensor]: ...
 
     @abstractmethod
     def _loss(
@@ -102,28 +94,25 @@ class _LogitsPass(ABC):
 class OldPolicyPass(_LogitsPass):
     """Takes the place of the missing loss function in the old-log-prob pass; adds the support to its output."""
 
-    def __init__(self, settings: TrollConfig) -> None:
-        self.settings = settings
-        self._support: tuple[_Window, carry.ResponseTokens, Tensor, SparsePolicy] | None = None
+    def __init__(self, settings: TrollConfig, owner: LogitsOwner) -> None:
+        super().__init__(settings, owner)
+        self._support: tuple[TokenLayout, carry.ResponseTokens, Tensor, SparsePolicy] | None = None
 
-    def _read_logits(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
+    def _read_logits(
+        self, logits: Tensor, data: TensorDict, layout: TokenLayout, shard: VocabShard
+    ) -> dict[str, Tensor]:
         tokens = carry.response_tokens(data)
-        window = _Window(logits.shape[0], data["input_ids"].values().shape[0])
-        inside, rows = window.local(tokens.rows)
-        ids, mask = tokens.ids[inside], tokens.mask[inside]
-        vocab_size = logits.shape[-1]
-        log_z = log_normaliser(logits, rows, vocab_size)
-        log_probs = log_probs_at(logits, rows, ids.unsqueeze(-1), log_z, vocab_size).squeeze(-1)
+        here, rows = layout.local(tokens.rows)
+        ids, mask = tokens.ids[here], tokens.mask[here]
         policy = select(
-            logits,
-            rows[mask],
-            ids[mask],
-            k=self.settings.k,
-            dropped_mass=self.settings.dropped_mass,
-            log_z=log_z[mask],
+            logits, rows[mask], ids[mask], k=self.settings.k, dropped_mass=self.settings.dropped_mass, shard=shard
         )
-        self._support = (window, tokens, rows[mask], policy)
-        return {"log_probs": window.spread(rows, log_probs).unsqueeze(0)}
+        log_probs = policy.log_probs.new_empty(rows.shape[0])
+        log_probs[mask] = policy.log_probs.gather(-1, policy.sampled.unsqueeze(-1)).squeeze(-1)
+        # verl wants the log-probs of masked response tokens as well.
+        log_probs[~mask] = log_probs_at(logits.detach(), rows[~mask], ids[~mask].unsqueeze(-1), shard).squeeze(-1)
+        self._support = (layout, tokens, here[tokens.mask], policy)
+        return {"log_probs": layout.spread(rows, log_probs)}
 
     def _loss(
         self, model_output: dict[str, Tensor], data: TensorDict, dp_group: dist.ProcessGroup | None
@@ -135,42 +124,44 @@ class OldPolicyPass(_LogitsPass):
     def _packed_support(self) -> dict[str, Tensor]:
         if self._support is None:
             raise RuntimeError("the engine never showed its logits: this verl no longer calls the logits hook")
-        window, tokens, rows, policy = self._support
+        layout, tokens, here, policy = self._support
         self._support = None
         ids, log_probs = policy.ids, policy.log_probs
-        if window.ranks > 1:
-            wanted = tokens.rows[tokens.mask]
-            ids = window.gather(window.spread(rows, ids, fill=-1))[wanted]
-            log_probs = window.gather(window.spread(rows, log_probs, fill=-torch.inf))[wanted]
+        if layout.group is not None:
+            bits = log_probs.float().view(torch.int32)
+            support = layout.gather(here, torch.stack([ids.to(torch.int32), bits], dim=-1))
+            ids, log_probs = support[..., 0], support[..., 1].contiguous().view(torch.float32)
         return carry.pack(ids, log_probs, tokens)
 
 
 class UpdatePass(_LogitsPass):
     """Wraps verl's loss function in the update."""
 
-    def __init__(self, settings: TrollConfig, inner: LossFunction) -> None:
-        self.settings = settings
+    def __init__(self, settings: TrollConfig, owner: LogitsOwner, inner: LossFunction) -> None:
+        super().__init__(settings, owner)
         self.inner = inner
-        self._statistics: tuple[Tensor, Tensor] | None = None
+        self._statistics: tuple[TokenLayout, Tensor, Tensor] | None = None
 
-    def _read_logits(self, logits: Tensor, data: TensorDict) -> dict[str, Tensor]:
+    def _read_logits(
+        self, logits: Tensor, data: TensorDict, layout: TokenLayout, shard: VocabShard
+    ) -> dict[str, Tensor]:
         settings = self.settings
         tokens = carry.response_tokens(data)
         old = carry.unpack(data, tokens)
-        window = _Window(logits.shape[0], data["input_ids"].values().shape[0])
-        inside, rows = window.local(tokens.rows[tokens.mask])
+        here, rows = layout.local(tokens.rows[tokens.mask])
         comparison = compare(
             settings.support,  # type: ignore[arg-type]
             logits,
             rows,
-            SparsePolicy(old.ids[inside], old.log_probs[inside], old.sampled[inside]),
+            SparsePolicy(old.ids[here], old.log_probs[here], old.sampled[here]),
             k=settings.k,
             dropped_mass=settings.dropped_mass,
+            shard=shard,
         )
         terms = token_terms(comparison, settings.kl_bound, settings.step_size_gradient)  # type: ignore[arg-type]
-        self._statistics = token_statistics(comparison, terms, settings.kl_bound)
+        self._statistics = (layout, *token_statistics(comparison, terms, settings.kl_bound))
         return {
-            name: window.spread(rows, values).unsqueeze(0)
+            name: layout.spread(rows, values)
             for name, values in (
                 ("log_probs", comparison.sampled_log_probs),
                 (_LOG_RATIO, terms.log_ratio),
@@ -184,7 +175,7 @@ class UpdatePass(_LogitsPass):
     ) -> tuple[Tensor, dict[str, Any]]:
         if self._statistics is None:
             raise RuntimeError("the engine never showed its logits: this verl no longer calls the logits hook")
-        sums, maxima = self._statistics
+        layout, sums, maxima = self._statistics
         self._statistics = None
         terms = ProjectedTerms(
             settings=self.settings,
@@ -199,10 +190,9 @@ class UpdatePass(_LogitsPass):
                 "the engine projected the policy, but the loss function did not use it: "
                 "actor_rollout_ref.actor.policy_loss.loss_mode must be 'troll'"
             )
-        if get_ulysses_sequence_parallel_world_size() > 1:
-            group = get_ulysses_sequence_parallel_group()
-            dist.all_reduce(sums, group=group)
-            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
+        if layout.group is not None:
+            dist.all_reduce(sums, group=layout.group)
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=layout.group)
         metrics.update(as_metrics(sums, maxima, data["batch_num_tokens"], data["dp_size"]))
         metrics["troll/regression_loss"] = Metric(AggregationType.SUM, terms.regression_loss)
         return loss + terms.regression_loss, metrics

@@ -41,6 +41,7 @@ class HostSettings(BaseConfig):
     bypass_mode: bool = False
     distillation: bool = False
     use_fused_kernels: bool = False
+    multi_token_prediction: bool = False
     external_lib: Any = None
 
     def check(self) -> None:

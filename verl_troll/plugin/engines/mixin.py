@@ -1,25 +1,20 @@
-"""TROLL on verl's engines: stock, unless the engine's configuration carries TROLL settings.
-
-verl's registry looks a class up by (device, vendor) before device alone, so that registering under vendor keys takes
-precedence without replacing anything.
-"""
+"""The mixin that turns one of verl's engines into one with TROLL; stock, unless its configuration carries settings."""
 
 from __future__ import annotations
 
 import contextlib
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
-from verl.workers.engine import BaseEngine, EngineRegistry, FSDPEngineWithLMHead
+from verl.workers.engine import BaseEngine
 
+from verl_troll.plugin.layout import TokenLayout
 from verl_troll.plugin.passes import LossFunction, OldPolicyPass, UpdatePass
 from verl_troll.plugin.settings import TrollConfig
-
-MODEL_TYPE = "language_model"
-# Vendors that verl's platforms name; generic is CPU mode, which runs the engines registered for cuda.
-DEVICES = (("cuda", "nvidia"), ("cuda", "amd"), ("cuda", "generic"), ("npu", "huawei"))
+from verl_troll.vocab_parallel import VocabShard
 
 
 class TrollEngineMixin(BaseEngine):
@@ -33,6 +28,14 @@ class TrollEngineMixin(BaseEngine):
         settings: TrollConfig | None = getattr(self.engine_config, "troll", None)
         return settings
 
+    @abstractmethod
+    def token_layout(self, shape: tuple[int, int], data: TensorDict, data_format: str) -> TokenLayout:
+        """See :class:`verl_troll.plugin.passes.LogitsOwner`."""
+
+    @abstractmethod
+    def vocab_shard(self, columns: int) -> VocabShard:
+        """See :class:`verl_troll.plugin.passes.LogitsOwner`."""
+
     def forward_backward_batch(
         self, data: TensorDict, loss_function: LossFunction | None, forward_only: bool = False
     ) -> Any:
@@ -43,9 +46,9 @@ class TrollEngineMixin(BaseEngine):
             if not forward_only:
                 if loss_function is None:
                     raise TypeError("loss_function is missing")
-                loss_function = UpdatePass(settings, loss_function)
+                loss_function = UpdatePass(settings, self, loss_function)
             elif loss_function is None:
-                loss_function = OldPolicyPass(settings)
+                loss_function = OldPolicyPass(settings, self)
             if isinstance(loss_function, OldPolicyPass | UpdatePass):
                 if tu.get_non_tensor_data(data, key="use_fused_kernels", default=False):
                     raise ValueError("use_fused_kernels=True is not supported with TROLL: set it to False")
@@ -61,34 +64,3 @@ class TrollEngineMixin(BaseEngine):
                 yield
             finally:
                 self._adapter_disabled = False
-
-
-class TrollFSDPEngine(TrollEngineMixin, FSDPEngineWithLMHead):
-    """verl's FSDP and FSDP2 engine with TROLL."""
-
-
-BACKENDS: dict[str, type[TrollEngineMixin]] = {"fsdp": TrollFSDPEngine, "fsdp2": TrollFSDPEngine}
-
-
-def register() -> None:
-    """Register the engines under every known (device, vendor); once per process."""
-    for backend, engine in BACKENDS.items():
-        registered = EngineRegistry._engines[MODEL_TYPE][backend]
-        for device, vendor in DEVICES:
-            if registered.get((device, vendor)) is not engine:
-                EngineRegistry.register(MODEL_TYPE, backend, device=device, vendor=vendor)(engine)
-
-
-def check_engine(strategy: str) -> None:
-    """Refuse a host on which verl would pick another engine than TROLL's.
-
-    Raises:
-        RuntimeError: naming the engine that verl would use.
-    """
-    chosen = EngineRegistry.get_engine_cls(MODEL_TYPE, strategy)
-    if not issubclass(chosen, TrollEngineMixin):
-        raise RuntimeError(
-            f"verl would run the actor on {chosen.__module__}.{chosen.__qualname__}, not on a TROLL engine: this "
-            f"host's device and vendor are not among {DEVICES}. Check VERL_PLATFORM, VERL_ENGINE_DEVICE and "
-            f"VERL_ENGINE_VENDOR."
-        )

@@ -1,0 +1,62 @@
+"""verl's Megatron engine with TROLL: vocabulary split over tensor-parallel ranks, tokens over context-parallel ones."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state as mpu
+from tensordict import TensorDict
+from verl.models.mcore.util import preprocess_bshd_engine, preprocess_thd_engine
+from verl.utils import tensordict_utils as tu
+from verl.utils.megatron_utils import unwrap_model
+from verl.workers.engine import MegatronEngineWithLMHead
+
+from verl_troll.plugin.engines.mixin import TrollEngineMixin
+from verl_troll.plugin.layout import TokenLayout
+from verl_troll.vocab_parallel import VocabShard
+
+
+class TrollMegatronEngine(TrollEngineMixin, MegatronEngineWithLMHead):
+    """verl's Megatron engine with TROLL."""
+
+    def token_layout(self, shape: tuple[int, int], data: TensorDict, data_format: str) -> TokenLayout:
+        """Packed (``thd``) or padded (``bshd``) tokens, this context-parallel rank's part of them.
+
+        Positions go the way that verl sends the tokens themselves, so that its padding and its order of
+        context-parallel chunks need no second description here.
+
+        Raises:
+            RuntimeError: the logits do not have the shape of the tokens.
+        """
+        input_ids = data["input_ids"]
+        total = input_ids.values().shape[0]
+        # Counted from 1: 0 is what padding holds.
+        numbers = torch.arange(1, total + 1, device=input_ids.device)
+        positions = torch.nested.nested_tensor_from_jagged(numbers, input_ids.offsets())
+        model = unwrap_model(self.module[-1])
+        fp8 = model.config.fp8 in ("e4m3", "hybrid")
+        if data_format == "thd":
+            layout = self._get_context_parallel_layout(model)
+            local = preprocess_thd_engine(positions, use_fp8_padding=fp8, cp_layout=layout)[0]
+        else:
+            longest = tu.get_non_tensor_data(data, key="forced_max_seqlen", default=None)
+            local = preprocess_bshd_engine(positions, use_fp8_padding=fp8, forced_max_seqlen=longest)[0]
+        if tuple(local.shape) != shape:
+            raise RuntimeError(f"verl lays the tokens out as {tuple(local.shape)}, but its logits as {shape}")
+        place = torch.full((total + 1,), -1, device=input_ids.device)
+        place[local.flatten()] = torch.arange(local.numel(), device=input_ids.device)
+        group = mpu.get_context_parallel_group() if mpu.get_context_parallel_world_size() > 1 else None
+        return TokenLayout(place[1:], shape, group)
+
+    def vocab_shard(self, columns: int) -> VocabShard:
+        """An even share of the vocabulary per tensor-parallel rank; columns past the model's vocabulary are padding.
+
+        verl's own log-probs count padded columns where a bridge pads; these do not.
+        """
+        vocab_size: int = self.model_config.hf_config.get_text_config().vocab_size
+        return VocabShard.even(columns, vocab_size, mpu.get_tensor_model_parallel_group())
+
+    def optimizer_step(self) -> float:
+        """verl's step, without the emptying of the cache that it adds for distillation, whose hook is used here."""
+        self._distillation_use_topk_active = False
+        grad_norm: float = super().optimizer_step()
+        return grad_norm

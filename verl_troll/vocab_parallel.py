@@ -1,0 +1,255 @@
+"""Log-probabilities from logits whose vocabulary is split over the ranks of a group.
+
+Every rank holds all N tokens and the columns ``[start, stop)`` of the vocabulary. Each function below gives every rank
+the same result, the one that a single process would get from all columns; backward touches the local columns only.
+Without a group nothing is sent.
+
+================================  =========================  ==========================  ========
+call                              forward                    bytes sent per row          backward
+================================  =========================  ==========================  ========
+:func:`log_probs_at`, W ids       one all-reduce             4 (W + 2 P)                 none
+:func:`top_log_probs`, K ids      one all-gather             8 K + 12                    none
+:func:`with_gradient`             none                       0                           none
+================================  =========================  ==========================  ========
+
+P is the number of ranks; float64 logits send twice the bytes for each number that is not an id. An all-reduce stands
+in for a gather because each id lives on one rank: all others add zero, so that the sum is exact, and unlike a gather's
+its cost per rank hardly grows with P.
+
+Shapes: N tokens, C local columns, R rows of interest (indices into N), W or K ids per row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from verl_troll.logits import Normaliser, local_normaliser, ordered_topk, row_blocks, working_dtype
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The columns of the vocabulary that this rank holds.
+
+    Attributes:
+        start, stop: ids of the local columns, ``[start, stop)``; they rise with the rank in ``group`` and leave no gap.
+        vocab_size: true vocabulary size; columns of ids at or above it are padding, which never counts.
+        group: ranks that hold the other columns; None where all are here.
+
+    Raises:
+        ValueError: bounds that are no interval, a vocabulary without an id, or one that a lone rank does not hold.
+    """
+
+    start: int
+    stop: int
+    vocab_size: int
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"a vocabulary shard needs 0 <= start <= stop, got [{self.start}, {self.stop})")
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size!r}")
+        if self.ranks == 1 and not (self.start == 0 and self.vocab_size <= self.stop):
+            raise ValueError(
+                f"vocab_size must lie between 1 and the {self.stop} logit columns, got {self.vocab_size!r}: columns "
+                f"from {self.start} on, and no group that holds others"
+            )
+
+    @classmethod
+    def whole(cls, columns: int, vocab_size: int | None = None) -> VocabShard:
+        """All ``columns`` on this rank, the first ``vocab_size`` (by default all) of them real."""
+        return cls(0, columns, columns if vocab_size is None else vocab_size)
+
+    @classmethod
+    def even(cls, columns: int, vocab_size: int, group: dist.ProcessGroup) -> VocabShard:
+        """``columns`` on every rank of ``group`` in order of ranks, as Megatron splits its output layer."""
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        if ranks * columns < vocab_size:
+            raise ValueError(
+                f"{ranks} ranks with {columns} logit columns each cannot hold a vocabulary of {vocab_size} ids"
+            )
+        return cls(rank * columns, (rank + 1) * columns, vocab_size, group)
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that hold a part of the vocabulary."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among them."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def columns(self) -> int:
+        """Local columns that are real; padding comes last."""
+        return max(0, min(self.stop, self.vocab_size) - self.start)
+
+    def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of ``ids`` (global, negative for none) this rank owns (bool), and their columns (0 for others)."""
+        columns = ids - self.start
+        owned = (ids >= 0) & (columns >= 0) & (columns < self.columns)
+        return owned, torch.where(owned, columns, 0)
+
+    def check(self, logits: Tensor) -> None:
+        """Raise ``ValueError`` where ``logits [N, C]`` has other columns than the shard says."""
+        if logits.shape[-1] != self.stop - self.start:
+            raise ValueError(
+                f"the vocabulary shard [{self.start}, {self.stop}) does not fit {logits.shape[-1]} logit columns"
+            )
+
+
+class TopLogProbs(NamedTuple):
+    """What :func:`top_log_probs` reads off the logits, alike on every rank.
+
+    Attributes:
+        ids: ``[R, K]`` int64, by falling log-probability (equal ones by rising id).
+        log_probs: ``[R, K]`` nats, over the whole vocabulary.
+        sampled_log_probs: ``[R]``.
+        normaliser: of the whole vocabulary.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    sampled_log_probs: Tensor
+    normaliser: Normaliser
+
+
+def log_probs_at(logits: Tensor, rows: Tensor, ids: Tensor, shard: VocabShard) -> Tensor:
+    """``log_softmax(logits[rows]).gather(-1, ids)`` over the whole vocabulary, differentiable in the local logits.
+
+    One all-reduce in the forward pass (``W + 2 P`` numbers per row), none in the backward pass.
+
+    Args:
+        logits: ``[N, C]`` float.
+        rows: ``[R]`` int64, without repetition, alike on every rank.
+        ids: ``[R, W]`` int64 below ``vocab_size``, alike on every rank; negative ids give ``-inf`` and no gradient.
+        shard: the columns of ``logits``.
+
+    Returns:
+        ``[R, W]`` in the working dtype (at least float32), nats.
+    """
+    shard.check(logits)
+    with torch.no_grad():
+        normaliser = local_normaliser(logits, rows, shard.columns)
+        values = _values_at(logits, rows, ids, shard)
+        if shard.ranks > 1 and rows.shape[0] > 0:
+            # A slot per rank for its normaliser, zero on all others.
+            slots = values.new_zeros(rows.shape[0], shard.ranks, 2)
+            slots[:, shard.rank] = torch.stack([normaliser.peak, normaliser.mass], dim=-1)
+            message = torch.cat([values, slots.flatten(1)], dim=-1)
+            dist.all_reduce(message, group=shard.group)
+            values, parts = message[:, : ids.shape[-1]], message[:, ids.shape[-1] :].view(-1, shard.ranks, 2)
+            normaliser = Normaliser.combine(parts[..., 0].T, parts[..., 1].T)
+        log_probs = torch.where(ids >= 0, normaliser.log_probs(values), -math.inf)
+    return with_gradient(log_probs, logits, rows, ids, normaliser, shard)
+
+
+def top_log_probs(logits: Tensor, rows: Tensor, sampled_ids: Tensor, k: int, shard: VocabShard) -> TopLogProbs:
+    """The ``min(k, vocab_size)`` most probable ids of each row and the sampled id's log-probability; no gradient.
+
+    Each rank sends its own best candidates, its part of the normaliser and, if it owns it, the sampled id's logit:
+    one all-gather.
+
+    Args:
+        logits, rows, shard: as in :func:`log_probs_at`.
+        sampled_ids: ``[R]`` int64 below ``vocab_size``.
+        k: at least 1.
+    """
+    shard.check(logits)
+    width = min(k, shard.vocab_size)
+    with torch.no_grad():
+        dtype = working_dtype(logits)
+        values = torch.full((rows.shape[0], width), -math.inf, dtype=dtype, device=logits.device)
+        ids = torch.full((rows.shape[0], width), -1, dtype=torch.int64, device=logits.device)
+        own = min(width, shard.columns)
+        for block in row_blocks(logits, rows) if own > 0 else ():
+            top_values, top_ids = ordered_topk(logits[rows[block], : shard.columns], own)
+            values[block, :own], ids[block, :own] = top_values.to(dtype), top_ids + shard.start
+        normaliser = local_normaliser(logits, rows, shard.columns)
+        sampled = _values_at(logits, rows, sampled_ids.unsqueeze(-1), shard)
+        if shard.ranks > 1 and rows.shape[0] > 0:
+            numbers = torch.cat([values, normaliser.peak.unsqueeze(-1), normaliser.mass.unsqueeze(-1), sampled], dim=-1)
+            numbers, gathered_ids = _gather(numbers, ids.to(torch.int32), shard)
+            normaliser = Normaliser.combine(numbers[..., width], numbers[..., width + 1])
+            sampled = numbers[..., width + 2].sum(0).unsqueeze(-1)
+            # Candidates stand in order of ranks, thus equal values in order of ids; a stable sort keeps that.
+            merged = numbers[..., :width].transpose(0, 1).flatten(1).sort(dim=-1, descending=True, stable=True)
+            values = merged.values[:, :width]
+            ids = gathered_ids.transpose(0, 1).flatten(1).gather(-1, merged.indices[:, :width]).long()
+        return TopLogProbs(ids, normaliser.log_probs(values), normaliser.log_probs(sampled).squeeze(-1), normaliser)
+
+
+def with_gradient(
+    log_probs: Tensor, logits: Tensor, rows: Tensor, ids: Tensor, normaliser: Normaliser, shard: VocabShard
+) -> Tensor:
+    """``log_probs [R, W]``, known already, as the function of the local logits that they are.
+
+    The loss must be the same function of them on every rank, as Megatron's losses are: then each rank's gradient of
+    its own columns is complete, and nothing is sent.
+
+    Args:
+        log_probs: values at ``ids``.
+        logits, rows, ids, shard: as in :func:`log_probs_at`.
+        normaliser: of the whole vocabulary at ``rows``.
+    """
+    result: Tensor = _WithGradient.apply(log_probs, logits, rows, ids, *normaliser, shard)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        log_probs: Tensor,
+        logits: Tensor,
+        rows: Tensor,
+        ids: Tensor,
+        peak: Tensor,
+        mass: Tensor,
+        shard: VocabShard,
+    ) -> Tensor:
+        ctx.save_for_backward(logits, rows, ids, peak, mass)
+        ctx.shard = shard
+        return log_probs.view_as(log_probs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None, None, None]:
+        logits, rows, ids, peak, mass = ctx.saved_tensors
+        columns = ctx.shard.columns
+        grad = torch.where(ids >= 0, grad, 0.0)
+        scale = (-grad.sum(-1) / mass).unsqueeze(-1)
+        owned, local_ids = ctx.shard.local(ids)
+        grad = torch.where(owned, grad, 0.0)
+        result = torch.zeros_like(logits)
+        for block in row_blocks(logits, rows) if columns > 0 else ():
+            dense = torch.sub(logits[rows[block], :columns], peak[block].unsqueeze(-1)).exp_().mul_(scale[block])
+            dense.scatter_add_(-1, local_ids[block], grad[block])
+            result[rows[block], :columns] = dense.to(logits.dtype)
+        return None, result, None, None, None, None, None
+
+
+def _values_at(logits: Tensor, rows: Tensor, ids: Tensor, shard: VocabShard) -> Tensor:
+    """``[R, W]`` logits in the working dtype at the ids that this rank owns, 0 at all others."""
+    owned, columns = shard.local(ids)
+    if shard.columns == 0:
+        return torch.zeros(ids.shape, dtype=working_dtype(logits), device=logits.device)
+    return torch.where(owned, logits[rows.unsqueeze(-1), columns], 0.0).to(working_dtype(logits))
+
+
+def _gather(numbers: Tensor, ids: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """``[P, R, A]`` and ``[P, R, B]`` from every rank's ``numbers [R, A]`` and int32 ``ids [R, B]``: one all-gather."""
+    words = numbers.view(torch.int32)
+    message = torch.cat([words, ids], dim=-1)
+    gathered = message.new_empty(shard.ranks, *message.shape)
+    dist.all_gather_into_tensor(gathered.flatten(0, 1), message, group=shard.group)
+    words, ids = gathered[..., : words.shape[-1]], gathered[..., words.shape[-1] :]
+    return words.contiguous().view(numbers.dtype), ids
