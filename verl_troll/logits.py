@@ -49,24 +49,47 @@ class Normaliser(NamedTuple):
 
     @classmethod
     def combine(cls, peaks: Tensor, masses: Tensor) -> Normaliser:
-        """The normaliser over all columns from those of P parts, ``[P, R]`` each."""
+        """The normaliser over all columns from those of P parts, ``[P, R]`` each.
+
+        The parts are added one by one, so that the same parts give the same bits wherever they lie in memory: the old
+        policy and an unchanged new one come by different ways, and their ratio must be exactly 1.
+        """
+        peaks, masses = peaks.contiguous(), masses.contiguous()
         peak = peaks.amax(0)
-        return cls(peak, (masses * (peaks - peak).exp()).sum(0))
+        mass = torch.zeros_like(peak)
+        for part_peak, part_mass in zip(peaks, masses, strict=True):
+            mass += part_mass * (part_peak - peak).exp()
+        return cls(peak, mass)
 
 
-def local_normaliser(logits: Tensor, rows: Tensor, columns: int) -> Normaliser:
-    """Normaliser over the first ``columns`` columns of ``logits [N, C]`` at ``rows [R]``, without gradient."""
+def local_reading(logits: Tensor, rows: Tensor, columns: int, k: int = 0) -> tuple[Normaliser, Tensor, Tensor]:
+    """Normaliser over the first ``columns`` columns of ``logits [N, C]`` at ``rows [R]``, and their k largest entries.
+
+    One pass over the logits, without gradient.
+
+    Returns:
+        The normaliser, values ``[R, k]`` and columns ``[R, k]`` int64 as :func:`ordered_topk` orders them; beyond
+        the columns there are, ``-inf`` and -1.
+    """
     dtype = working_dtype(logits)
     peak = torch.full((rows.shape[0],), -math.inf, dtype=dtype, device=logits.device)
     mass = torch.zeros_like(peak)
+    values = torch.full((rows.shape[0], k), -math.inf, dtype=dtype, device=logits.device)
+    ids = torch.full((rows.shape[0], k), -1, dtype=torch.int64, device=logits.device)
+    own = min(k, columns)
     with torch.no_grad():
         for block in row_blocks(logits, rows) if columns > 0 else ():
-            values = logits[rows[block], :columns].to(dtype)
-            peak[block] = values.amax(-1)
+            dense = logits[rows[block], :columns]
+            if own > 0:
+                top_values, ids[block, :own] = ordered_topk(dense, own)
+                values[block, :own] = top_values.to(dtype)
+                peak[block] = values[block, 0]
+            else:
+                peak[block] = dense.amax(-1).to(dtype)
             # Where every local logit is -inf the difference from the peak would be undefined.
             shift = peak[block].clamp_min(torch.finfo(dtype).min)
-            mass[block] = values.sub_(shift.unsqueeze(-1)).exp_().sum(-1)
-    return Normaliser(peak, mass)
+            mass[block] = dense.to(dtype).sub_(shift.unsqueeze(-1)).exp_().sum(-1)
+    return Normaliser(peak, mass), values, ids
 
 
 def ordered_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:

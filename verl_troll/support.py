@@ -99,7 +99,7 @@ def select(
     """Keep each row's most probable ids until their mass reaches ``1 - dropped_mass``, at most ``k``, and the sampled.
 
     Equal logits are ordered by lower id, so that the choice does not depend on how the row is searched or sharded.
-    One all-gather where the vocabulary is sharded.
+    One all-to-all and one all-gather where the vocabulary is sharded.
 
     Args:
         logits: ``[N, C]`` float, temperature already applied. No gradient flows.
@@ -150,8 +150,8 @@ def compare(
 ) -> Comparison:
     """Put the new policy given by ``logits`` beside the old one on common outcomes.
 
-    Where the vocabulary is sharded: one all-reduce (``anchored``) or one all-gather (``union``) in the forward pass,
-    nothing in the backward pass.
+    Where the vocabulary is sharded: one all-reduce (``anchored``) or one all-to-all and one all-gather (``union``) in
+    the forward pass, nothing in the backward pass.
 
     Args:
         rule: ``union`` (published) or ``anchored``.

@@ -4,17 +4,17 @@ Every rank holds all N tokens and the columns ``[start, stop)`` of the vocabular
 the same result, the one that a single process would get from all columns; backward touches the local columns only.
 Without a group nothing is sent.
 
-================================  =========================  ==========================  ========
-call                              forward                    bytes sent per row          backward
-================================  =========================  ==========================  ========
-:func:`log_probs_at`, W ids       one all-reduce             4 (W + 2 P)                 none
-:func:`top_log_probs`, K ids      one all-gather             8 K + 12                    none
-:func:`with_gradient`             none                       0                           none
-================================  =========================  ==========================  ========
+============================  ==============================  =======================  ========
+call                          forward                         message per row, bytes   backward
+============================  ==============================  =======================  ========
+:func:`log_probs_at`, W ids   one all-reduce                  4 (W + 2 P)              none
+:func:`top_log_probs`, K ids  one all-to-all, one all-gather  8 K + 12                 none
+:func:`with_gradient`         none                            0                        none
+============================  ==============================  =======================  ========
 
-P is the number of ranks; float64 logits send twice the bytes for each number that is not an id. An all-reduce stands
-in for a gather because each id lives on one rank: all others add zero, so that the sum is exact, and unlike a gather's
-its cost per rank hardly grows with P.
+P is the number of ranks; each rank sends and receives 2 (P - 1) / P times the message, so that the cost per rank hardly
+grows with P. float64 logits send twice the bytes for each number that is not an id. An all-reduce stands in for a
+gather because each id lives on one rank: all others add zero, so that the sum is exact.
 
 Shapes: N tokens, C local columns, R rows of interest (indices into N), W or K ids per row.
 """
@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from verl_troll.logits import Normaliser, local_normaliser, ordered_topk, row_blocks, working_dtype
+from verl_troll.logits import Normaliser, local_reading, row_blocks, working_dtype
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class TopLogProbs(NamedTuple):
     """What :func:`top_log_probs` reads off the logits, alike on every rank.
 
     Attributes:
-        ids: ``[R, K]`` int64, by falling log-probability (equal ones by rising id).
-        log_probs: ``[R, K]`` nats, over the whole vocabulary.
+        ids: ``[R, K]`` int64, by falling log-probability (equal ones by rising id); -1 for an id without mass.
+        log_probs: ``[R, K]`` nats, over the whole vocabulary; ``-inf`` for an id without mass.
         sampled_log_probs: ``[R]``.
         normaliser: of the whole vocabulary.
     """
@@ -125,7 +125,7 @@ class TopLogProbs(NamedTuple):
 def log_probs_at(logits: Tensor, rows: Tensor, ids: Tensor, shard: VocabShard) -> Tensor:
     """``log_softmax(logits[rows]).gather(-1, ids)`` over the whole vocabulary, differentiable in the local logits.
 
-    One all-reduce in the forward pass (``W + 2 P`` numbers per row), none in the backward pass.
+    One all-reduce of ``W + 2 P`` numbers per row in the forward pass, nothing in the backward pass.
 
     Args:
         logits: ``[N, C]`` float.
@@ -138,7 +138,7 @@ def log_probs_at(logits: Tensor, rows: Tensor, ids: Tensor, shard: VocabShard) -
     """
     shard.check(logits)
     with torch.no_grad():
-        normaliser = local_normaliser(logits, rows, shard.columns)
+        normaliser = local_reading(logits, rows, shard.columns)[0]
         values = _values_at(logits, rows, ids, shard)
         if shard.ranks > 1 and rows.shape[0] > 0:
             # A slot per rank for its normaliser, zero on all others.
@@ -155,8 +155,8 @@ def log_probs_at(logits: Tensor, rows: Tensor, ids: Tensor, shard: VocabShard) -
 def top_log_probs(logits: Tensor, rows: Tensor, sampled_ids: Tensor, k: int, shard: VocabShard) -> TopLogProbs:
     """The ``min(k, vocab_size)`` most probable ids of each row and the sampled id's log-probability; no gradient.
 
-    Each rank sends its own best candidates, its part of the normaliser and, if it owns it, the sampled id's logit:
-    one all-gather.
+    Each rank brings its own best candidates, its part of the normaliser and, if it owns it, the sampled id's logit:
+    one all-to-all and one all-gather of ``8 K + 12`` bytes per row.
 
     Args:
         logits, rows, shard: as in :func:`log_probs_at`.
@@ -166,25 +166,57 @@ def top_log_probs(logits: Tensor, rows: Tensor, sampled_ids: Tensor, k: int, sha
     shard.check(logits)
     width = min(k, shard.vocab_size)
     with torch.no_grad():
-        dtype = working_dtype(logits)
-        values = torch.full((rows.shape[0], width), -math.inf, dtype=dtype, device=logits.device)
-        ids = torch.full((rows.shape[0], width), -1, dtype=torch.int64, device=logits.device)
-        own = min(width, shard.columns)
-        for block in row_blocks(logits, rows) if own > 0 else ():
-            top_values, top_ids = ordered_topk(logits[rows[block], : shard.columns], own)
-            values[block, :own], ids[block, :own] = top_values.to(dtype), top_ids + shard.start
-        normaliser = local_normaliser(logits, rows, shard.columns)
-        sampled = _values_at(logits, rows, sampled_ids.unsqueeze(-1), shard)
+        normaliser, values, ids = local_reading(logits, rows, shard.columns, width)
+        sampled = _values_at(logits, rows, sampled_ids.unsqueeze(-1), shard).squeeze(-1)
+        ids = torch.where(ids >= 0, ids + shard.start, -1)
         if shard.ranks > 1 and rows.shape[0] > 0:
-            numbers = torch.cat([values, normaliser.peak.unsqueeze(-1), normaliser.mass.unsqueeze(-1), sampled], dim=-1)
-            numbers, gathered_ids = _gather(numbers, ids.to(torch.int32), shard)
-            normaliser = Normaliser.combine(numbers[..., width], numbers[..., width + 1])
-            sampled = numbers[..., width + 2].sum(0).unsqueeze(-1)
-            # Candidates stand in order of ranks, thus equal values in order of ids; a stable sort keeps that.
-            merged = numbers[..., :width].transpose(0, 1).flatten(1).sort(dim=-1, descending=True, stable=True)
-            values = merged.values[:, :width]
-            ids = gathered_ids.transpose(0, 1).flatten(1).gather(-1, merged.indices[:, :width]).long()
-        return TopLogProbs(ids, normaliser.log_probs(values), normaliser.log_probs(sampled).squeeze(-1), normaliser)
+            normaliser, values, ids, sampled = _merge(normaliser, values, ids, sampled, shard)
+        log_probs = normaliser.log_probs(values)
+        sampled_log_probs = normaliser.log_probs(sampled.unsqueeze(-1)).squeeze(-1)
+        return TopLogProbs(torch.where(log_probs > -math.inf, ids, -1), log_probs, sampled_log_probs, normaliser)
+
+
+def _merge(
+    normaliser: Normaliser, values: Tensor, ids: Tensor, sampled: Tensor, shard: VocabShard
+) -> tuple[Normaliser, Tensor, Tensor, Tensor]:
+    """Normaliser, k best ``values`` and ``ids [R, k]`` and ``sampled [R]`` of the vocabulary from each rank's own.
+
+    Each rank merges its share of the rows: an all-to-all brings it what all ranks found there, an all-gather hands
+    the results round.
+    """
+    rows, width = ids.shape
+    found = _pack(normaliser, values, ids, sampled)
+    share = -(-rows // shard.ranks)
+    found = torch.nn.functional.pad(found, (0, 0, 0, share * shard.ranks - rows))
+    received = torch.empty_like(found)
+    dist.all_to_all_single(received, found, group=shard.group)
+    parts, values, ids, sampled = _unpack(received.view(shard.ranks, share, -1), width, values.dtype)
+
+    # Candidates stand in order of ranks, thus equal values in order of ids; a stable sort keeps that.
+    best = values.transpose(0, 1).flatten(1).sort(dim=-1, descending=True, stable=True)
+    ids = ids.transpose(0, 1).flatten(1).gather(-1, best.indices[:, :width])
+    own = _pack(Normaliser.combine(*parts), best.values[:, :width], ids, sampled.sum(0))
+    dist.all_gather_into_tensor(received, own, group=shard.group)
+    normaliser, values, ids, sampled = _unpack(received[:rows], width, values.dtype)
+    return normaliser, values, ids.long(), sampled
+
+
+def _pack(normaliser: Normaliser, values: Tensor, ids: Tensor, sampled: Tensor) -> Tensor:
+    """One int32 message per row, ``[..., words]``: k values, peak, mass and sampled bit by bit, then k ids."""
+    scalars = torch.stack([normaliser.peak, normaliser.mass, sampled], dim=-1)
+    return torch.cat([torch.cat([values, scalars], dim=-1).view(torch.int32), ids.to(torch.int32)], dim=-1)
+
+
+def _unpack(message: Tensor, width: int, dtype: torch.dtype) -> tuple[Normaliser, Tensor, Tensor, Tensor]:
+    # A copy: contiguous() would leave the stride of a single row, which float64 cannot be viewed with.
+    numbers = message[..., :-width].clone(memory_format=torch.contiguous_format).view(dtype)
+    ids = message[..., -width:]
+    return (
+        Normaliser(numbers[..., width], numbers[..., width + 1]),
+        numbers[..., :width],
+        ids,
+        numbers[..., width + 2],
+    )
 
 
 def with_gradient(
@@ -243,13 +275,3 @@ def _values_at(logits: Tensor, rows: Tensor, ids: Tensor, shard: VocabShard) -> 
     if shard.columns == 0:
         return torch.zeros(ids.shape, dtype=working_dtype(logits), device=logits.device)
     return torch.where(owned, logits[rows.unsqueeze(-1), columns], 0.0).to(working_dtype(logits))
-
-
-def _gather(numbers: Tensor, ids: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """``[P, R, A]`` and ``[P, R, B]`` from every rank's ``numbers [R, A]`` and int32 ``ids [R, B]``: one all-gather."""
-    words = numbers.view(torch.int32)
-    message = torch.cat([words, ids], dim=-1)
-    gathered = message.new_empty(shard.ranks, *message.shape)
-    dist.all_gather_into_tensor(gathered.flatten(0, 1), message, group=shard.group)
-    words, ids = gathered[..., : words.shape[-1]], gathered[..., words.shape[-1] :]
-    return words.contiguous().view(numbers.dtype), ids

@@ -38,6 +38,7 @@ class Setup:
     temperature: float = TEMPERATURE
     mini_batch_size: int = 8
     lr: float = 3e-2
+    adam_eps: float = 1e-8
     param_dtype: str = "fp32"
 
 
@@ -162,7 +163,9 @@ def _build(setup: Setup) -> tuple[Any, Any, Any]:
         "fsdp2",
         model_config=model,
         engine_config=engine_config,
-        optimizer_config=FSDPOptimizerConfig(lr=setup.lr, clip_grad=1e9, weight_decay=0.0),
+        optimizer_config=FSDPOptimizerConfig(
+            lr=setup.lr, clip_grad=1e9, weight_decay=0.0, override_optimizer_config={"eps": setup.adam_eps}
+        ),
         checkpoint_config=CheckpointConfig(),
     )
     engine.initialize()
@@ -356,7 +359,8 @@ def train_steps(setup: Setup, batch: TensorDict, steps: int, noise: float = 0.0)
     history = []
     for _ in range(steps):
         with engine.train_mode():
-            result = engine.train_batch(_with_settings(shard, setup, calculate_entropy=False), loss_function)
+            data = _with_settings(shard, setup, calculate_entropy=setup.entropy_coeff != 0)
+            result = engine.train_batch(data, loss_function)
         grad_norm = float(result["metrics"].pop("grad_norm"))
         history.append({**_aggregate(result["metrics"]), "grad_norm": grad_norm})
     return history

@@ -56,9 +56,19 @@ def make_assets(folder: Path) -> None:
 
 
 def run_trainer(
-    assets: Path, out: Path, overrides: list[str], *, ranks: int = 1, probe: bool = False, timeout: float = 280
+    assets: Path,
+    out: Path,
+    overrides: list[str],
+    *,
+    ranks: int = 1,
+    probe: bool = False,
+    timeout: float = 280,
+    group: str = "default",
 ) -> list[dict[str, Any]]:
     """Run ``verl.trainer.main_ppo`` and return one row of metrics per logged step (``step`` among the keys).
+
+    Args:
+        group: of the configuration groups ``cpu``.
 
     Raises:
         AssertionError: the trainer failed or hung; the message ends with its log.
@@ -86,7 +96,7 @@ def run_trainer(
         "verl.trainer.main_ppo",
         "hydra.searchpath=[pkg://verl_troll.configs]",
         f"hydra.run.dir={out}/hydra",
-        "+cpu=default",
+        f"+cpu={group}",
         "algorithm.adv_estimator=grpo",
         f"data.train_files={assets}/train.parquet",
         f"data.val_files={assets}/val.parquet",

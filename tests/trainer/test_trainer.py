@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.trainer.run import make_assets, probe_lines, run_trainer
+from tests.trainer.checks import assert_projected_within_bound, assert_side_channel_exact
+from tests.trainer.run import make_assets, run_trainer
 
 pytestmark = [pytest.mark.trainer, pytest.mark.timeout(600)]
 
 ACTOR = "actor_rollout_ref.actor"
-BOUND = 0.05 * (1 + 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -21,23 +19,6 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("assets")
     make_assets(folder)
     return folder
-
-
-def assert_projected_within_bound(rows: list[dict[str, Any]]) -> None:
-    assert all(row["troll/kl_after_max"] <= BOUND for row in rows)
-    assert all(row["troll/unconverged"] == 0 for row in rows)
-    assert any(row["troll/projected_share"] > 0.01 for row in rows)
-    assert all(row["troll/kl_after"] <= row["troll/kl_before"] for row in rows)
-
-
-def assert_side_channel_exact(out: Path, steps: int, samples: int, epochs: int) -> None:
-    """Every sample's support enters each epoch's update bit for bit as it left the old pass."""
-    lines = probe_lines(out)
-    old = Counter(line["digest"] for line in lines if line["pass"] == "old")
-    update = Counter(line["digest"] for line in lines if line["pass"] == "update")
-    assert sum(old.values()) == steps * samples
-    assert all(line["kept"] > 0 for line in lines)
-    assert update == Counter({digest: count * epochs for digest, count in old.items()})
 
 
 def test_troll_trains_saves_and_resumes_on_one_rank(assets: Path, tmp_path: Path) -> None:

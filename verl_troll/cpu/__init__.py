@@ -10,7 +10,8 @@ of :mod:`verl_troll.patches`. The configuration group ``+cpu=default`` sets what
 
 Training engines are verl's own: ``VERL_ENGINE_DEVICE=cuda`` (verl's public override, set here unless it is set
 already) selects the engines that verl registers for ``cuda``, and those run on CPU tensors. The platform's vendor is
-``generic``, so an engine registered for ``("cuda", "generic")`` is preferred to the stock one.
+``generic``, so an engine registered for ``("cuda", "generic")`` is preferred to the stock one. The Megatron engine
+needs the group ``+cpu=megatron`` instead (:mod:`verl_troll.cpu.megatron`).
 
 Without ``VERL_PLATFORM=cpu`` an import changes nothing.
 """

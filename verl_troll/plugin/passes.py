@@ -5,9 +5,10 @@ calls it with the temperature-scaled logits (``student_logits``) and stores the 
 as the loss, with those in ``model_output``. verl's own cross-entropy is skipped (``distillation_only``): log-probs
 come from the same normaliser as everything else, and nothing overwrites the logits in between.
 
-Collectives per micro-batch, over the ranks that share the vocabulary: one in either pass (one more in the old pass
-where a response has masked tokens), none in backward; see :mod:`verl_troll.vocab_parallel`. Over the ranks that share
-the tokens: one all-reduce in the old pass, two small ones in the update.
+Collectives per micro-batch, over the ranks that share the vocabulary: two in the old pass (three where a response has
+masked tokens) and in the update under ``union``, one under ``anchored``, none in backward; see
+:mod:`verl_troll.vocab_parallel`. Over the ranks that share the tokens: one all-reduce in the old pass, two small ones
+in the update.
 
 Shapes: V local logit columns, R response tokens on this rank, M of them (on all ranks) that take part in the loss.
 """

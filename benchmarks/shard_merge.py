@@ -1,0 +1,107 @@
+"""Two exact ways to merge the top-k candidates of vocabulary shards, side by side.
+
+    python -m benchmarks.shard_merge [--ranks 2 4] [--tokens 512] [--vocab 151936] [--k 64] [--repeat 15]
+
+``by token`` is what the library does (``verl_troll.vocab_parallel._merge``): an all-to-all gives each rank all
+candidates of its share of the tokens, it merges those, and an all-gather hands the results round. ``everywhere``: one
+all-gather, then every rank merges all tokens. Ranks are processes on one machine that talk through gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+
+from verl_troll.logits import Normaliser, local_reading
+from verl_troll.vocab_parallel import VocabShard, _merge, _pack, _unpack
+
+
+def merge_everywhere(
+    normaliser: Normaliser, values: Tensor, ids: Tensor, sampled: Tensor, shard: VocabShard
+) -> tuple[Normaliser, Tensor, Tensor, Tensor]:
+    """As ``verl_troll.vocab_parallel._merge``, every row on every rank."""
+    width = ids.shape[-1]
+    found = _pack(normaliser, values, ids, sampled)
+    gathered = found.new_empty(shard.ranks, *found.shape)
+    dist.all_gather_into_tensor(gathered.flatten(0, 1), found, group=shard.group)
+    parts, values, ids, sampled = _unpack(gathered, width, values.dtype)
+    best = values.transpose(0, 1).flatten(1).sort(dim=-1, descending=True, stable=True)
+    ids = ids.transpose(0, 1).flatten(1).gather(-1, best.indices[:, :width]).long()
+    return Normaliser.combine(*parts), best.values[:, :width], ids, sampled.sum(0)
+
+
+def _seconds(calls: list[Callable[[], object]], repeat: int) -> list[float]:
+    """Median time of each call; they take turns, so that a busy machine slows all alike."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeat + 1):
+        for call, own in zip(calls, times, strict=True):
+            dist.barrier()
+            start = time.perf_counter()
+            call()
+            dist.barrier()
+            own.append(time.perf_counter() - start)
+    return [statistics.median(own[1:]) for own in times]
+
+
+def _rank(rank: int, ranks: int, folder: str, arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
+    columns = -(-arguments.vocab // ranks)
+    shard = VocabShard.even(columns, arguments.vocab, dist.group.WORLD)
+    tokens = arguments.tokens
+    logits = 4 * torch.randn(tokens, columns, generator=torch.Generator().manual_seed(rank))
+    rows = torch.arange(tokens)
+    normaliser, values, ids = local_reading(logits, rows, shard.columns, arguments.k)
+    local = (normaliser, values, ids + shard.start, values[:, 0], shard)
+    for one, other in zip(_merge(*local), merge_everywhere(*local), strict=True):
+        for left, right in zip(one, other, strict=True):
+            assert torch.equal(left, right)
+    reading, first, second = _seconds(
+        [
+            lambda: local_reading(logits, rows, shard.columns, arguments.k),
+            lambda: _merge(*local),
+            lambda: merge_everywhere(*local),
+        ],
+        arguments.repeat,
+    )
+    if rank == 0:
+        message = 8 * arguments.k + 12
+        received = 2 * (ranks - 1) / ranks * message, (ranks - 1) * message
+        print(
+            f"{ranks:>5} {tokens:>7} {arguments.k:>4} {1e3 * reading:>14.1f} {1e3 * first:>9.1f} {1e3 * second:>11.1f} "
+            f"{first / second:>6.2f} {received[0]:>12.0f} {received[1]:>11.0f}"
+        )
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Print one line per number of ranks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--repeat", type=int, default=15)
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    print(f"vocabulary {arguments.vocab}, float32, milliseconds per call (median of {arguments.repeat})")
+    print("ranks  tokens    k  local reading  by token  everywhere  ratio  bytes received per token, either way")
+    for ranks in arguments.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            multiprocessing.spawn(_rank, args=(ranks, folder, arguments), nprocs=ranks)  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Patch: run verl's Megatron engine with the CPU as Megatron's accelerator.
+
+Applied in CPU mode only, and only where an engine configuration asks for it
+(``verl_troll.cpu.megatron.config.CpuMcoreEngineConfig``).
+"""
+
+from __future__ import annotations
+
+from verl_troll.patches.registry import Patch
+
+
+def _install() -> None:
+    from verl.workers.engine.megatron.transformer_impl import MegatronEngine
+
+    from verl_troll.cpu.megatron.engine import run_on_cpu
+
+    run_on_cpu(MegatronEngine)
+
+
+PATCH = Patch(
+    name="verl-megatron-engine",
+    host="verl",
+    versions=">=0.9.1,<0.10",
+    why="megatron-core names CUDA as its device. The class itself is changed, since other engines derive from it, and "
+    "since a torch function mode belongs to a thread and has to be entered in that of each call.",
+    upstream="megatron-core: one function that names the device, as parallel_state does for the process groups",
+    install=_install,
+    replaces={
+        "verl.workers.engine.megatron.transformer_impl:MegatronEngine": "b41d1ab09b5b5b6e",
+        "verl.workers.config.engine:McoreEngineConfig.__post_init__": "b765951a5edb6eb1",
+    },
+)

@@ -1,0 +1,33 @@
+"""What every training run with TROLL must show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tests.trainer.run import probe_lines
+
+BOUND = 0.05 * (1 + 1e-5)
+
+
+def assert_projected_within_bound(rows: list[dict[str, Any]]) -> None:
+    """The trust region held in every step, and did something."""
+    assert all(row["troll/kl_after_max"] <= BOUND for row in rows)
+    assert all(row["troll/unconverged"] == 0 for row in rows)
+    assert any(row["troll/projected_share"] > 0.01 for row in rows)
+    assert all(row["troll/kl_after"] <= row["troll/kl_before"] for row in rows)
+
+
+def assert_side_channel_exact(out: Path, steps: int, samples: int, epochs: int, copies: int = 1) -> None:
+    """Every sample's support enters each epoch's update bit for bit as it left the old pass.
+
+    Args:
+        copies: ranks that see each sample's logits, or a part of them.
+    """
+    lines = probe_lines(out)
+    old = Counter(line["digest"] for line in lines if line["pass"] == "old")
+    update = Counter(line["digest"] for line in lines if line["pass"] == "update")
+    assert sum(old.values()) == steps * samples * copies
+    assert all(line["kept"] > 0 for line in lines)
+    assert update == Counter({digest: count * epochs for digest, count in old.items()})

@@ -1,0 +1,73 @@
+"""The engine configuration that asks for Megatron in CPU mode."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from dataclasses import dataclass
+
+from verl.workers.config import McoreEngineConfig
+
+from verl_troll.cpu import is_active
+from verl_troll.patches import registry, verl_megatron_engine
+
+__all__ = ["CpuMcoreEngineConfig"]
+
+
+@dataclass
+class CpuMcoreEngineConfig(McoreEngineConfig):  # type: ignore[misc, unused-ignore]
+    """verl's configuration of the Megatron engine, for an engine on the CPU.
+
+    Building one prepares this process's Megatron engines for the CPU, before any of them is built
+    (:mod:`verl_troll.patches.verl_megatron_engine`).
+
+    Args:
+        dtype: float32, which verl does not offer for Megatron, or what verl offers.
+        vanilla_mbridge: stays True; Megatron-Bridge imports TransformerEngine.
+
+    Raises:
+        RuntimeError: not in CPU mode.
+        ImportError: Megatron is not installed.
+        ValueError: a setting that CPU mode does not have.
+    """
+
+    _mutable_fields = McoreEngineConfig._mutable_fields | {"dtype"}
+
+    dtype: str = "float32"
+    vanilla_mbridge: bool = True
+
+    def __post_init__(self) -> None:
+        if not is_active():
+            raise RuntimeError(f"{type(self).__name__} is for CPU mode: set VERL_PLATFORM=cpu")
+        missing = [name for name in ("megatron.core", "mbridge", "einops") if not _installed(name)]
+        if missing:
+            raise ImportError(f"Megatron in CPU mode needs {', '.join(missing)}: see docs/cpu_mode.md")
+        expert_tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+        for name, good in (
+            ("vanilla_mbridge", self.vanilla_mbridge),
+            ("use_megatron_fsdp", not self.use_megatron_fsdp),
+            ("param_offload", not self.param_offload),
+            ("optimizer_offload", not self.optimizer_offload),
+            ("use_fused_kernels", not self.use_fused_kernels),
+            ("dynamic_context_parallel", not self.dynamic_context_parallel),
+            # gloo gathers equal numbers of tokens only.
+            ("expert_tensor_parallel_size", self.expert_model_parallel_size == 1 or expert_tensor == 1),
+        ):
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported by Megatron in CPU mode")
+        wanted = self.dtype
+        if wanted == "float32":
+            self.dtype = "bfloat16"  # what verl's check lets through
+        with warnings.catch_warnings():
+            # mbridge is deprecated in favour of Megatron-Bridge, and sequence parallelism is off on one rank.
+            warnings.simplefilter("ignore")
+            super().__post_init__()
+        self.dtype = wanted
+        registry.apply(verl_megatron_engine.PATCH)
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
