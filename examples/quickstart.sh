@@ -4,15 +4,18 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: bash examples/quickstart.sh [--loss troll|vanilla] [--steps N] [--seed N] [--out DIR] [-- OVERRIDE...]
+usage: bash examples/quickstart.sh [--loss troll|vanilla] [--backend fsdp|megatron] [--tp N] [--steps N] [--seed N]
+                                   [--out DIR] [-- OVERRIDE...]
 
 Trains a small model on multi-step arithmetic with verl, GRPO and TROLL, on the CPU. The first run installs what it
 needs into .venv-quickstart and makes the data set and the model; later runs reuse both.
 
   --loss LOSS  troll (default), or vanilla for PPO clipping
+  --backend B  verl's engine for the actor: fsdp (default), or megatron
+  --tp N       tensor-parallel ranks of the megatron actor (default 2)
   --steps N    training steps (default 40)
   --seed N     order of the data and sampling (default 0)
-  --out DIR    folder of the run (default runs/quickstart/LOSS-seedN)
+  --out DIR    folder of the run (default runs/quickstart/LOSS-seedN, or LOSS-megatron-tpN-seedN)
   --help       this text
   -- ...       further settings for verl, for example: -- actor_rollout_ref.actor.optim.lr=1e-4
 
@@ -30,7 +33,7 @@ whole_number() {
   [[ $2 =~ ^[0-9]+$ ]] || fail "$1 takes a whole number, got '$2'"
 }
 
-loss=troll steps=40 seed=0 out=""
+loss=troll backend=fsdp tp="" steps=40 seed=0 out=""
 overrides=()
 while (($#)); do
   case $1 in
@@ -38,10 +41,12 @@ while (($#)); do
       usage
       exit 0
       ;;
-    --loss | --steps | --seed | --out)
+    --loss | --backend | --tp | --steps | --seed | --out)
       (($# >= 2)) || fail "$1 needs a value"
       case $1 in
         --loss) loss=$2 ;;
+        --backend) backend=$2 ;;
+        --tp) tp=$2 ;;
         --steps) steps=$2 ;;
         --seed) seed=$2 ;;
         --out) out=$2 ;;
@@ -57,6 +62,11 @@ while (($#)); do
   esac
 done
 [[ $loss == troll || $loss == vanilla ]] || fail "--loss takes troll or vanilla, got '$loss'"
+[[ $backend == fsdp || $backend == megatron ]] || fail "--backend takes fsdp or megatron, got '$backend'"
+[[ -z $tp || $backend == megatron ]] || fail "--tp needs --backend megatron"
+tp=${tp:-2}
+whole_number --tp "$tp"
+((tp >= 1)) || fail "--tp takes at least 1"
 whole_number --steps "$steps"
 ((steps >= 1)) || fail "--steps takes at least 1"
 whole_number --seed "$seed"
@@ -64,7 +74,13 @@ whole_number --seed "$seed"
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$repository/.venv-quickstart
 data=$repository/runs/quickstart/data
-out=${out:-$repository/runs/quickstart/$loss-seed$seed}
+name=$loss engine=()
+extras=cpu
+if [[ $backend == megatron ]]; then
+  name=$loss-megatron-tp$tp engine=(--megatron-tp "$tp")
+  extras=cpu,megatron-cpu
+fi
+out=${out:-$repository/runs/quickstart/$name-seed$seed}
 began=$SECONDS
 
 package_fingerprint() {
@@ -104,7 +120,7 @@ if [[ ! -f $installed || $(<"$installed") != "$requirements" ]]; then
   "${PYTHON:-python3}" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
     fail "Python 3.10 to 3.12 is needed; name one with PYTHON=..."
   "${PYTHON:-python3}" -m venv --clear "$venv"
-  install "${repository}[cpu]" torch==2.13.0 verl==0.9.1
+  install "${repository}[$extras]" torch==2.13.0 verl==0.9.1
   echo "$requirements" >"$installed"
   echo "$fingerprint" >"$package"
 elif [[ ! -f $package || $(<"$package") != "$fingerprint" ]]; then
@@ -114,11 +130,15 @@ elif [[ ! -f $package || $(<"$package") != "$fingerprint" ]]; then
 else
   echo "  reusing $venv"
 fi
+if [[ $backend == megatron ]] && ! "$venv/bin/python" -c 'import mbridge' 2>/dev/null; then
+  echo "  adding Megatron"
+  install "${repository}[$extras]" torch==2.13.0 verl==0.9.1
+fi
 
 echo "2/3 data set and warm start"
 "$venv/bin/python" "$repository/examples/quickstart/prepare.py" "$data"
 
-echo "3/3 training: GRPO, $loss, $steps steps, seed $seed"
+echo "3/3 training: GRPO, $name, $steps steps, seed $seed"
 "$venv/bin/python" "$repository/examples/quickstart/train.py" \
-  --data "$data" --out "$out" --loss "$loss" --steps "$steps" --seed "$seed" -- ${overrides[@]+"${overrides[@]}"}
+  --data "$data" --out "$out" --loss "$loss" --steps "$steps" --seed "$seed" ${engine[@]+"${engine[@]}"} -- ${overrides[@]+"${overrides[@]}"}
 echo "  took $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s"

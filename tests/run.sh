@@ -17,7 +17,7 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 # shellcheck source=/dev/null
 . "$venv/bin/activate"
-python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,dev]'
+python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,megatron-cpu,dev]'
 
 if [ $# -eq 0 ]; then
     ruff check .

@@ -53,6 +53,7 @@ def test_good_install_passes_and_names_what_is_registered_and_patched() -> None:
         "verl 0.9.1",
         "policy loss 'troll' is verl_troll.plugin.policy_loss.troll_policy_loss",
         "engine fsdp2: verl_troll.plugin.engines.fsdp.TrollFSDPEngine",
+        "engine megatron: verl_troll.plugin.engines.megatron.TrollMegatronEngine, registered for cuda/nvidia, cuda/amd",
         "+troll=default builds",
         "patch verl-metric-names",
         "patch verl-gloo-backend",

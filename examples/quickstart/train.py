@@ -26,9 +26,18 @@ TAIL_LINES = 40
 def overrides(args: argparse.Namespace) -> list[str]:
     """verl's command line for one run."""
     data: Path = args.data
+    if args.megatron_tp:
+        engine = [
+            "+cpu=megatron",
+            "model_engine=megatron",
+            f"actor_rollout_ref.actor.megatron.tensor_model_parallel_size={args.megatron_tp}",
+            f"trainer.n_gpus_per_node={args.megatron_tp}",
+        ]
+    else:
+        engine = ["+cpu=default"]
     chosen = [
         "hydra.searchpath=[pkg://verl_troll.configs]",
-        "+cpu=default",
+        *engine,
         *(["+troll=default"] if args.loss == "troll" else []),
         f"hydra.run.dir={args.out / 'hydra'}",
         "algorithm.adv_estimator=grpo",
@@ -149,6 +158,7 @@ def main() -> int:
     parser.add_argument("--loss", choices=("troll", "vanilla"), required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--megatron-tp", type=int, help="train on verl's Megatron engine with so many ranks")
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides for verl, after --")
     args = parser.parse_args()
     args.out, args.data = args.out.resolve(), args.data.resolve()

@@ -58,16 +58,18 @@ def _metrics(engine: Any, output: dict[str, Any]) -> dict[str, float]:
     return result
 
 
-def old_policy(layout: Layout, troll: dict[str, Any], batch: TensorDict, **extra: Any) -> dict[int, dict[str, Tensor]]:
-    """Output of the old pass by sample, on every rank."""
+def old_passes(layout: Layout, troll: dict[str, Any], batch: TensorDict) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Output of the old pass by sample with TROLL and, from the same engine without settings, of verl's own."""
     engine = stock.build(layout)
+    verls = _shared(engine, stock.old_pass(engine, batch, layout))
     _loss_function(engine, layout, troll)
-    part = stock.shard(batch, engine)
-    output = _shared(engine, stock.old_pass(engine, part, layout, **extra))
-    first = engine.get_data_parallel_rank() * len(part)
-    names = list(output)
-    rows = zip(*(output[name].unbind() for name in names), strict=True)
-    return {first + index: dict(zip(names, row, strict=True)) for index, row in enumerate(rows)}
+    ours = _shared(engine, stock.old_pass(engine, batch, layout))
+    return _by_sample(ours), _by_sample(verls)
+
+
+def _by_sample(output: dict[str, Tensor], first: int = 0) -> dict[int, dict[str, Tensor]]:
+    rows = zip(*(value.unbind() for value in output.values()), strict=True)
+    return {first + index: dict(zip(output, row, strict=True)) for index, row in enumerate(rows)}
 
 
 def train(layout: Layout, troll: dict[str, Any], batch: TensorDict, steps: int = 3, **actor: Any) -> dict[str, Any]:
@@ -87,7 +89,6 @@ def _train(
     part = stock.shard(batch, engine)
     output = _shared(engine, stock.old_pass(engine, part, layout, **replay))
     first = engine.get_data_parallel_rank() * len(part)
-    old = {first + i: {name: value.unbind()[i] for name, value in output.items()} for i in range(len(part))}
     part = with_old_policy(part, output)
     if layout.router_replay == "R2":
         part["routed_experts"] = output["routed_experts"]
@@ -99,7 +100,7 @@ def _train(
         history.append(_metrics(engine, result))
     # verl 0.9.1 reads a buffer here that only the distributed optimizer has.
     weights = stock.exported_weights(engine) if layout.use_distributed_optimizer else {}
-    return {"engine": type(engine).__name__, "old": old, "history": history, "weights": weights}
+    return {"engine": type(engine).__name__, "old": _by_sample(output, first), "history": history, "weights": weights}
 
 
 # Columns that the bridge pads to: at four ranks the last one holds padding alone.

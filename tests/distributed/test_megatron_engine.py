@@ -65,6 +65,28 @@ def assert_same(result: dict[str, Any], reference: dict[str, Any], layout: objec
         torch.testing.assert_close(result["weights"][name], weight, rtol=0, atol=2e-6, msg=f"{layout} {name}")
 
 
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(1, {}), (2, {"tensor": 2}), (2, {"context": 2}), (2, {"tensor": 2, "use_remove_padding": False})],
+    ids=["one", "tensor", "context", "padded"],
+)
+def test_old_pass_gives_verls_log_probs_and_entropy(
+    dense: str, batch: TensorDict, ranks: int, layout: dict[str, Any]
+) -> None:
+    by_rank = run_ranks(megatron_scenarios.old_passes, ranks, (Layout(dense, **layout), UNION, batch))
+    ours, stock = by_rank[0]
+    assert stock[0].keys() == {"log_probs", "entropy"}
+    for sample, mask in enumerate(batch["response_mask"].unbind()):
+        window = slice(-len(mask) - 1, -1)
+        for name in ("log_probs", "entropy"):
+            torch.testing.assert_close(
+                ours[sample][name][window], stock[sample][name][window], rtol=0, atol=2e-6, msg=f"{sample} {name}"
+            )
+        counts = ours[sample]["troll_old_counts"].long()
+        assert torch.equal(counts > 0, mask.bool())
+        assert int(counts.sum()) == len(ours[sample]["troll_old_ids"]) == len(ours[sample]["troll_old_log_probs"])
+
+
 # Ranks, and layouts on so many ranks: whatever is left of them is data parallel.
 DENSE: dict[int, list[dict[str, Any]]] = {
     1: [
@@ -72,6 +94,8 @@ DENSE: dict[int, list[dict[str, Any]]] = {
         {"micro_batch_size": 1},
         {"use_dynamic_bsz": True, "max_token_len": 24},
         {"use_remove_padding": False},
+        # What Megatron-Bridge sets under context parallelism: another way of scaling the loss.
+        {"transformer": {"calculate_per_token_loss": True}},
     ],
     2: [
         {},

@@ -1,0 +1,58 @@
+"""The launcher itself: a rank that fails, dies or hangs ends the test, and says what happened."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.launch import RankFailedError, run_ranks
+
+
+def add_ranks() -> int:
+    total = torch.tensor(dist.get_rank() + 1)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def fail_on(rank: int) -> None:
+    """The other ranks wait for the one that fails."""
+    if dist.get_rank() == rank:
+        raise ArithmeticError("the sum is off")
+    dist.barrier()
+
+
+def die_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        print("last words", flush=True)
+        os._exit(7)
+    dist.barrier()
+
+
+def hang_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        time.sleep(1000)
+
+
+def test_results_come_back_by_rank() -> None:
+    assert run_ranks(add_ranks, 3) == [6, 6, 6]
+
+
+def test_failing_rank_fails_the_test_at_once_with_its_traceback() -> None:
+    # Well below the time after which the waiting rank would give up.
+    with pytest.raises(RankFailedError, match=r"(?s)rank 1 failed.*in fail_on.*ArithmeticError: the sum is off"):
+        run_ranks(fail_on, 2, (1,), timeout=50)
+
+
+def test_dying_rank_is_named_with_its_last_words() -> None:
+    with pytest.raises(RankFailedError, match=r"(?s)rank 0 ended with exit code 7.*last words"):
+        run_ranks(die_on, 2, (0,), timeout=50)
+
+
+def test_hanging_rank_is_named_when_time_is_up() -> None:
+    # The others wait for it at the end.
+    with pytest.raises(RankFailedError, match=r"ranks \[0, 1\] of 2 did not finish in 5 s"):
+        run_ranks(hang_on, 2, (1,), timeout=5)
