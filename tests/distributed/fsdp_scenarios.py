@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
 
-VOCAB = 61
-TEMPERATURE = 0.8
+from tests.distributed.batches import TEMPERATURE, VOCAB, shard_of, with_old_policy, with_settings
 
 
 @dataclass(frozen=True)
@@ -59,49 +57,6 @@ def write_model(folder: Path, *, attention: bool = True) -> str:
             layer.self_attn.o_proj.weight.mul_(float(attention))
     model.save_pretrained(folder)
     return str(folder)
-
-
-def make_batch(seed: int = 0, samples: int = 8) -> TensorDict:
-    """Ragged prompts and responses; one response is empty, one fully masked, one has masked turns inside."""
-    rng = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
-    prompts, responses, masks = [], [], []
-    for index in range(samples):
-        prompt = torch.randint(2, VOCAB, (rng.randint(2, 7),), generator=generator)
-        response = torch.randint(2, VOCAB, (rng.randint(3, 12),), generator=generator)
-        mask = torch.ones(len(response), dtype=torch.long)
-        if index == 1:
-            response, mask = response[:0], mask[:0]
-        elif index == 3:
-            mask[:] = 0
-        elif index == 5:
-            mask[1:3] = 0
-        prompts.append(prompt)
-        responses.append(response)
-        masks.append(mask)
-    sequences = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
-    advantages = [torch.randn(len(r), generator=generator) for r in responses]
-    weights = [torch.rand(len(r), generator=generator) * 1.5 for r in responses]
-    reference = [-3 + 0.5 * torch.randn(len(r), generator=generator) for r in responses]
-
-    def nested(rows: list[Tensor]) -> Tensor:
-        offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
-        return torch.nested.nested_tensor_from_jagged(torch.cat(rows), offsets)
-
-    return TensorDict(
-        {
-            "input_ids": nested(sequences),
-            "position_ids": nested([torch.arange(len(s)) for s in sequences]),
-            "prompts": nested(prompts),
-            "responses": nested(responses),
-            "response_mask": nested(masks),
-            "loss_mask": nested(masks),
-            "advantages": nested(advantages),
-            "rollout_is_weights": nested(weights),
-            "ref_log_prob": nested(reference),
-        },
-        batch_size=[samples],
-    )
 
 
 def _build(setup: Setup) -> tuple[Any, Any, Any]:
@@ -172,49 +127,11 @@ def _build(setup: Setup) -> tuple[Any, Any, Any]:
     return engine, functools.partial(ppo_loss, config=actor), actor
 
 
-def _with_settings(batch: TensorDict, setup: Setup, **extra: Any) -> TensorDict:
-    from verl.utils import tensordict_utils as tu
-
-    batch = batch.clone()
-    tu.assign_non_tensor(
-        batch,
-        use_remove_padding=setup.use_remove_padding,
-        use_dynamic_bsz=setup.use_dynamic_bsz,
-        max_token_len_per_gpu=setup.max_token_len,
-        micro_batch_size_per_gpu=setup.micro_batch_size,
-        use_fused_kernels=False,
-        temperature=setup.temperature,
-        global_batch_size=setup.mini_batch_size,
-        pad_token_id=0,
-        **extra,
-    )
-    return batch
-
-
-def _shard(batch: TensorDict, engine: Any) -> TensorDict:
-    """This data-parallel rank's part of the batch, as verl dispatches it."""
-    from verl.utils import tensordict_utils as tu
-
-    return tu.chunk_tensordict(batch, engine.get_data_parallel_size())[engine.get_data_parallel_rank()]
-
-
 def old_pass(engine: Any, batch: TensorDict, setup: Setup, **extra: Any) -> dict[str, Tensor]:
     """``compute_log_prob`` as verl's worker calls it; nested model outputs."""
-    data = _with_settings(batch, setup, calculate_entropy=True, compute_loss=False, **extra)
+    data = with_settings(batch, setup, calculate_entropy=True, compute_loss=False, **extra)
     with engine.eval_mode():
         return dict(engine.infer_batch(data, loss_function=None)["model_output"])
-
-
-def with_old_policy(batch: TensorDict, output: dict[str, Tensor]) -> TensorDict:
-    """The batch with the fields that the old pass leaves behind, as verl's trainer stores them."""
-    from verl.workers.utils.padding import response_from_nested
-
-    batch = batch.clone()
-    batch["old_log_probs"] = response_from_nested(output["log_probs"], batch["response_mask"])
-    for name, value in output.items():
-        if name.startswith("troll_"):
-            batch[name] = value
-    return batch
 
 
 def perturb(engine: Any, seed: int, scale: float) -> None:
@@ -257,11 +174,11 @@ def loss_and_gradient(setup: Setup, batch: TensorDict, noise: float = 0.006) -> 
     engine, loss_function, _ = _build(setup)
     if not setup.rollout_weights:
         batch = batch.exclude("rollout_is_weights")
-    shard = _shard(batch, engine)
+    shard = shard_of(batch, engine)
     output = old_pass(engine, shard, setup)
     shard = with_old_policy(shard, output)
     perturb(engine, seed=1, scale=noise)
-    data = _with_settings(shard, setup, calculate_entropy=setup.entropy_coeff != 0)
+    data = with_settings(shard, setup, calculate_entropy=setup.entropy_coeff != 0)
     with engine.train_mode():
         engine.optimizer_zero_grad()
         result = engine.forward_backward_batch(data, loss_function, forward_only=False)
@@ -287,7 +204,7 @@ def old_policies(setups: list[Setup], batch: TensorDict) -> list[dict[str, list[
     results = []
     for setup in setups:
         engine, _, _ = _build(setup)
-        output = old_pass(engine, _shard(batch, engine), setup)
+        output = old_pass(engine, shard_of(batch, engine), setup)
         results.append({name: list(value.unbind()) for name, value in output.items()})
     return results
 
@@ -298,10 +215,10 @@ def lora_passes(setup: Setup, batch: TensorDict) -> dict[str, Any]:
     perturb(engine, seed=5, scale=0.1)
     batch = batch.exclude("rollout_is_weights")
     old = old_pass(engine, batch, setup)
-    data = _with_settings(batch, setup, calculate_entropy=False, compute_loss=False)
+    data = with_settings(batch, setup, calculate_entropy=False, compute_loss=False)
     with engine.eval_mode(), engine.disable_adapter():
         reference = dict(engine.infer_batch(data, loss_function=None)["model_output"])
-    data = _with_settings(with_old_policy(batch, old), setup, calculate_entropy=False)
+    data = with_settings(with_old_policy(batch, old), setup, calculate_entropy=False)
     with engine.train_mode():
         result = engine.train_batch(data, loss_function)
     return {
@@ -318,7 +235,7 @@ def update_without_support(setup: Setup, batch: TensorDict) -> str:
     engine, loss_function, _ = _build(setup)
     output = old_pass(engine, batch, setup)
     data = with_old_policy(batch, {name: v for name, v in output.items() if not name.startswith("troll_")})
-    return _error(engine, _with_settings(data, setup, calculate_entropy=False), loss_function)
+    return _error(engine, with_settings(data, setup, calculate_entropy=False), loss_function)
 
 
 def troll_loss_on_stock_engine(setup: Setup, batch: TensorDict) -> str:
@@ -329,7 +246,7 @@ def troll_loss_on_stock_engine(setup: Setup, batch: TensorDict) -> str:
     registry = EngineRegistry._engines["language_model"]["fsdp2"]
     engine, loss_function, _ = _build(setup)
     output = old_pass(engine, batch, setup)
-    data = _with_settings(with_old_policy(batch, output), setup, calculate_entropy=False)
+    data = with_settings(with_old_policy(batch, output), setup, calculate_entropy=False)
     engine.__class__ = stock.FSDPEngineWithLMHead
     assert registry["cuda"] is stock.FSDPEngineWithLMHead
     return _error(engine, data, loss_function)
@@ -353,13 +270,13 @@ def train_steps(setup: Setup, batch: TensorDict, steps: int, noise: float = 0.0)
     """Optimizer steps on one mini-batch after one old pass; metrics by step."""
     engine, loss_function, _ = _build(setup)
     batch = batch.exclude("rollout_is_weights")
-    shard = _shard(batch, engine)
+    shard = shard_of(batch, engine)
     shard = with_old_policy(shard, old_pass(engine, shard, setup))
     perturb(engine, seed=1, scale=noise)
     history = []
     for _ in range(steps):
         with engine.train_mode():
-            data = _with_settings(shard, setup, calculate_entropy=setup.entropy_coeff != 0)
+            data = with_settings(shard, setup, calculate_entropy=setup.entropy_coeff != 0)
             result = engine.train_batch(data, loss_function)
         grad_norm = float(result["metrics"].pop("grad_norm"))
         history.append({**_aggregate(result["metrics"]), "grad_norm": grad_norm})

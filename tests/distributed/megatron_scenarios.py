@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tests.distributed import megatron_stock as stock
-from tests.distributed.fsdp_scenarios import with_old_policy
+from tests.distributed.batches import shard_of, with_old_policy, with_settings
 from tests.distributed.megatron_stock import Layout
 
 
@@ -86,7 +86,7 @@ def _train(
 ) -> dict[str, Any]:
     loss_function = _loss_function(engine, layout, troll, **actor)
     replay = {"enable_routing_replay": True} if layout.router_replay != "disabled" else {}
-    part = stock.shard(batch, engine)
+    part = shard_of(batch, engine)
     output = _shared(engine, stock.old_pass(engine, part, layout, **replay))
     first = engine.get_data_parallel_rank() * len(part)
     part = with_old_policy(part, output)
@@ -94,7 +94,7 @@ def _train(
         part["routed_experts"] = output["routed_experts"]
     history = []
     for _ in range(steps):
-        data = stock.with_settings(part, layout, calculate_entropy=bool(actor.get("entropy_coeff")), **replay)
+        data = with_settings(part, layout, calculate_entropy=bool(actor.get("entropy_coeff")), **replay)
         with engine.train_mode():
             result = engine.train_batch(data, loss_function)
         history.append(_metrics(engine, result))

@@ -12,8 +12,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from tests.distributed import fsdp_scenarios
-from tests.distributed.fsdp_scenarios import TEMPERATURE
+from tests.distributed import batches
+from tests.distributed.batches import TEMPERATURE, shard_of, with_settings
 
 VOCAB = 128
 
@@ -42,6 +42,28 @@ class Layout:
     adam_eps: float = 1.0
     router_replay: str = "disabled"
     transformer: dict[str, Any] = field(default_factory=dict)
+
+
+# Layouts of dense models by number of ranks; whatever is left of the ranks is data parallel.
+DENSE: dict[int, list[dict[str, Any]]] = {
+    1: [{}, {"use_remove_padding": False}],
+    2: [
+        {},
+        {"tensor": 2},
+        {"tensor": 2, "sequence_parallel": False},
+        {"tensor": 2, "use_remove_padding": False},
+        {"pipeline": 2},
+        {"pipeline": 2, "virtual_pipeline": 2},
+        {"context": 2},
+        {"context": 2, "use_remove_padding": False},
+    ],
+    4: [
+        {"tensor": 4},
+        {"tensor": 2, "pipeline": 2},
+        {"tensor": 2, "context": 2},
+        {"tensor": 2, "use_dynamic_bsz": True, "max_token_len": 24},
+    ],
+}
 
 
 def write_model(folder: Path, kind: str = "qwen2", *, layers: int = 4, tie: bool = False) -> str:
@@ -83,7 +105,7 @@ def write_model(folder: Path, kind: str = "qwen2", *, layers: int = 4, tie: bool
 
 def make_batch(seed: int = 0, samples: int = 8) -> TensorDict:
     """The FSDP scenarios' ragged batch, with log-probabilities of an old policy that is not the model."""
-    batch = fsdp_scenarios.make_batch(seed, samples).exclude("rollout_is_weights")
+    batch = batches.make_batch(seed, samples).exclude("rollout_is_weights")
     mask = batch["response_mask"]
     values = -3 + 0.5 * torch.randn(mask.values().shape, generator=torch.Generator().manual_seed(seed + 1))
     batch["old_log_probs"] = torch.nested.nested_tensor_from_jagged(values, mask.offsets())
@@ -155,33 +177,6 @@ def build(layout: Layout, *, forward_only: bool = False) -> Any:
     return engine
 
 
-def with_settings(batch: TensorDict, layout: Layout, **extra: Any) -> TensorDict:
-    """A copy of ``batch`` with what verl's workers add to it."""
-    from verl.utils import tensordict_utils as tu
-
-    batch = batch.clone()
-    tu.assign_non_tensor(
-        batch,
-        use_remove_padding=layout.use_remove_padding,
-        use_dynamic_bsz=layout.use_dynamic_bsz,
-        max_token_len_per_gpu=layout.max_token_len,
-        micro_batch_size_per_gpu=layout.micro_batch_size,
-        use_fused_kernels=False,
-        temperature=layout.temperature,
-        global_batch_size=layout.mini_batch_size,
-        pad_token_id=0,
-        **extra,
-    )
-    return batch
-
-
-def shard(batch: TensorDict, engine: Any) -> TensorDict:
-    """This data-parallel rank's part of the batch, as verl dispatches it."""
-    from verl.utils import tensordict_utils as tu
-
-    return tu.chunk_tensordict(batch, engine.get_data_parallel_size())[engine.get_data_parallel_rank()]
-
-
 def old_pass(engine: Any, batch: TensorDict, layout: Layout, **extra: Any) -> dict[str, Tensor]:
     """``compute_log_prob`` as verl's worker calls it; nested outputs, empty but on ranks that have them."""
     data = with_settings(batch, layout, calculate_entropy=True, compute_loss=False, **extra)
@@ -222,7 +217,7 @@ def two_passes(layout: Layout, batch: TensorDict, steps: int = 2) -> dict[str, A
     Outputs are of this rank's samples, by index in the batch, and empty on ranks that have none.
     """
     engine = build(layout)
-    part = shard(batch, engine)
+    part = shard_of(batch, engine)
     first = engine.get_data_parallel_rank() * len(part)
 
     def by_sample(output: dict[str, Tensor], name: str) -> dict[int, Tensor]:
@@ -249,7 +244,7 @@ def each(layouts: list[Layout], batch: TensorDict) -> list[dict[str, Any]]:
 def resumed(layout: Layout, batch: TensorDict, folder: str) -> dict[str, Any]:
     """Weights after three updates, and after a checkpoint of the second one, in a new engine, and one update more."""
     engine = build(layout)
-    part = shard(batch, engine)
+    part = shard_of(batch, engine)
     for _ in range(2):
         vanilla_update(engine, part, layout)
     engine.save_checkpoint(folder, global_step=2)

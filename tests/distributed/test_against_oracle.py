@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
 from tests import oracle
+from tests.distributed import batches
 from tests.distributed import fsdp_scenarios as scenarios
 from tests.distributed.fsdp_scenarios import Setup
 from tests.distributed.launch import run_ranks
@@ -35,7 +36,7 @@ def response_logits(model: Qwen2ForCausalLM, batch: TensorDict) -> list[Tensor]:
     """Temperature-scaled logits ``[r, V]`` that predict each sample's response, one sample at a time."""
     scaled = []
     for prompt, response in zip(batch["prompts"].unbind(), batch["responses"].unbind(), strict=True):
-        logits = model(torch.cat([prompt, response])[None]).logits[0] / scenarios.TEMPERATURE
+        logits = model(torch.cat([prompt, response])[None]).logits[0] / batches.TEMPERATURE
         scaled.append(logits[len(prompt) - 1 : len(prompt) - 1 + len(response)])
     return scaled
 
@@ -53,7 +54,7 @@ def token_losses(setup: Setup, batch: TensorDict, new: list[Tensor], old: list[T
                 new[sample][t],
                 old[sample][t],
                 int(batch["responses"].unbind()[sample][t]),
-                vocab_size=scenarios.VOCAB,
+                vocab_size=batches.VOCAB,
                 **SUPPORT,
             )
             log_pi = oracle.project(row.log_p[None], row.log_q[None], 0.05)[0]
@@ -100,7 +101,7 @@ def aggregate(mode: str, losses: list[list[Tensor]], batch_size: int) -> Tensor:
 )
 def test_engine_on_two_ranks_agrees_with_the_reference(tmp_path: Path, mode: str, method: dict[str, str]) -> None:
     path = scenarios.write_model(tmp_path)
-    batch = scenarios.make_batch()
+    batch = batches.make_batch()
     setup = Setup(
         path,
         {**method, **SUPPORT},

@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from tests.distributed import batches
 from tests.distributed import fsdp_scenarios as scenarios
 from tests.distributed.fsdp_scenarios import Setup
 from tests.distributed.launch import run_ranks
@@ -32,7 +33,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def batch() -> TensorDict:
-    return scenarios.make_batch()
+    return batches.make_batch()
 
 
 def assert_same(result: dict[str, Any], reference: dict[str, Any], tolerance: float = 2e-5, skip: str = "-") -> None:

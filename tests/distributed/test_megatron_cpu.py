@@ -18,25 +18,7 @@ from tests.distributed.megatron_stock import Layout
 
 # By number of ranks; the first of one rank is the reference for gradients.
 LAYOUTS: dict[str, dict[int, list[dict[str, Any]]]] = {
-    "qwen2": {
-        1: [{}, {"use_remove_padding": False}],
-        2: [
-            {},
-            {"tensor": 2},
-            {"tensor": 2, "sequence_parallel": False},
-            {"tensor": 2, "use_remove_padding": False},
-            {"pipeline": 2},
-            {"pipeline": 2, "virtual_pipeline": 2},
-            {"context": 2},
-            {"context": 2, "use_remove_padding": False},
-        ],
-        4: [
-            {"tensor": 4},
-            {"tensor": 2, "pipeline": 2},
-            {"tensor": 2, "context": 2},
-            {"tensor": 2, "use_dynamic_bsz": True},
-        ],
-    },
+    "qwen2": scenarios.DENSE,
     "qwen2-tied": {1: [{}], 2: [{"tensor": 2}, {"pipeline": 2}]},
     "qwen3": {1: [{}], 2: [{"tensor": 2}, {"pipeline": 2}, {"context": 2}]},
     "llama": {1: [{}], 2: [{"tensor": 2}]},

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from tests.distributed import fsdp_scenarios, megatron_scenarios, megatron_stock
+from tests.distributed import batches, fsdp_scenarios, megatron_scenarios, megatron_stock
 from tests.distributed.fsdp_scenarios import Setup
 from tests.distributed.launch import run_ranks
 from tests.distributed.megatron_stock import Layout
@@ -27,7 +27,7 @@ CUT_DEPENDENT = {"actor/ppo_kl", "actor/pg_clipfrac"}
 
 @pytest.fixture(scope="module")
 def batch() -> TensorDict:
-    return fsdp_scenarios.make_batch().exclude("rollout_is_weights")
+    return batches.make_batch().exclude("rollout_is_weights")
 
 
 @pytest.fixture(scope="module")
@@ -87,31 +87,18 @@ def test_old_pass_gives_verls_log_probs_and_entropy(
         assert int(counts.sum()) == len(ours[sample]["troll_old_ids"]) == len(ours[sample]["troll_old_log_probs"])
 
 
-# Ranks, and layouts on so many ranks: whatever is left of them is data parallel.
 DENSE: dict[int, list[dict[str, Any]]] = {
     1: [
+        *megatron_stock.DENSE[1],
         {"micro_batch_size": 8},
         {"micro_batch_size": 1},
         {"use_dynamic_bsz": True, "max_token_len": 24},
-        {"use_remove_padding": False},
         # What Megatron-Bridge sets under context parallelism: another way of scaling the loss.
         {"transformer": {"calculate_per_token_loss": True}},
     ],
-    2: [
-        {},
-        {"tensor": 2},
-        {"tensor": 2, "sequence_parallel": False, "use_distributed_optimizer": False},
-        {"tensor": 2, "use_remove_padding": False},
-        {"pipeline": 2},
-        {"pipeline": 2, "virtual_pipeline": 2},
-        {"context": 2},
-        {"context": 2, "use_remove_padding": False},
-    ],
+    2: [*megatron_stock.DENSE[2], {"tensor": 2, "use_distributed_optimizer": False}],
     4: [
-        {"tensor": 4},
-        {"tensor": 2, "use_dynamic_bsz": True, "max_token_len": 24},
-        {"tensor": 2, "pipeline": 2},
-        {"tensor": 2, "context": 2},
+        *megatron_stock.DENSE[4],
         {"tensor": 2, "context": 2, "use_remove_padding": False},
         {"pipeline": 2, "context": 2},
     ],

@@ -1,0 +1,96 @@
+"""Batches in verl's no-padding format, and what verl's trainer and workers do to them around an engine's passes."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+# Ids are below this; models may know more.
+VOCAB = 61
+TEMPERATURE = 0.8
+
+
+def make_batch(seed: int = 0, samples: int = 8) -> TensorDict:
+    """Ragged prompts and responses; one response is empty, one fully masked, one has masked turns inside."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    prompts, responses, masks = [], [], []
+    for index in range(samples):
+        prompt = torch.randint(2, VOCAB, (rng.randint(2, 7),), generator=generator)
+        response = torch.randint(2, VOCAB, (rng.randint(3, 12),), generator=generator)
+        mask = torch.ones(len(response), dtype=torch.long)
+        if index == 1:
+            response, mask = response[:0], mask[:0]
+        elif index == 3:
+            mask[:] = 0
+        elif index == 5:
+            mask[1:3] = 0
+        prompts.append(prompt)
+        responses.append(response)
+        masks.append(mask)
+    sequences = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+    advantages = [torch.randn(len(r), generator=generator) for r in responses]
+    weights = [torch.rand(len(r), generator=generator) * 1.5 for r in responses]
+    reference = [-3 + 0.5 * torch.randn(len(r), generator=generator) for r in responses]
+
+    def nested(rows: list[Tensor]) -> Tensor:
+        offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+        return torch.nested.nested_tensor_from_jagged(torch.cat(rows), offsets)
+
+    return TensorDict(
+        {
+            "input_ids": nested(sequences),
+            "position_ids": nested([torch.arange(len(s)) for s in sequences]),
+            "prompts": nested(prompts),
+            "responses": nested(responses),
+            "response_mask": nested(masks),
+            "loss_mask": nested(masks),
+            "advantages": nested(advantages),
+            "rollout_is_weights": nested(weights),
+            "ref_log_prob": nested(reference),
+        },
+        batch_size=[samples],
+    )
+
+
+def with_settings(batch: TensorDict, setup: Any, **extra: Any) -> TensorDict:
+    """A copy of ``batch`` with what verl's workers add to it; ``setup`` is any scenario's."""
+    from verl.utils import tensordict_utils as tu
+
+    batch = batch.clone()
+    tu.assign_non_tensor(
+        batch,
+        use_remove_padding=setup.use_remove_padding,
+        use_dynamic_bsz=setup.use_dynamic_bsz,
+        max_token_len_per_gpu=setup.max_token_len,
+        micro_batch_size_per_gpu=setup.micro_batch_size,
+        use_fused_kernels=False,
+        temperature=setup.temperature,
+        global_batch_size=setup.mini_batch_size,
+        pad_token_id=0,
+        **extra,
+    )
+    return batch
+
+
+def shard_of(batch: TensorDict, engine: Any) -> TensorDict:
+    """This data-parallel rank's part of the batch, as verl dispatches it."""
+    from verl.utils import tensordict_utils as tu
+
+    return tu.chunk_tensordict(batch, engine.get_data_parallel_size())[engine.get_data_parallel_rank()]
+
+
+def with_old_policy(batch: TensorDict, output: dict[str, Tensor]) -> TensorDict:
+    """The batch with the fields that the old pass leaves behind, as verl's trainer stores them."""
+    from verl.workers.utils.padding import response_from_nested
+
+    batch = batch.clone()
+    batch["old_log_probs"] = response_from_nested(output["log_probs"], batch["response_mask"])
+    for name, value in output.items():
+        if name.startswith("troll_"):
+            batch[name] = value
+    return batch
