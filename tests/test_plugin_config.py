@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException, InstantiationException
 from omegaconf import OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.engine import EngineRegistry
 
 from verl_troll.plugin import engines
 
@@ -169,6 +170,27 @@ def test_engine_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("VERL_ENGINE_VENDOR", "unheard-of")
     with pytest.raises(InstantiationException, match="not on a TROLL engine"):
         build()
+
+
+def test_engine_that_verl_has_for_npus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = EngineRegistry._engines["language_model"]["megatron"]
+    monkeypatch.setitem(registered, "npu", registered["cuda"])  # MindSpeed, where it is installed
+    monkeypatch.setenv("VERL_ENGINE_DEVICE", "npu")
+    monkeypatch.setenv("VERL_ENGINE_VENDOR", "huawei")
+    with pytest.raises(InstantiationException, match="not on a TROLL engine"):
+        build(trainer="ppo_megatron_trainer")
+
+
+@pytest.mark.parametrize("trainer", ["ppo_trainer", "ppo_megatron_trainer"])
+@pytest.mark.parametrize("group", ["dense", "moe"])
+def test_megatron_groups_compose_with_either_of_verls_configurations(trainer: str, group: str) -> None:
+    overrides = (f"+megatron={group}", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=4096")
+    config = compose(trainer, overrides=[*BASE, *overrides, "+troll=default", f"{MEGATRON}.context_parallel_size=2"])
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert actor.engine.troll is actor.policy_loss.troll
+    assert actor.engine.context_parallel_size == config.actor_rollout_ref.ref.megatron.context_parallel_size == 2
+    assert actor.engine.expert_model_parallel_size == (8 if group == "moe" else 1)
+    assert config.critic.strategy == "megatron"
 
 
 def test_group_refers_only_to_keys_that_verl_has() -> None:
