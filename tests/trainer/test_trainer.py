@@ -102,9 +102,8 @@ def test_lora_with_the_reference_inside_the_actor(assets: Path, tmp_path: Path) 
     assert all(row["actor/kl_loss"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_vanilla_runs_unchanged_beside_the_plugin(assets: Path, tmp_path: Path, ranks: int) -> None:
-    rows = run_trainer(assets, tmp_path / "run", ["trainer.total_training_steps=2"], ranks=ranks)
+def test_vanilla_runs_unchanged_beside_the_plugin(assets: Path, tmp_path: Path) -> None:
+    rows = run_trainer(assets, tmp_path / "run", ["trainer.total_training_steps=2"], ranks=2)
     assert [row["step"] for row in rows] == [1, 2]
     assert not any("troll" in name for row in rows for name in row)
     assert all(row["actor/grad_norm"] > 0 for row in rows)
