@@ -99,8 +99,15 @@ def _train(
             result = engine.train_batch(data, loss_function)
         history.append(_metrics(engine, result))
     # verl 0.9.1 reads a buffer here that only the distributed optimizer has.
-    weights = stock.exported_weights(engine) if layout.use_distributed_optimizer else {}
-    return {"engine": type(engine).__name__, "old": _by_sample(output, first), "history": history, "weights": weights}
+    exports = layout.use_distributed_optimizer
+    weights = stock.exported_weights(engine) if exports else {}
+    return {
+        "engine": type(engine).__name__,
+        "old": _by_sample(output, first),
+        "history": history,
+        "exports": exports,
+        "weights": weights,
+    }
 
 
 # Columns that the bridge pads to: at four ranks the last one holds padding alone.
