@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from verl_troll.logits import Normaliser, local_reading
+from verl_troll.logits import Normaliser, read_rows
 from verl_troll.vocab_parallel import VocabShard, _merge, _pack, _unpack
 
 
@@ -38,7 +38,12 @@ def merge_everywhere(
     parts, values, ids, sampled = _unpack(gathered, width, values.dtype)
     best = values.transpose(0, 1).flatten(1).sort(dim=-1, descending=True, stable=True)
     ids = ids.transpose(0, 1).flatten(1).gather(-1, best.indices[:, :width]).long()
-    return Normaliser.combine(*parts), best.values[:, :width], ids, sampled.sum(0)
+    return (
+        Normaliser.combine(*(part for part in parts if part is not None)),
+        best.values[:, :width],
+        ids,
+        sampled.sum(0),
+    )
 
 
 def _seconds(calls: list[Callable[[], object]], repeat: int) -> list[float]:
@@ -62,15 +67,15 @@ def _rank(rank: int, ranks: int, folder: str, arguments: argparse.Namespace) -> 
     shard = VocabShard.even(columns, arguments.vocab, dist.group.WORLD)
     tokens = arguments.tokens
     logits = 4 * torch.randn(tokens, columns, generator=torch.Generator().manual_seed(rank))
-    rows = torch.arange(tokens)
-    normaliser, values, ids = local_reading(logits, rows, shard.columns, arguments.k)
-    local = (normaliser, values, ids + shard.start, values[:, 0], shard)
+    rows, first = torch.arange(tokens), torch.zeros(tokens, 1, dtype=torch.int64)
+    normaliser, sampled, values, ids = read_rows(logits, rows, first, shard.columns, k=arguments.k)
+    local = (normaliser, values, ids + shard.start, sampled, shard)
     for one, other in zip(_merge(*local), merge_everywhere(*local), strict=True):
         for left, right in zip(one, other, strict=True):
-            assert torch.equal(left, right)
+            assert (left is None and right is None) or torch.equal(left, right)
     reading, first, second = _seconds(
         [
-            lambda: local_reading(logits, rows, shard.columns, arguments.k),
+            lambda: read_rows(logits, rows, first, shard.columns, k=arguments.k),
             lambda: _merge(*local),
             lambda: merge_everywhere(*local),
         ],

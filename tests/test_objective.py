@@ -54,7 +54,7 @@ def gathered(logits: Tensor, rows: Tensor, ids: Tensor, vocab_size: int) -> Tens
 
 
 def log_probs(logits: Tensor, rows: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
-    return log_probs_at(logits, rows, ids, VocabShard.whole(logits.shape[-1], vocab_size))
+    return log_probs_at(logits, rows, ids, VocabShard.whole(logits.shape[-1], vocab_size)).log_probs
 
 
 ROWS = torch.tensor([4, 0, 6, 3])
@@ -67,7 +67,7 @@ def test_log_probs_at_is_a_gathered_log_softmax(
     monkeypatch: pytest.MonkeyPatch, block: int | None, vocab_size: int
 ) -> None:
     if block is not None:
-        monkeypatch.setattr(logits_module, "_BLOCK_ELEMENTS", block)
+        monkeypatch.setattr(logits_module, "_HOST_BLOCK", block)
     logits = normal(7, 11, seed=1, scale=2.0)
     logits[:, vocab_size:] = 1e4
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
@@ -86,7 +86,7 @@ def test_log_probs_at_is_a_gathered_log_softmax(
 @pytest.mark.parametrize("vocab_size", [9, 11])
 def test_gradcheck_of_log_probs_at(monkeypatch: pytest.MonkeyPatch, block: int | None, vocab_size: int) -> None:
     if block is not None:
-        monkeypatch.setattr(logits_module, "_BLOCK_ELEMENTS", block)
+        monkeypatch.setattr(logits_module, "_HOST_BLOCK", block)
 
     def function(x: Tensor) -> Tensor:
         return log_probs(x, ROWS, IDS, vocab_size)[IDS >= 0]
@@ -510,7 +510,7 @@ def test_blocks_of_rows_change_nothing(rule: str, monkeypatch: pytest.MonkeyPatc
     batch, config = problem(), settings_of(rule)
     results = []
     for block in (1 << 24, 2 * COLUMNS, 1):
-        monkeypatch.setattr(logits_module, "_BLOCK_ELEMENTS", block)
+        monkeypatch.setattr(logits_module, "_HOST_BLOCK", block)
         leaf = batch.new.clone().requires_grad_()
         loss = library_loss(leaf, batch, config)
         torch.autograd.backward(loss)

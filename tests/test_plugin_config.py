@@ -43,6 +43,7 @@ def test_group_switches_troll_on_with_the_published_defaults(strategy: str) -> N
     assert actor.engine.troll is settings
     assert (settings.kl_bound, settings.alpha, settings.k, settings.dropped_mass) == (0.05, 1.0, 64, 1e-5)
     assert (settings.support, settings.importance_ratio, settings.step_size_gradient) == ("union", "token", "implicit")
+    assert (settings.reuse_logits, settings.kernels) == (True, "auto")
 
 
 def test_without_the_group_nothing_changes() -> None:
@@ -54,6 +55,13 @@ def test_without_the_group_nothing_changes() -> None:
 def test_settings_are_overridden_without_a_plus() -> None:
     settings = build(f"{TROLL}.kl_bound=0.01", f"{TROLL}.k=256", f"{TROLL}.support=anchored").policy_loss.troll
     assert (settings.kl_bound, settings.k, settings.support) == (0.01, 256, "anchored")
+    settings = build(f"{TROLL}.reuse_logits=False", f"{TROLL}.kernels=torch").policy_loss.troll
+    assert (settings.reuse_logits, settings.kernels) == (False, "torch")
+
+
+@pytest.mark.parametrize("trainer", ["ppo_trainer", "ppo_megatron_trainer"])
+def test_fused_kernels_are_accepted(trainer: str) -> None:
+    assert build("actor_rollout_ref.model.use_fused_kernels=True", trainer=trainer).policy_loss.loss_mode == "troll"
 
 
 @pytest.mark.parametrize(
@@ -77,6 +85,9 @@ def test_settings_are_overridden_without_a_plus() -> None:
         ("support", "both"),
         ("importance_ratio", "word"),
         ("step_size_gradient", "off"),
+        ("reuse_logits", "maybe"),
+        ("reuse_logits", "2"),
+        ("kernels", "cuda"),
     ],
 )
 def test_value_out_of_range_is_refused_by_name(setting: str, value: str) -> None:
@@ -147,8 +158,6 @@ def test_typo_is_refused() -> None:
         ("trainer.use_v1=False", "trainer.use_v1"),
         ("trainer.v1.trainer_mode=mine", "trainer.v1.trainer_mode"),
         ("algorithm.rollout_correction.bypass_mode=True", "algorithm.rollout_correction.bypass_mode"),
-        ("actor_rollout_ref.model.use_fused_kernels=True", "actor_rollout_ref.model.use_fused_kernels"),
-        ("actor_rollout_ref.actor.use_fused_kernels=True", "actor_rollout_ref.actor.use_fused_kernels"),
         ("actor_rollout_ref.actor.pad_to_length=True", "actor_rollout_ref.actor.pad_to_length"),
         ("actor_rollout_ref.actor.fsdp_config.pad_to_length=True", "actor_rollout_ref.actor.pad_to_length"),
         ("distillation.enabled=True", "distillation.enabled"),
@@ -183,7 +192,6 @@ def test_group_switches_troll_on_for_the_megatron_actor() -> None:
         (f"{MEGATRON}.pad_to_length=True", f"{MEGATRON}.pad_to_length"),
         (f"{MEGATRON}.dynamic_context_parallel=True", f"{MEGATRON}.dynamic_context_parallel"),
         ("actor_rollout_ref.model.mtp.enable=True", "actor_rollout_ref.model.mtp.enable"),
-        ("actor_rollout_ref.model.use_fused_kernels=True", "actor_rollout_ref.model.use_fused_kernels"),
     ],
 )
 def test_what_the_megatron_actor_does_not_support_is_refused_with_its_key(override: str, key: str) -> None:
@@ -264,7 +272,6 @@ def test_group_refers_only_to_keys_that_verl_has() -> None:
             "correction_rejection": None,
         },
         "distillation": False,
-        "use_fused_kernels": False,
         "multi_token_prediction": False,
         "external_lib": "verl_troll.plugin",
     }

@@ -59,8 +59,10 @@ def test_turns_are_placed_where_the_response_mask_is_set() -> None:
     assert counts.dtype == torch.int16
     assert counts[4:6].tolist() == [0, 0]
     assert (counts[np.asarray(mask, bool)] > 0).all()
-    assert len(fields[carry.IDS]) == len(fields[carry.LOG_PROBS]) == int(counts.sum())
-    assert fields[carry.IDS].tolist() == joined.ids[: int(counts.sum())].tolist()
+    ids, log_probs = carry.decode(fields[carry.SUPPORT])
+    assert len(ids) == len(log_probs) == int(counts.sum())
+    assert ids.tolist() == joined.ids[: int(counts.sum())].tolist()
+    torch.testing.assert_close(log_probs, torch.tensor(joined.log_probs[: len(ids)]), rtol=0, atol=2**-24)
 
 
 @pytest.mark.parametrize("change", ["other token", "more tokens", "one left out"])
@@ -133,7 +135,7 @@ def test_an_agent_loop_hands_the_support_of_all_turns_on() -> None:
     outputs = [TokenOutput(token_ids=s.tokens.tolist(), extra_fields={FIELD: s, "global_steps": 2}) for s in supports]
     fields = run_loop(outputs)
     expected = TokenSupport.join(supports)
-    assert fields[carry.IDS].tolist() == expected.ids.tolist()
+    assert carry.decode(fields[carry.SUPPORT])[0].tolist() == expected.ids.tolist()
     assert fields[carry.COUNTS].tolist() == [*supports[0].counts, 0, *supports[1].counts]
     assert fields["extra_fields"]["global_steps"] == 2
     assert FIELD not in fields["extra_fields"]
@@ -141,5 +143,5 @@ def test_an_agent_loop_hands_the_support_of_all_turns_on() -> None:
 
 def test_without_support_the_output_is_verls_own() -> None:
     fields = run_loop([TokenOutput(token_ids=[1, 2], extra_fields={"global_steps": 2}) for _ in range(2)])
-    assert carry.IDS not in fields
+    assert carry.SUPPORT not in fields
     assert FIELD not in fields["extra_fields"]

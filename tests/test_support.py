@@ -198,8 +198,8 @@ def test_rows_pick_positions_in_any_order() -> None:
     logits = normal(9, 50, seed=15, scale=2.0)
     rows = torch.tensor([7, 0, 4])
     sampled = torch.tensor([3, 49, 20])
-    some = select(logits, rows, sampled, k=6, dropped_mass=1e-5)
-    alone = select(logits[rows].clone(), torch.arange(3), sampled, k=6, dropped_mass=1e-5)
+    some = select(logits, rows, sampled, k=6, dropped_mass=1e-5, entropy=True)
+    alone = select(logits[rows].clone(), torch.arange(3), sampled, k=6, dropped_mass=1e-5, entropy=True)
     for field in dataclasses.fields(SparsePolicy):
         assert torch.equal(getattr(some, field.name), getattr(alone, field.name)), field.name
 
@@ -207,9 +207,9 @@ def test_rows_pick_positions_in_any_order() -> None:
 def test_select_does_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = normal(11, 300, seed=16, scale=2.0)
     rows, sampled = torch.arange(11), integers(300, (11,), 17)
-    whole = select(logits, rows, sampled, k=9, dropped_mass=1e-5)
-    monkeypatch.setattr(logits_module, "_BLOCK_ELEMENTS", 1000)
-    blocks = select(logits, rows, sampled, k=9, dropped_mass=1e-5)
+    whole = select(logits, rows, sampled, k=9, dropped_mass=1e-5, entropy=True)
+    monkeypatch.setattr(logits_module, "_HOST_BLOCK", 1000)
+    blocks = select(logits, rows, sampled, k=9, dropped_mass=1e-5, entropy=True)
     for field in dataclasses.fields(SparsePolicy):
         assert torch.equal(getattr(whole, field.name), getattr(blocks, field.name)), field.name
 
@@ -351,7 +351,7 @@ def test_equal_policies_have_ratio_one_however_the_rows_are_packed(rule: str, mo
     old = normal(32, 400, seed=24, scale=3.0)
     sampled = integers(400, (32,), 25)
     policy = select(old, torch.arange(32), sampled, k=16, dropped_mass=1e-5)
-    monkeypatch.setattr(logits_module, "_BLOCK_ELEMENTS", 1200)
+    monkeypatch.setattr(logits_module, "_HOST_BLOCK", 1200)
     rows = torch.tensor([30, 2, 17, 5, 6])
     packed = SparsePolicy(policy.ids[rows], policy.log_probs[rows], policy.sampled[rows])
     terms = token_terms(compare(rule, old, rows, packed, k=16, dropped_mass=1e-5), 1e-6)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from verl_troll import logits as logits_module
-from verl_troll.logits import Normaliser, local_reading
+from verl_troll.logits import Normaliser, read_rows
 from verl_troll.support import compare, select
 from verl_troll.vocab_parallel import VocabShard, log_probs_at, top_log_probs
 
@@ -21,7 +21,7 @@ def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
 
 
 def local_normaliser(logits: Tensor, rows: Tensor, columns: int) -> Normaliser:
-    return local_reading(logits, rows, columns)[0]
+    return read_rows(logits, rows, rows[:, None].clamp_max(columns - 1), columns).normaliser
 
 
 def same_bits(a: Normaliser, b: Normaliser) -> bool:
@@ -93,7 +93,7 @@ def test_the_normaliser_does_not_depend_on_the_block(monkeypatch: pytest.MonkeyP
     logits = normal(9, 60, seed=5).float()
     rows = torch.tensor([8, 4, 0, 3, 1])
     whole = local_normaliser(logits, rows, 57)
-    monkeypatch.setattr(logits_module, "_BLOCK_ELEMENTS", 130)
+    monkeypatch.setattr(logits_module, "_HOST_BLOCK", 130)
     assert same_bits(local_normaliser(logits, rows, 57), whole)
 
 
@@ -124,9 +124,8 @@ def test_a_whole_shard_owns_its_real_columns() -> None:
     assert VocabShard.whole(10) == VocabShard(0, 10, 10, None)
     shard = VocabShard.whole(10, 7)
     assert (shard.columns, shard.ranks, shard.rank) == (7, 1, 0)
-    owned, columns = shard.local(torch.tensor([[-2, -1, 0, 6, 7, 9, 10]]))
-    assert owned.tolist() == [[False, False, True, True, False, False, False]]
-    assert columns.tolist() == [[0, 0, 0, 6, 0, 0, 0]]
+    columns = shard.local(torch.tensor([[-2, -1, 0, 6, 7, 9, 10]]))
+    assert columns.tolist() == [[-1, -1, 0, 6, -1, -1, -1]]
 
 
 @pytest.mark.parametrize("columns", [5, 7])
@@ -151,10 +150,10 @@ def test_a_shard_that_does_not_fit_the_logits_is_refused(columns: int) -> None:
 
 def test_gradcheck_of_a_whole_shard_with_padding() -> None:
     logits = normal(4, 9, seed=6).requires_grad_()
-    rows, ids = torch.tensor([3, 1]), torch.tensor([[0, 5, -1, 5], [6, -1, 0, 2]])
+    rows, ids = torch.tensor([3, 1]), torch.tensor([[0, 5, -1, 3], [6, -1, 0, 2]])
     shard = VocabShard.whole(9, 7)
 
     def at(leaf: Tensor) -> Tensor:
-        return torch.where(ids >= 0, log_probs_at(leaf, rows, ids, shard), 0.0)
+        return torch.where(ids >= 0, log_probs_at(leaf, rows, ids, shard).log_probs, 0.0)
 
     assert torch.autograd.gradcheck(at, (logits,))

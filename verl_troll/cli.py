@@ -1,4 +1,4 @@
-"""The command line: ``verl-troll doctor``."""
+"""The command line: ``verl-troll doctor``, ``verl-troll plan``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from verl_troll import __version__, doctor
+from verl_troll.plan import command as plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,5 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"verl_troll {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="say what is installed, registered and patched on this host, and what is wrong")
-    parser.parse_args(arguments)
-    return doctor.run()
+    plan_help = "say what TROLL adds per GPU and per step at a scale that is not at hand, beside vanilla's clipping"
+    plan.add_options(commands.add_parser("plan", help=plan_help, description=plan_help))
+    options = parser.parse_args(arguments)
+    return plan.run(options) if options.command == "plan" else doctor.run()

@@ -1,27 +1,47 @@
 """Reading ``[tokens, columns]`` logits in blocks of rows, so that no second tensor of their size is ever held.
 
-Shapes: N packed tokens, C columns, R rows of interest (indices into N).
+These torch forms run anywhere and are the reference of the Triton ones (:mod:`verl_troll.kernels`), which take over on
+GPUs.
+
+Shapes: N packed tokens, C columns, R rows of interest (indices into N), W ids per row.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-# Elements of logits that are held in working precision at a time (64 MiB in float32).
-_BLOCK_ELEMENTS = 1 << 24
-# Candidates beyond k among which ties at the k-th place are ordered before a full row is searched.
-_TIE_MARGIN = 64
+from verl_troll import kernels
+
+# Elements of logits that are worked on at a time: what the host's cache holds, and what keeps an accelerator busy.
+_HOST_BLOCK = 1 << 20
+_DEVICE_BLOCK = 1 << 24
+_INT32_MAX = 2**31 - 1
+# Columns per group whose largest entry is looked at first.
+_GROUP = 64
+# Stands in for the logarithm of no mass: its exponential is 0 in every dtype, and 0 times it is 0.
+_LOG_ZERO = -1e4
 
 
-def row_blocks(logits: Tensor, rows: Tensor) -> Iterator[slice]:
-    """Slices of ``rows`` whose logits fit the working block."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, logits.shape[-1]))
-    for start in range(0, rows.shape[0], step):
+def block_elements(device: torch.device) -> int:
+    """Elements of logits that are worked on at a time."""
+    return _HOST_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
+
+
+def _block_rows(rows: Tensor, columns: int) -> int:
+    return min(rows.shape[0], max(1, block_elements(rows.device) // max(1, columns)))
+
+
+def _row_blocks(rows: Tensor, columns: int) -> Iterator[slice]:
+    """Slices of ``rows`` whose logits fit the working block; none without columns."""
+    step = _block_rows(rows, columns)
+    for start in range(0, rows.shape[0], step) if columns > 0 and step > 0 else ():
         yield slice(start, start + step)
 
 
@@ -31,24 +51,36 @@ def working_dtype(logits: Tensor) -> torch.dtype:
 
 
 class Normaliser(NamedTuple):
-    """The softmax's normaliser ``Z = mass * exp(peak)`` in two parts.
+    """The softmax's normaliser ``Z = mass * exp(peak)`` in two parts, and what its entropy needs.
 
     Kept apart, log-probabilities of likely ids lose no digits to the size of the logits.
 
     Attributes:
         peak: ``[R]`` largest logit; ``-inf`` without columns.
         mass: ``[R]`` ``sum exp(logit - peak)``; 0 without columns.
+        energy: ``[R]`` ``sum exp(logit - peak) (logit - peak)``, or None where nobody asked.
     """
 
     peak: Tensor
     mass: Tensor
+    energy: Tensor | None = None
 
     def log_probs(self, values: Tensor) -> Tensor:
         """Log-probabilities ``[R, W]``, in nats, of outcomes with logits ``values [R, W]``."""
         return (values - self.peak.unsqueeze(-1)) - self.mass.log().unsqueeze(-1)
 
+    def entropy(self) -> Tensor:
+        """Entropy ``[R]`` in nats.
+
+        Raises:
+            ValueError: the energy was not read.
+        """
+        if self.energy is None:
+            raise ValueError("the entropy was not asked for when the logits were read")
+        return self.mass.log() - self.energy / self.mass
+
     @classmethod
-    def combine(cls, peaks: Tensor, masses: Tensor) -> Normaliser:
+    def combine(cls, peaks: Tensor, masses: Tensor, energies: Tensor | None = None) -> Normaliser:
         """The normaliser over all columns from those of P parts, ``[P, R]`` each.
 
         The parts are added one by one, so that the same parts give the same bits wherever they lie in memory: the old
@@ -57,63 +89,289 @@ class Normaliser(NamedTuple):
         peaks, masses = peaks.contiguous(), masses.contiguous()
         peak = peaks.amax(0)
         mass = torch.zeros_like(peak)
-        for part_peak, part_mass in zip(peaks, masses, strict=True):
-            mass += part_mass * (part_peak - peak).exp()
-        return cls(peak, mass)
+        energy = None if energies is None else torch.zeros_like(peak)
+        for part, (part_peak, part_mass) in enumerate(zip(peaks, masses, strict=True)):
+            shift = part_peak - peak
+            mass += part_mass * shift.exp()
+            if energy is not None and energies is not None:
+                # A part without columns, or of columns without mass, has an infinite shift.
+                energy += (energies[part] + part_mass * shift.clamp_min(_LOG_ZERO)) * shift.exp()
+        return cls(peak, mass, energy)
 
 
-def local_reading(logits: Tensor, rows: Tensor, columns: int, k: int = 0) -> tuple[Normaliser, Tensor, Tensor]:
-    """Normaliser over the first ``columns`` columns of ``logits [N, C]`` at ``rows [R]``, and their k largest entries.
+class Reading(NamedTuple):
+    """What one pass over the logits of R rows yields.
 
-    One pass over the logits, without gradient.
+    Attributes:
+        normaliser: over the columns read.
+        values: ``[R, W]`` logits at the ids asked for, 0 where the id is negative.
+        top_values, top_ids: ``[R, k]`` the largest logits and their columns (int64), as :func:`ordered_topk` orders
+            them; beyond the columns there are, ``-inf`` and -1.
+    """
+
+    normaliser: Normaliser
+    values: Tensor
+    top_values: Tensor
+    top_ids: Tensor
+
+
+class LogitsSource(Protocol):
+    """Where logits come from: a tensor (:class:`DenseLogits`) or a head (:class:`verl_troll.lm_head.LinearHead`)."""
+
+    @property
+    def columns(self) -> int:
+        """Number of logit columns."""
+        ...
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What gradients flow to."""
+        ...
+
+    @property
+    def builder(self) -> Callable[..., LogitsSource]:
+        """Makes the same source from ``tensors``."""
+        ...
+
+    def read(self, rows: Tensor, ids: Tensor, columns: int, *, k: int = 0, energy: bool = False) -> Reading:
+        """See :func:`read_rows`."""
+        ...
+
+    def gradients(
+        self,
+        rows: Tensor,
+        columns: int,
+        peak: Tensor,
+        level: Tensor,
+        slope: Tensor | None,
+        ids: Tensor,
+        corrections: Tensor,
+        needed: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of ``tensors``, None where not ``needed``; see :func:`write_gradient`."""
+        ...
+
+
+@dataclass(frozen=True)
+class DenseLogits:
+    """A tensor of logits ``[N, C]``.
+
+    Attributes:
+        logits: float; the temperature is applied.
+        reuse: write the gradient over the logits themselves, which must have no further use. autograd raises where
+            something else kept them for its own backward pass.
+    """
+
+    logits: Tensor
+    reuse: bool = False
+
+    @property
+    def columns(self) -> int:
+        """Number of logit columns."""
+        return self.logits.shape[-1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What gradients flow to."""
+        return (self.logits,)
+
+    @property
+    def builder(self) -> Callable[..., DenseLogits]:
+        """Makes the same source from ``tensors``."""
+        return partial(DenseLogits, reuse=self.reuse)
+
+    def read(self, rows: Tensor, ids: Tensor, columns: int, *, k: int = 0, energy: bool = False) -> Reading:
+        """See :func:`read_rows`."""
+        return read_rows(self.logits, rows, ids, columns, k=k, energy=energy)
+
+    def gradients(
+        self,
+        rows: Tensor,
+        columns: int,
+        peak: Tensor,
+        level: Tensor,
+        slope: Tensor | None,
+        ids: Tensor,
+        corrections: Tensor,
+        needed: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """The logits' gradient; see :func:`write_gradient`."""
+        out = self.logits.detach() if self.reuse else torch.empty_like(self.logits)
+        write_gradient(out, self.logits.detach(), rows, columns, peak, level, slope, ids, corrections)
+        return (out,)
+
+
+def as_source(logits: Tensor | LogitsSource, *, reuse: bool = False) -> LogitsSource:
+    """``logits`` where they already are a source, :class:`DenseLogits` of a tensor."""
+    return DenseLogits(logits, reuse) if isinstance(logits, Tensor) else logits
+
+
+def read_rows(logits: Tensor, rows: Tensor, ids: Tensor, columns: int, *, k: int = 0, energy: bool = False) -> Reading:
+    """Read the first ``columns`` columns of ``logits [N, C]`` at ``rows [R]``, once, without gradient.
+
+    Args:
+        ids: ``[R, W]`` int64 columns whose logits are wanted, negative for none.
+        k: number of largest entries wanted.
+        energy: whether the entropy will be asked for.
 
     Returns:
-        The normaliser, values ``[R, k]`` and columns ``[R, k]`` int64 as :func:`ordered_topk` orders them; beyond
-        the columns there are, ``-inf`` and -1.
+        All values in the working dtype (float32 for half precisions).
     """
+    dtype = working_dtype(logits)
+    with torch.no_grad():
+        if columns == 0:
+            values = torch.zeros(ids.shape, dtype=dtype, device=logits.device)
+        else:
+            values = torch.where(ids >= 0, logits[rows.unsqueeze(-1), ids.clamp_min(0)], 0.0).to(dtype)
+        if kernels.available(logits.device) and dtype == torch.float32 and k <= kernels.MAX_K:
+            peak, mass, own_energy, top_values, top_ids = kernels.read_rows(logits, rows, columns, k=k, energy=energy)
+        else:
+            peak, mass, own_energy, top_values, top_ids = _read_rows(logits, rows, columns, k, energy)
+    return Reading(Normaliser(peak, mass, own_energy), values, top_values, top_ids)
+
+
+def _read_rows(
+    logits: Tensor, rows: Tensor, columns: int, k: int, energy: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     dtype = working_dtype(logits)
     peak = torch.full((rows.shape[0],), -math.inf, dtype=dtype, device=logits.device)
     mass = torch.zeros_like(peak)
+    total_energy = torch.zeros_like(peak) if energy else None
     values = torch.full((rows.shape[0], k), -math.inf, dtype=dtype, device=logits.device)
     ids = torch.full((rows.shape[0], k), -1, dtype=torch.int64, device=logits.device)
     own = min(k, columns)
-    with torch.no_grad():
-        for block in row_blocks(logits, rows) if columns > 0 else ():
-            dense = logits[rows[block], :columns]
-            if own > 0:
-                top_values, ids[block, :own] = ordered_topk(dense, own)
-                values[block, :own] = top_values.to(dtype)
-                peak[block] = values[block, 0]
-            else:
-                peak[block] = dense.amax(-1).to(dtype)
-            # Where every local logit is -inf the difference from the peak would be undefined.
-            shift = peak[block].clamp_min(torch.finfo(dtype).min)
-            mass[block] = dense.to(dtype).sub_(shift.unsqueeze(-1)).exp_().sum(-1)
-    return Normaliser(peak, mass), values, ids
+    # One buffer for all blocks: the host pays for each new one page by page.
+    buffer = torch.empty(_block_rows(rows, columns), columns, dtype=dtype, device=logits.device)
+    for block in _row_blocks(rows, columns):
+        dense = _at_rows(logits, rows[block])[:, :columns]
+        if dense.dtype != dtype:
+            dense = buffer[: dense.shape[0]].copy_(dense)
+        if own > 0:
+            values[block, :own], ids[block, :own] = _topk_by_groups(dense, own)
+            peak[block] = values[block, 0]
+        else:
+            peak[block] = dense.amax(-1)
+        # Where every local logit is -inf the difference from the peak would be undefined.
+        shift = peak[block].clamp_min(torch.finfo(dtype).min).unsqueeze(-1)
+        shifted = torch.sub(dense, shift, out=buffer[: dense.shape[0]])
+        if total_energy is None:
+            mass[block] = shifted.exp_().sum(-1)
+        else:
+            weights = shifted.clamp_min_(_LOG_ZERO).exp()
+            mass[block] = weights.sum(-1)
+            total_energy[block] = weights.mul_(shifted).sum(-1)
+    return peak, mass, total_energy, values, ids
+
+
+def _at_rows(logits: Tensor, rows: Tensor) -> Tensor:
+    """``logits[rows]``; on the host a view where the rows are neighbours, as a response's are."""
+    return logits[rows] if (run := _run(logits, rows)) is None else logits[run]
+
+
+def _run(logits: Tensor, rows: Tensor) -> slice | None:
+    # Reading the bounds would stall an accelerator.
+    if logits.device.type != "cpu" or rows.shape[0] == 0:
+        return None
+    if not bool((rows.diff() == 1).all()):
+        return None
+    first = int(rows[0])
+    return slice(first, first + rows.shape[0])
+
+
+def write_gradient(
+    out: Tensor,
+    logits: Tensor,
+    rows: Tensor,
+    columns: int,
+    peak: Tensor,
+    level: Tensor,
+    slope: Tensor | None,
+    ids: Tensor,
+    corrections: Tensor,
+) -> None:
+    """Write the gradient of everything that was read to ``out [N, C]``, once.
+
+    At the first ``columns`` columns of row ``rows[r]``, with ``x`` the logits::
+
+        out[j] = exp(x[j] - peak[r]) (level[r] + slope[r] (x[j] - peak[r])) + corrections[r, w where ids[r, w] == j]
+
+    and 0 everywhere else.
+
+    Args:
+        out: of the dtype of ``logits``, and possibly ``logits`` itself.
+        rows: ``[R]`` int64, without repetition.
+        peak, level: ``[R]``.
+        slope: ``[R]``, or None for 0.
+        ids: ``[R, W]`` int64 columns, each once per row, negative for none.
+        corrections: ``[R, W]``.
+    """
+    if kernels.available(logits.device) and working_dtype(logits) == torch.float32:
+        kernels.write_gradient(out, logits, rows, columns, peak, level, slope, ids, corrections)
+        return
+    other = torch.ones(out.shape[0], dtype=torch.bool, device=out.device)
+    other[rows] = False
+    out.index_fill_(0, other.nonzero().squeeze(-1), 0)
+    wanted = ids >= 0
+    local_ids, corrections = ids.clamp_min(0), torch.where(wanted, corrections, 0.0)
+    shape = (_block_rows(rows, columns), columns)
+    buffer = torch.empty(shape, dtype=peak.dtype, device=out.device)
+    weights = None if slope is None else torch.empty_like(buffer)
+    for block in _row_blocks(rows, columns):
+        dense = _at_rows(logits, rows[block])[:, :columns]
+        run = _run(out, rows[block])
+        target = None if run is None else out[run, :columns]
+        in_place = target is not None and target.dtype == buffer.dtype
+        if dense.dtype != buffer.dtype:
+            dense = buffer[: dense.shape[0]].copy_(dense)
+        gradient = torch.sub(dense, peak[block].unsqueeze(-1), out=target if in_place else buffer[: dense.shape[0]])
+        if slope is None or weights is None:
+            gradient.exp_().mul_(level[block].unsqueeze(-1))
+        else:
+            weight = torch.exp(gradient.clamp_min_(_LOG_ZERO), out=weights[: dense.shape[0]])
+            gradient.mul_(slope[block].unsqueeze(-1)).add_(level[block].unsqueeze(-1)).mul_(weight)
+        gradient.scatter_add_(-1, local_ids[block], corrections[block])
+        if target is None:
+            out[rows[block], :columns] = gradient.to(out.dtype)
+        elif not in_place:
+            target.copy_(gradient)
+    if columns < out.shape[-1]:
+        out[:, columns:] = 0
+
+
+def _topk_by_groups(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As :func:`ordered_topk`, at little more than the cost of finding the largest entry.
+
+    The k largest entries lie in the k groups of neighbouring columns whose own largest entries are largest: each group
+    that stands before another in that order holds an entry that stands before all of the other's.
+    """
+    groups = rows.shape[-1] // _GROUP
+    if groups < 4 * k:
+        return ordered_topk(rows, k)
+    grouped = rows[:, : groups * _GROUP].view(rows.shape[0], groups, _GROUP)
+    chosen = ordered_topk(grouped.amax(-1), k)[1].sort(dim=-1).values
+    candidates = grouped.gather(1, chosen.unsqueeze(-1).expand(-1, -1, _GROUP)).flatten(1)
+    # The columns that fill no group come last, so that candidates stand in order of columns.
+    candidates = torch.cat([candidates, rows[:, groups * _GROUP :]], dim=-1)
+    values, places = ordered_topk(candidates, k)
+    group = chosen.gather(-1, (places // _GROUP).clamp_max(k - 1))
+    inside = places < k * _GROUP
+    return values, torch.where(inside, group * _GROUP + places % _GROUP, places + (groups - k) * _GROUP)
 
 
 def ordered_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and columns ``[R, k]`` of the k largest entries of ``[R, C]``, by falling value, then rising column.
 
-    ``torch.topk`` leaves the order of equal values open, also across the k-th place.
+    ``torch.topk`` leaves the order of equal values open, also across the k-th place: it is given integers that order
+    value and column at once.
     """
-    columns = rows.shape[-1]
-    candidates = min(k + _TIE_MARGIN, columns)
-    values, ids = rows.topk(candidates, dim=-1)
-    ids, by_id = ids.sort(dim=-1)
-    values, by_value = values.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
-    ids = ids.gather(-1, by_value)
-    if candidates < columns:
-        threshold = values[:, k - 1 : k]
-        # Ties that may go on past the candidates: take the lowest ids among all entries equal to the k-th value.
-        open_ended = (values[:, -1:] == threshold).squeeze(-1).nonzero().squeeze(-1)
-        if open_ended.numel() > 0:
-            tied = rows[open_ended] == threshold[open_ended]
-            order = torch.arange(columns, device=rows.device)
-            lowest = torch.where(tied, order, columns).topk(k, dim=-1, largest=False).values
-            above = (values[open_ended] > threshold[open_ended]).sum(-1, keepdim=True)
-            place = torch.arange(k, device=rows.device)
-            tie_rank = (place - above).clamp_min(0)
-            ids[open_ended, :k] = torch.where(place < above, ids[open_ended, :k], lowest.gather(-1, tie_rank))
-            values[open_ended, :k] = torch.where(place < above, values[open_ended, :k], threshold[open_ended])
-    return values[:, :k], ids[:, :k]
+    if rows.dtype == torch.float64:
+        ordered = rows.sort(dim=-1, descending=True, stable=True)
+        return ordered.values[:, :k], ordered.indices[:, :k]
+    # Adding 0 makes -0 equal to 0.
+    bits = (rows.float() + 0.0).view(torch.int32)
+    keys = (bits ^ ((bits >> 31) & _INT32_MAX)).long() << 32
+    keys |= _INT32_MAX - torch.arange(rows.shape[-1], device=rows.device)
+    keys = keys.topk(k, dim=-1).values
+    bits = (keys >> 32).int()
+    values = (bits ^ ((bits >> 31) & _INT32_MAX)).view(torch.float32)
+    return values.to(rows.dtype), _INT32_MAX - (keys & _INT32_MAX)

@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from verl_troll import kernels
 
 StepSizeGradient = Literal["implicit", "detached"]
 STEP_SIZE_GRADIENTS: tuple[str, ...] = get_args(StepSizeGradient)
@@ -93,7 +95,8 @@ def project(
         tolerance = 1e-10 if dtype == torch.float64 else 1e-3
     n = new_log_probs.shape[-1]
     leading = new_log_probs.shape[:-1]
-    log_probs, step_size, kl_before, kl, converged, evaluations = _Project.apply(  # type: ignore[no-untyped-call]
+    form = kernels.project if kernels.available(new_log_probs.device) else _Project.apply
+    log_probs, step_size, kl_before, kl, converged, evaluations = form(
         new_log_probs.to(dtype).reshape(-1, n),
         old_log_probs.detach().to(dtype).reshape(-1, n),
         float(kl_bound),
@@ -131,14 +134,16 @@ def _check_arguments(
         raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance!r}")
 
 
-@dataclass(frozen=True)
-class _Tilted:
+class _Tilted(NamedTuple):
     """pi_t at a given t: its normaliser and the moments of s under it, each ``[R]``."""
 
     kl: Tensor
     mean: Tensor
     variance: Tensor
     log_normaliser: Tensor
+
+    def at(self, rows: Tensor) -> _Tilted:
+        return _Tilted(*(x[rows] for x in self))
 
 
 def _tilt(log_q: Tensor, s: Tensor, t: Tensor) -> _Tilted:
@@ -248,33 +253,29 @@ class _Project(torch.autograd.Function):
         kl = at_one.kl.clone()
         converged = ~broken
         evaluations = (~skipped).int()
-        variance = at_one.variance.clone()
-        mean = at_one.mean.clone()
-        log_normaliser = at_one.log_normaliser.clone()
 
-        outside = ((at_one.kl > kl_bound) & ~skipped).nonzero().squeeze(-1)
-        if outside.numel() > 0:
-            begin = _Tilted(*(x[outside] for x in (at_one.kl, mean, variance, log_normaliser)))
-            t, there, done, count = _solve(log_q[outside], s[outside], begin, kl_bound, tolerance)
-            step_size[outside] = t
-            kl[outside] = there.kl
-            mean[outside] = there.mean
-            variance[outside] = there.variance
-            log_normaliser[outside] = there.log_normaliser
-            converged[outside] = done
-            evaluations[outside] = count
+        outside = (at_one.kl > kl_bound) & ~skipped
+        # All other rows stay as they are.
+        moved = (outside | (escaped & ~broken)).nonzero().squeeze(-1)
+        log_probs = torch.where(broken.unsqueeze(-1), math.nan, new)
+        log_q, s, on_bound = log_q[moved], s[moved], outside[moved]
+        t = torch.ones_like(s[:, 0])
+        there = at_one.at(moved)
+        if moved.numel() > 0:
+            found, solved, done, count = _solve(log_q[on_bound], s[on_bound], there.at(on_bound), kl_bound, tolerance)
+            solved_rows = moved[on_bound]
+            t[on_bound] = found
+            there = _Tilted(*(x.index_put((on_bound,), y) for x, y in zip(there, solved, strict=True)))
+            step_size[solved_rows] = found
+            kl[solved_rows] = solved.kl
+            converged[solved_rows] = done
+            evaluations[solved_rows] = count
+        log_pi = torch.addcmul(log_q, t.unsqueeze(-1), s) - there.log_normaliser.unsqueeze(-1)
+        log_probs[moved] = log_pi.to(new.dtype)
 
-        moved = escaped & ~broken
-        moved[outside] = True
-        log_pi = torch.addcmul(log_q, step_size.unsqueeze(-1), s) - log_normaliser.unsqueeze(-1)
-        log_probs = torch.where(moved.unsqueeze(-1), log_pi.to(new.dtype), new)
-        nan = torch.where(broken, math.nan, 0.0)
-        log_probs = log_probs + nan.to(new.dtype).unsqueeze(-1)
-
-        on_bound = torch.zeros_like(moved)
-        on_bound[outside] = True
-        ctx.save_for_backward(log_pi, s, step_size, mean, variance, moved, on_bound, has_mass & outcome, broken)
+        ctx.save_for_backward(log_pi, s, t, there.mean, there.variance, moved, on_bound, has_mass & outcome, broken)
         ctx.implicit = implicit
+        nan = torch.where(broken, math.nan, 0.0)
         scalars = [(x + nan).to(new.dtype) for x in (step_size, kl_before, kl)]
         ctx.mark_non_differentiable(*scalars, converged, evaluations)
         return log_probs, scalars[0], scalars[1], scalars[2], converged, evaluations
@@ -283,7 +284,8 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None, None, None]:
         log_pi, s, t, mean, variance, moved, on_bound, live, broken = ctx.saved_tensors
-        g = torch.where(live, grad.double(), 0.0)
+        result = torch.where(live, grad, 0.0)
+        g = result[moved].double()
         pi = log_pi.exp()
         t = t.unsqueeze(-1)
         # d log pi_j / d s_i at a fixed step size.
@@ -295,6 +297,5 @@ class _Project(torch.autograd.Function):
             inverse = torch.where(flat | ~on_bound, 0.0, 1.0 / torch.where(flat, 1.0, variance))
             along_t = (g * centred).sum(-1, keepdim=True)
             grad_s = grad_s - t * pi * centred * inverse.unsqueeze(-1) * along_t
-        result = torch.where(moved.unsqueeze(-1), torch.where(live, grad_s, 0.0), g)
-        result = torch.where(broken.unsqueeze(-1), math.nan, result)
-        return result.to(grad.dtype), None, None, None, None
+        result[moved] = torch.where(live[moved], grad_s, 0.0).to(grad.dtype)
+        return torch.where(broken.unsqueeze(-1), math.nan, result), None, None, None, None

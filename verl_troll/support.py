@@ -9,8 +9,10 @@ where the policies agree, and inside ``rest`` the projected policy keeps the new
 
     KL_vocabulary(pi || q) = KL_anchored(pi || q) + pi(rest) KL(p(. | rest) || q(. | rest))
 
-Logits may be split over a group of ranks (:class:`~verl_troll.vocab_parallel.VocabShard`); every rank then gets the
-same ids, in the same order, and the same values as a single process would.
+Logits come as a tensor, or as a head that computes them where they are read
+(:class:`~verl_troll.lm_head.LinearHead`). They may be split over a group of ranks
+(:class:`~verl_troll.vocab_parallel.VocabShard`); every rank then gets the same ids, in the same order, and the same
+values as a single process would.
 
 Shapes: N packed tokens, C local logit columns, R rows of interest (indices into N), W kept ids, n outcomes.
 """
@@ -18,13 +20,13 @@ Shapes: N packed tokens, C local logit columns, R rows of interest (indices into
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from verl_troll.logits import Normaliser
+from verl_troll.logits import LogitsSource, Normaliser, as_source
 from verl_troll.vocab_parallel import VocabShard, log_probs_at, top_log_probs, with_gradient
 
 SupportRule = Literal["union", "anchored"]
@@ -45,11 +47,13 @@ class SparsePolicy:
             selected; -1 marks an unused place.
         log_probs: ``[R, W]`` log-probabilities over the full vocabulary, ``-inf`` at unused places.
         sampled: ``[R]`` int64, place of the sampled id in ``ids``.
+        entropy: ``[R]`` of the whole policy, in nats, where it was asked for.
     """
 
     ids: Tensor
     log_probs: Tensor
     sampled: Tensor
+    entropy: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Comparison:
         old_kept_mass: ``[R]`` q of the ids kept of the old policy.
         new_kept_mass: ``[R]`` p of the ids kept of the new policy (``union``) or of the old one (``anchored``).
         cap_hit: ``[R]`` bool, the cap K ended the old policy's selection before its mass was reached.
+        entropy: ``[R]`` of the whole new policy, in nats, differentiable, where it was asked for.
     """
 
     new_log_probs: Tensor
@@ -77,6 +82,7 @@ class Comparison:
     old_kept_mass: Tensor
     new_kept_mass: Tensor
     cap_hit: Tensor
+    entropy: Tensor | None = None
 
 
 def check_support_settings(k: int, dropped_mass: float) -> None:
@@ -88,39 +94,50 @@ def check_support_settings(k: int, dropped_mass: float) -> None:
 
 
 def select(
-    logits: Tensor,
+    logits: Tensor | LogitsSource,
     rows: Tensor,
     sampled_ids: Tensor,
     *,
     k: int,
     dropped_mass: float,
     shard: VocabShard | None = None,
+    entropy: bool = False,
 ) -> SparsePolicy:
     """Keep each row's most probable ids until their mass reaches ``1 - dropped_mass``, at most ``k``, and the sampled.
 
     Equal logits are ordered by lower id, so that the choice does not depend on how the row is searched or sharded.
-    One all-to-all and one all-gather where the vocabulary is sharded.
+    One pass over the logits; one all-to-all and one all-gather where the vocabulary is sharded.
 
     Args:
-        logits: ``[N, C]`` float, temperature already applied. No gradient flows.
-        rows: ``[R]`` int64.
+        logits: ``[N, C]`` float, temperature already applied, or a head that yields them. No gradient flows.
+        rows: ``[R]`` int64, without repetition.
         sampled_ids: ``[R]`` int64 below the vocabulary size.
         k: cap K on the selected ids (the sampled id may add one).
         dropped_mass: delta in [0, 1).
         shard: the columns of ``logits``; the whole vocabulary, without padding, by default.
+        entropy: whether the entropy is wanted; it is read in the same pass.
 
     Raises:
         ValueError: ``k`` or ``dropped_mass`` out of range, or a shard that does not fit the logits.
     """
     check_support_settings(k, dropped_mass)
-    shard = shard or VocabShard.whole(logits.shape[-1])
-    return _select(logits, rows, sampled_ids, k, dropped_mass, shard)[0]
+    source = as_source(logits)
+    policy, normaliser = _select(
+        source, rows, sampled_ids, k, dropped_mass, shard or VocabShard.whole(source.columns), entropy
+    )
+    return replace(policy, entropy=normaliser.entropy()) if entropy else policy
 
 
 def _select(
-    logits: Tensor, rows: Tensor, sampled_ids: Tensor, k: int, dropped_mass: float, shard: VocabShard
+    logits: LogitsSource,
+    rows: Tensor,
+    sampled_ids: Tensor,
+    k: int,
+    dropped_mass: float,
+    shard: VocabShard,
+    entropy: bool,
 ) -> tuple[SparsePolicy, Normaliser]:
-    ids, log_probs, sampled_log_probs, normaliser = top_log_probs(logits, rows, sampled_ids, k, shard)
+    ids, log_probs, sampled_log_probs, normaliser = top_log_probs(logits, rows, sampled_ids, k, shard, entropy=entropy)
     return keep_most_probable(ids, log_probs, sampled_ids, sampled_log_probs, dropped_mass), normaliser
 
 
@@ -154,13 +171,15 @@ def keep_most_probable(
 
 def compare(
     rule: SupportRule,
-    logits: Tensor,
+    logits: Tensor | LogitsSource,
     rows: Tensor,
     old: SparsePolicy,
     *,
     k: int,
     dropped_mass: float,
     shard: VocabShard | None = None,
+    entropy: bool = False,
+    reuse_logits: bool = False,
 ) -> Comparison:
     """Put the new policy given by ``logits`` beside the old one on common outcomes.
 
@@ -169,27 +188,37 @@ def compare(
 
     Args:
         rule: ``union`` (published) or ``anchored``.
-        logits: ``[N, C]`` of the new policy, temperature applied; gradients flow to its rows ``rows``.
-        rows: ``[R]`` int64 without repetition.
+        logits: ``[N, C]`` of the new policy, temperature applied, or a head that yields them; gradients flow to its
+            rows ``rows``.
+        rows: ``[R]`` int64, without repetition.
         old: the old policy at these rows.
-        k, dropped_mass, shard: as in :func:`select`.
+        k, dropped_mass, shard, entropy: as in :func:`select`.
+        reuse_logits: the backward pass may write the gradient over the logits, see
+            :class:`~verl_troll.logits.DenseLogits`.
 
     Raises:
         ValueError: an unknown rule, or a setting out of range.
     """
     check_support_settings(k, dropped_mass)
-    shard = shard or VocabShard.whole(logits.shape[-1])
+    source = as_source(logits, reuse=reuse_logits)
+    shard = shard or VocabShard.whole(source.columns)
     if rule == "anchored":
-        return _anchored(logits, rows, old, k, dropped_mass, shard)
+        return _anchored(source, rows, old, k, dropped_mass, shard, entropy)
     if rule == "union":
-        return _union(logits, rows, old, k, dropped_mass, shard)
+        return _union(source, rows, old, k, dropped_mass, shard, entropy)
     raise ValueError(f"support must be one of {SUPPORT_RULES}, got {rule!r}")
 
 
 def _anchored(
-    logits: Tensor, rows: Tensor, old: SparsePolicy, k: int, dropped_mass: float, shard: VocabShard
+    logits: LogitsSource,
+    rows: Tensor,
+    old: SparsePolicy,
+    k: int,
+    dropped_mass: float,
+    shard: VocabShard,
+    want_entropy: bool,
 ) -> Comparison:
-    new_log_probs = log_probs_at(logits, rows, old.ids, shard)
+    new_log_probs, entropy = log_probs_at(logits, rows, old.ids, shard, entropy=want_entropy)
     support_size = (old.ids >= 0).sum(-1)
     has_rest = support_size < shard.vocab_size
     new_rest, new_mass = _rest(new_log_probs, has_rest)
@@ -204,6 +233,7 @@ def _anchored(
         old_kept_mass=old_mass,
         new_kept_mass=new_mass.detach(),
         cap_hit=_cap_hit(old, k, dropped_mass, shard.vocab_size),
+        entropy=entropy,
     )
 
 
@@ -215,9 +245,15 @@ def _rest(log_probs: Tensor, has_rest: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _union(
-    logits: Tensor, rows: Tensor, old: SparsePolicy, k: int, dropped_mass: float, shard: VocabShard
+    logits: LogitsSource,
+    rows: Tensor,
+    old: SparsePolicy,
+    k: int,
+    dropped_mass: float,
+    shard: VocabShard,
+    want_entropy: bool,
 ) -> Comparison:
-    new, normaliser = _select(logits, rows, _at(old.ids, old.sampled), k, dropped_mass, shard)
+    new, normaliser = _select(logits, rows, _at(old.ids, old.sampled), k, dropped_mass, shard, want_entropy)
     only_new = torch.where(_find(new.ids, old.ids) >= 0, -1, new.ids)
     ids = torch.cat([old.ids, only_new], dim=-1)
     used = ids >= 0
@@ -226,7 +262,7 @@ def _union(
 
     selected = torch.cat([new.log_probs.gather(-1, place.clamp_min(0)), new.log_probs], dim=-1)
     selected = torch.where(kept_by_new, selected, -math.inf)
-    new_log_probs = with_gradient(selected, logits, rows, torch.where(kept_by_new, ids, -1), normaliser, shard)
+    new_log_probs, entropy = with_gradient(selected, logits, rows, torch.where(kept_by_new, ids, -1), normaliser, shard)
     sampled_log_probs = _at(new_log_probs, old.sampled)
     new_log_probs = torch.where(used & ~kept_by_new, LOG_MISSING, new_log_probs)
     defaults = torch.full_like(new.log_probs, -math.inf).masked_fill(only_new >= 0, LOG_MISSING)
@@ -243,6 +279,7 @@ def _union(
         old_kept_mass=old_mass,
         new_kept_mass=new.log_probs.exp().sum(-1),
         cap_hit=_cap_hit(old, k, dropped_mass, shard.vocab_size),
+        entropy=entropy,
     )
 
 

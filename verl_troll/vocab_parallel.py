@@ -12,9 +12,12 @@ call                          forward                         message per row, b
 :func:`with_gradient`         none                            0                        none
 ============================  ==============================  =======================  ========
 
-P is the number of ranks; each rank sends and receives 2 (P - 1) / P times the message, so that the cost per rank hardly
-grows with P. float64 logits send twice the bytes for each number that is not an id. An all-reduce stands in for a
-gather because each id lives on one rank: all others add zero, so that the sum is exact.
+P is the number of ranks; the entropy adds one number per rank (4 P) or per row (4). Each rank sends and receives 2 (P -
+1) / P times the message, so that the cost per rank hardly grows with P. float64 logits send twice the bytes for each
+number that is not an id. An all-reduce stands in for a gather because each id lives on one rank: all others add zero,
+so that the sum is exact.
+
+Logits come as a tensor or as a head that computes them where they are read (:class:`~verl_troll.logits.LogitsSource`).
 
 Shapes: N tokens, C local columns, R rows of interest (indices into N), W or K ids per row.
 """
@@ -30,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from verl_troll.logits import Normaliser, local_reading, row_blocks, working_dtype
+from verl_troll.logits import LogitsSource, Normaliser, as_source
 
 
 @dataclass(frozen=True)
@@ -92,18 +95,29 @@ class VocabShard:
         """Local columns that are real; padding comes last."""
         return max(0, min(self.stop, self.vocab_size) - self.start)
 
-    def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of ``ids`` (global, negative for none) this rank owns (bool), and their columns (0 for others)."""
+    def local(self, ids: Tensor) -> Tensor:
+        """Local columns of ``ids`` (global, negative for none), -1 where this rank does not own them."""
         columns = ids - self.start
-        owned = (ids >= 0) & (columns >= 0) & (columns < self.columns)
-        return owned, torch.where(owned, columns, 0)
+        return torch.where((ids >= 0) & (columns >= 0) & (columns < self.columns), columns, -1)
 
-    def check(self, logits: Tensor) -> None:
-        """Raise ``ValueError`` where ``logits [N, C]`` has other columns than the shard says."""
-        if logits.shape[-1] != self.stop - self.start:
+    def check(self, logits: LogitsSource) -> None:
+        """Raise ``ValueError`` where ``logits`` has other columns than the shard says."""
+        if logits.columns != self.stop - self.start:
             raise ValueError(
-                f"the vocabulary shard [{self.start}, {self.stop}) does not fit {logits.shape[-1]} logit columns"
+                f"the vocabulary shard [{self.start}, {self.stop}) does not fit {logits.columns} logit columns"
             )
+
+
+class LogProbs(NamedTuple):
+    """What :func:`log_probs_at` reads off the logits, alike on every rank and differentiable.
+
+    Attributes:
+        log_probs: ``[R, W]`` nats, over the whole vocabulary; ``-inf`` for a negative id.
+        entropy: ``[R]`` nats, where it was asked for.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor | None
 
 
 class TopLogProbs(NamedTuple):
@@ -122,64 +136,81 @@ class TopLogProbs(NamedTuple):
     normaliser: Normaliser
 
 
-def log_probs_at(logits: Tensor, rows: Tensor, ids: Tensor, shard: VocabShard) -> Tensor:
+def log_probs_at(
+    logits: Tensor | LogitsSource, rows: Tensor, ids: Tensor, shard: VocabShard, *, entropy: bool = False
+) -> LogProbs:
     """``log_softmax(logits[rows]).gather(-1, ids)`` over the whole vocabulary, differentiable in the local logits.
 
-    One all-reduce of ``W + 2 P`` numbers per row in the forward pass, nothing in the backward pass.
+    One all-reduce of ``W + 2 P`` numbers per row in the forward pass (``W + 3 P`` with the entropy), nothing in the
+    backward pass.
 
     Args:
-        logits: ``[N, C]`` float.
+        logits: ``[N, C]`` float, or a source of such.
         rows: ``[R]`` int64, without repetition, alike on every rank.
-        ids: ``[R, W]`` int64 below ``vocab_size``, alike on every rank; negative ids give ``-inf`` and no gradient.
+        ids: ``[R, W]`` int64 below ``vocab_size``, alike on every rank, each once per row; negative ids give ``-inf``
+            and no gradient.
         shard: the columns of ``logits``.
+        entropy: whether the entropy is wanted.
 
     Returns:
-        ``[R, W]`` in the working dtype (at least float32), nats.
+        Values in the working dtype (at least float32).
     """
-    shard.check(logits)
+    source = as_source(logits)
+    shard.check(source)
     with torch.no_grad():
-        normaliser = local_reading(logits, rows, shard.columns)[0]
-        values = _values_at(logits, rows, ids, shard)
+        normaliser, values, *_ = source.read(rows, shard.local(ids), shard.columns, energy=entropy)
         if shard.ranks > 1 and rows.shape[0] > 0:
             # A slot per rank for its normaliser, zero on all others.
-            slots = values.new_zeros(rows.shape[0], shard.ranks, 2)
-            slots[:, shard.rank] = torch.stack([normaliser.peak, normaliser.mass], dim=-1)
+            parts = torch.stack([part for part in normaliser if part is not None], dim=-1)
+            slots = values.new_zeros(rows.shape[0], shard.ranks, parts.shape[-1])
+            slots[:, shard.rank] = parts
             message = torch.cat([values, slots.flatten(1)], dim=-1)
             dist.all_reduce(message, group=shard.group)
-            values, parts = message[:, : ids.shape[-1]], message[:, ids.shape[-1] :].view(-1, shard.ranks, 2)
-            normaliser = Normaliser.combine(parts[..., 0].T, parts[..., 1].T)
+            values, slots = message[:, : ids.shape[-1]], message[:, ids.shape[-1] :].view(slots.shape)
+            normaliser = Normaliser.combine(*slots.permute(2, 1, 0))
         log_probs = torch.where(ids >= 0, normaliser.log_probs(values), -math.inf)
-    return with_gradient(log_probs, logits, rows, ids, normaliser, shard)
+    return with_gradient(log_probs, source, rows, ids, normaliser, shard)
 
 
-def top_log_probs(logits: Tensor, rows: Tensor, sampled_ids: Tensor, k: int, shard: VocabShard) -> TopLogProbs:
+def top_log_probs(
+    logits: Tensor | LogitsSource,
+    rows: Tensor,
+    sampled_ids: Tensor,
+    k: int,
+    shard: VocabShard,
+    *,
+    entropy: bool = False,
+) -> TopLogProbs:
     """The ``min(k, vocab_size)`` most probable ids of each row and the sampled id's log-probability; no gradient.
 
     Each rank brings its own best candidates, its part of the normaliser and, if it owns it, the sampled id's logit:
-    one all-to-all and one all-gather of ``8 K + 12`` bytes per row.
+    one all-to-all and one all-gather of ``8 K + 12`` bytes per row (``8 K + 16`` with the entropy).
 
     Args:
         logits, rows, shard: as in :func:`log_probs_at`.
         sampled_ids: ``[R]`` int64 below ``vocab_size``.
         k: at least 1.
+        entropy: whether the normaliser's entropy will be asked for.
     """
-    shard.check(logits)
+    source = as_source(logits)
+    shard.check(source)
     width = min(k, shard.vocab_size)
     with torch.no_grad():
-        normaliser, values, ids = local_reading(logits, rows, shard.columns, width)
-        sampled = _values_at(logits, rows, sampled_ids.unsqueeze(-1), shard).squeeze(-1)
+        normaliser, sampled, values, ids = source.read(
+            rows, shard.local(sampled_ids.unsqueeze(-1)), shard.columns, k=width, energy=entropy
+        )
         ids = torch.where(ids >= 0, ids + shard.start, -1)
         if shard.ranks > 1 and rows.shape[0] > 0:
             normaliser, values, ids, sampled = _merge(normaliser, values, ids, sampled, shard)
         log_probs = normaliser.log_probs(values)
-        sampled_log_probs = normaliser.log_probs(sampled.unsqueeze(-1)).squeeze(-1)
+        sampled_log_probs = normaliser.log_probs(sampled).squeeze(-1)
         return TopLogProbs(torch.where(log_probs > -math.inf, ids, -1), log_probs, sampled_log_probs, normaliser)
 
 
 def _merge(
     normaliser: Normaliser, values: Tensor, ids: Tensor, sampled: Tensor, shard: VocabShard
 ) -> tuple[Normaliser, Tensor, Tensor, Tensor]:
-    """Normaliser, k best ``values`` and ``ids [R, k]`` and ``sampled [R]`` of the vocabulary from each rank's own.
+    """Normaliser, k best ``values`` and ``ids [R, k]`` and ``sampled [R, 1]`` of the vocabulary from each rank's own.
 
     Each rank merges its share of the rows: an all-to-all brings it what all ranks found there, an all-gather hands
     the results round.
@@ -202,38 +233,40 @@ def _merge(
 
 
 def _pack(normaliser: Normaliser, values: Tensor, ids: Tensor, sampled: Tensor) -> Tensor:
-    """One int32 message per row, ``[..., words]``: k values, peak, mass and sampled bit by bit, then k ids."""
-    scalars = torch.stack([normaliser.peak, normaliser.mass, sampled], dim=-1)
-    return torch.cat([torch.cat([values, scalars], dim=-1).view(torch.int32), ids.to(torch.int32)], dim=-1)
+    """One int32 message per row, ``[..., words]``: k values, sampled and the normaliser bit by bit, then k ids."""
+    parts = [part.unsqueeze(-1) for part in normaliser if part is not None]
+    return torch.cat([torch.cat([values, sampled, *parts], dim=-1).view(torch.int32), ids.to(torch.int32)], dim=-1)
 
 
 def _unpack(message: Tensor, width: int, dtype: torch.dtype) -> tuple[Normaliser, Tensor, Tensor, Tensor]:
     # A copy: contiguous() would leave the stride of a single row, which float64 cannot be viewed with.
     numbers = message[..., :-width].clone(memory_format=torch.contiguous_format).view(dtype)
-    ids = message[..., -width:]
     return (
-        Normaliser(numbers[..., width], numbers[..., width + 1]),
+        Normaliser(*numbers[..., width + 1 :].unbind(-1)),
         numbers[..., :width],
-        ids,
-        numbers[..., width + 2],
+        message[..., -width:],
+        numbers[..., width : width + 1],
     )
 
 
 def with_gradient(
-    log_probs: Tensor, logits: Tensor, rows: Tensor, ids: Tensor, normaliser: Normaliser, shard: VocabShard
-) -> Tensor:
-    """``log_probs [R, W]``, known already, as the function of the local logits that they are.
+    log_probs: Tensor, logits: LogitsSource, rows: Tensor, ids: Tensor, normaliser: Normaliser, shard: VocabShard
+) -> LogProbs:
+    """``log_probs [R, W]``, known already, as the function of the local logits that they are; so the entropy.
 
-    The loss must be the same function of them on every rank, as Megatron's losses are: then each rank's gradient of
-    its own columns is complete, and nothing is sent.
+    Backward writes the gradient of both to the logits' columns in one pass. The loss must be the same function of
+    them on every rank, as Megatron's losses are: then each rank's gradient of its own columns is complete, and nothing
+    is sent.
 
     Args:
         log_probs: values at ``ids``.
         logits, rows, ids, shard: as in :func:`log_probs_at`.
-        normaliser: of the whole vocabulary at ``rows``.
+        normaliser: of the whole vocabulary at ``rows``, with its energy where the entropy is wanted.
     """
-    result: Tensor = _WithGradient.apply(log_probs, logits, rows, ids, *normaliser, shard)  # type: ignore[no-untyped-call]
-    return result
+    entropy = None if normaliser.energy is None else normaliser.entropy()
+    return LogProbs(
+        *_WithGradient.apply(log_probs, entropy, rows, ids, *normaliser, logits, shard, *logits.tensors)  # type: ignore[no-untyped-call]
+    )
 
 
 class _WithGradient(torch.autograd.Function):
@@ -241,37 +274,33 @@ class _WithGradient(torch.autograd.Function):
     def forward(
         ctx: Any,
         log_probs: Tensor,
-        logits: Tensor,
+        entropy: Tensor | None,
         rows: Tensor,
         ids: Tensor,
         peak: Tensor,
         mass: Tensor,
+        energy: Tensor | None,
+        source: LogitsSource,
         shard: VocabShard,
-    ) -> Tensor:
-        ctx.save_for_backward(logits, rows, ids, peak, mass)
-        ctx.shard = shard
-        return log_probs.view_as(log_probs)
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.save_for_backward(rows, ids, peak, mass, energy, *tensors)
+        ctx.builder, ctx.shard = source.builder, shard
+        ctx.set_materialize_grads(False)
+        return log_probs.view_as(log_probs), None if entropy is None else entropy.view_as(entropy)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None, None, None]:
-        logits, rows, ids, peak, mass = ctx.saved_tensors
-        columns = ctx.shard.columns
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, ids, peak, mass, energy, *tensors = ctx.saved_tensors
+        grad = torch.zeros(ids.shape, dtype=mass.dtype, device=mass.device) if grad is None else grad
         grad = torch.where(ids >= 0, grad, 0.0)
-        scale = (-grad.sum(-1) / mass).unsqueeze(-1)
-        owned, local_ids = ctx.shard.local(ids)
-        grad = torch.where(owned, grad, 0.0)
-        result = torch.zeros_like(logits)
-        for block in row_blocks(logits, rows) if columns > 0 else ():
-            dense = torch.sub(logits[rows[block], :columns], peak[block].unsqueeze(-1)).exp_().mul_(scale[block])
-            dense.scatter_add_(-1, local_ids[block], grad[block])
-            result[rows[block], :columns] = dense.to(logits.dtype)
-        return None, result, None, None, None, None, None
-
-
-def _values_at(logits: Tensor, rows: Tensor, ids: Tensor, shard: VocabShard) -> Tensor:
-    """``[R, W]`` logits in the working dtype at the ids that this rank owns, 0 at all others."""
-    owned, columns = shard.local(ids)
-    if shard.columns == 0:
-        return torch.zeros(ids.shape, dtype=working_dtype(logits), device=logits.device)
-    return torch.where(owned, logits[rows.unsqueeze(-1), columns], 0.0).to(working_dtype(logits))
+        level, slope = -grad.sum(-1) / mass, None
+        if grad_entropy is not None:
+            # dH / dx_j = -p_j (log p_j + H), and H = log mass - energy / mass.
+            slope = -grad_entropy / mass
+            level = level - slope * (energy / mass)
+        gradients: tuple[Tensor | None, ...] = ctx.builder(*tensors).gradients(
+            rows, ctx.shard.columns, peak, level, slope, ctx.shard.local(ids), grad, ctx.needs_input_grad[9:]
+        )
+        return (None,) * 9 + gradients

@@ -68,7 +68,7 @@ def with_settings(batch: TensorDict, setup: Any, **extra: Any) -> TensorDict:
         use_dynamic_bsz=setup.use_dynamic_bsz,
         max_token_len_per_gpu=setup.max_token_len,
         micro_batch_size_per_gpu=setup.micro_batch_size,
-        use_fused_kernels=False,
+        use_fused_kernels=setup.use_fused_kernels,
         temperature=setup.temperature,
         global_batch_size=setup.mini_batch_size,
         pad_token_id=0,
@@ -82,6 +82,17 @@ def shard_of(batch: TensorDict, engine: Any) -> TensorDict:
     from verl.utils import tensordict_utils as tu
 
     return tu.chunk_tensordict(batch, engine.get_data_parallel_size())[engine.get_data_parallel_rank()]
+
+
+def by_sample(output: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """One dictionary per sample of nested model outputs, the support decoded to ids and log-probabilities."""
+    from verl_troll.plugin import carry
+
+    rows = [dict(zip(output, row, strict=True)) for row in zip(*(v.unbind() for v in output.values()), strict=True)]
+    for row in rows:
+        if carry.SUPPORT in row:
+            row["troll_old_ids"], row["troll_old_log_probs"] = carry.decode(row.pop(carry.SUPPORT))
+    return rows
 
 
 def with_old_policy(batch: TensorDict, output: dict[str, Tensor]) -> TensorDict:

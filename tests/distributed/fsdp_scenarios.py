@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
 
-from tests.distributed.batches import TEMPERATURE, VOCAB, shard_of, with_old_policy, with_settings
+from tests.distributed.batches import TEMPERATURE, VOCAB, by_sample, shard_of, with_old_policy, with_settings
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Setup:
     use_dynamic_bsz: bool = False
     max_token_len: int = 64
     use_remove_padding: bool = True
+    use_fused_kernels: bool = False
+    fused_backend: str = "torch"
     ulysses: int = 1
     use_kl_loss: bool = False
     kl_loss_coef: float = 0.1
@@ -85,6 +87,8 @@ def _build(setup: Setup) -> tuple[Any, Any, Any]:
         override_config={"attn_implementation": "sdpa"},
         enable_gradient_checkpointing=False,
         use_remove_padding=setup.use_remove_padding,
+        use_fused_kernels=setup.use_fused_kernels,
+        fused_kernel_options={"impl_backend": setup.fused_backend},
         lora_rank=setup.lora_rank,
         lora={"merge": setup.merge_lora},
     )
@@ -209,7 +213,8 @@ def old_policies(setups: list[Setup], batch: TensorDict) -> list[dict[str, list[
     for setup in setups:
         engine, _, _ = _build(setup)
         output = old_pass(engine, shard_of(batch, engine), setup)
-        results.append({name: list(value.unbind()) for name, value in output.items()})
+        rows = by_sample(output)
+        results.append({name: [row[name] for row in rows] for name in rows[0]})
     return results
 
 
@@ -228,10 +233,25 @@ def lora_passes(setup: Setup, batch: TensorDict) -> dict[str, Any]:
     return {
         "old_fields": sorted(old),
         "reference_fields": sorted(reference),
+        "reference": reference["log_probs"].values(),
         "moved": (old["log_probs"].values() - reference["log_probs"].values()).abs().max().item(),
         "trained": sorted(name for name, weight in engine.module.named_parameters() if weight.requires_grad),
         "grad_norm": float(result["metrics"]["grad_norm"]),
     }
+
+
+def refused_heads(paths: dict[str, str], batch: TensorDict) -> dict[str, str]:
+    """By name, the error of an old pass with fused kernels through the models at ``paths``."""
+    found = {}
+    for name, path in paths.items():
+        setup = Setup(path, use_fused_kernels=True)
+        engine, _, _ = _build(setup)
+        try:
+            old_pass(engine, shard_of(batch, engine), setup)
+            found[name] = "no error"
+        except ValueError as error:
+            found[name] = str(error)
+    return found
 
 
 def update_without_support(setup: Setup, batch: TensorDict) -> str:

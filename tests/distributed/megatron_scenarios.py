@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tests.distributed import megatron_stock as stock
-from tests.distributed.batches import shard_of, with_old_policy, with_settings
+from tests.distributed.batches import by_sample, shard_of, with_old_policy, with_settings
 from tests.distributed.megatron_stock import Layout
 
 
@@ -68,8 +68,7 @@ def old_passes(layout: Layout, troll: dict[str, Any], batch: TensorDict) -> tupl
 
 
 def _by_sample(output: dict[str, Tensor], first: int = 0) -> dict[int, dict[str, Tensor]]:
-    rows = zip(*(value.unbind() for value in output.values()), strict=True)
-    return {first + index: dict(zip(output, row, strict=True)) for index, row in enumerate(rows)}
+    return {first + index: row for index, row in enumerate(by_sample(output))}
 
 
 def train(layout: Layout, troll: dict[str, Any], batch: TensorDict, steps: int = 3, **actor: Any) -> dict[str, Any]:

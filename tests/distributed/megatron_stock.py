@@ -30,6 +30,7 @@ class Layout:
     expert_tensor: int | None = None
     sequence_parallel: bool = True
     use_remove_padding: bool = True
+    use_fused_kernels: bool = False
     use_distributed_optimizer: bool = True
     micro_batch_size: int = 2
     use_dynamic_bsz: bool = False
@@ -133,6 +134,7 @@ def build(layout: Layout, *, forward_only: bool = False) -> Any:
         model_config=HFModelConfig(path=layout.model_path, use_remove_padding=layout.use_remove_padding),
         engine_config=CpuMcoreEngineConfig(
             forward_only=forward_only,
+            use_fused_kernels=layout.use_fused_kernels,
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
             virtual_pipeline_model_parallel_size=layout.virtual_pipeline,

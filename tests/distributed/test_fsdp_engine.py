@@ -131,7 +131,9 @@ def test_old_pass_gives_verls_log_probs_and_a_support_for_unmasked_response_toke
             torch.testing.assert_close(
                 ours["log_probs"][sample][window], stock["log_probs"][sample][window], rtol=1e-6, atol=1e-6
             )
-            torch.testing.assert_close(ours["entropy"][sample], stock["entropy"][sample], rtol=0, atol=2e-5)
+            torch.testing.assert_close(
+                ours["entropy"][sample][window], stock["entropy"][sample][window], rtol=0, atol=2e-5
+            )
             _check_support(ours, sample, batch, mask.bool(), stock["log_probs"][sample][window])
 
 
@@ -152,6 +154,22 @@ def _check_support(
         assert place.numel() == 1, "the sampled id is kept, once"
         assert values[token][place.item()].item() == pytest.approx(log_probs[token].item(), rel=1e-6)
         assert values[token].exp().sum() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("param_dtype", ["fp32", "bf16"])
+def test_reusing_the_logits_changes_no_bit(model_path: str, batch: TensorDict, param_dtype: str) -> None:
+    methods = [{**METHODS[name], "reuse_logits": reuse} for name in ("union", "anchored") for reuse in (True, False)]
+    setups = [
+        Setup(model_path, troll, entropy_coeff=0.01, param_dtype=param_dtype, use_remove_padding=packed)
+        for packed in (True, False)
+        for troll in methods
+    ]
+    results = run_ranks(scenarios.each, 1, (setups, batch))[0]
+    for reused, kept in zip(results[::2], results[1::2], strict=True):
+        assert reused["loss"] == kept["loss"]
+        assert reused["metrics"] == kept["metrics"]
+        for name, gradient in kept["gradients"].items():
+            assert torch.equal(reused["gradients"][name], gradient), name
 
 
 def test_ratio_is_exactly_one_before_the_first_update(model_path: str, batch: TensorDict) -> None:
@@ -198,7 +216,7 @@ def test_regression_pulls_the_network_back_into_the_region(model_path: str, batc
 
 def test_lora_reference_pass_leaves_the_old_policy_alone(model_path: str, batch: TensorDict) -> None:
     result = run_ranks(scenarios.lora_passes, 1, (Setup(model_path, METHODS["union"], lora_rank=4), batch))[0]
-    assert "troll_old_ids" in result["old_fields"]
+    assert "troll_old_support" in result["old_fields"]
     assert result["reference_fields"] == ["log_probs"]
     assert result["moved"] > 1e-2
     assert all("lora" in name for name in result["trained"])

@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import oracle
+from verl_troll import lm_head as head_module
 from verl_troll import logits as logits_module
+from verl_troll.lm_head import LinearHead
 from verl_troll.objective import TokenTerms, token_terms
 from verl_troll.projection import STEP_SIZE_GRADIENTS
 from verl_troll.support import SUPPORT_RULES, Comparison, SparsePolicy, compare, select
@@ -35,6 +37,7 @@ from verl_troll.vocab_parallel import VocabShard, log_probs_at, top_log_probs
 
 INF = math.inf
 BOUND = 0.05
+BONUS = 0.2
 # Written to every padding column: an honest softmax would see nothing else.
 POISON = 1e4
 TOKENS = 13
@@ -232,10 +235,16 @@ def dense_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.where(ids >= 0, log_probs, -INF)
 
 
+def dense_entropy(logits: Tensor) -> Tensor:
+    log_probs = logits.double().log_softmax(-1)
+    live = log_probs > -INF
+    return -torch.where(live, log_probs.exp() * torch.where(live, log_probs, 0.0), 0.0).sum(-1)
+
+
 def oracle_losses(
     rule: str, new: Tensor, old: Tensor, sampled: Tensor, advantages: Tensor, options: dict[str, Any], implicit: bool
 ) -> Tensor:
-    """Loss of each row of ``[R, V]`` in float64, one token at a time."""
+    """Loss of each row of ``[R, V]`` in float64, one token at a time, without the entropy."""
     losses = []
     for row in range(new.shape[0]):
         pair = oracle.outcomes(rule, new[row], old[row], int(sampled[row]), vocab_size=new.shape[-1], **options)
@@ -245,8 +254,9 @@ def oracle_losses(
     return torch.stack(losses)
 
 
-def losses_of(terms: TokenTerms, advantages: Tensor) -> Tensor:
-    return terms.log_ratio.exp() * advantages.to(terms.log_ratio.dtype) + terms.regression_kl
+def losses_of(terms: TokenTerms, advantages: Tensor, entropy: Tensor | None) -> Tensor:
+    losses = terms.log_ratio.exp() * advantages.to(terms.log_ratio.dtype) + terms.regression_kl
+    return losses if entropy is None else losses - BONUS * entropy
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -270,21 +280,25 @@ def loss_tolerance(dtype: torch.dtype) -> float:
 # --- what is sent -----------------------------------------------------------------------------------------------------
 
 
-def sent_by_merge(shard: VocabShard, rows: int, k: int, dtype: torch.dtype) -> list[tuple[str, int]]:
+def sent_by_merge(
+    shard: VocabShard, rows: int, k: int, dtype: torch.dtype, *, entropy: bool = False
+) -> list[tuple[str, int]]:
     if shard.ranks == 1 or rows == 0:
         return []
     width = min(k, shard.vocab_size)
     number = 8 if dtype == torch.float64 else 4
-    row = (width + 3) * number + 4 * width
+    row = (width + 3 + entropy) * number + 4 * width
     # Every rank merges the same number of rows, the last ones of which may be padding.
     share = math.ceil(rows / shard.ranks)
     return [("alltoall_base_", share * shard.ranks * row), ("_allgather_base_", share * row)]
 
 
-def sent_by_reduce(shard: VocabShard, rows: int, width: int, dtype: torch.dtype) -> list[tuple[str, int]]:
+def sent_by_reduce(
+    shard: VocabShard, rows: int, width: int, dtype: torch.dtype, *, entropy: bool = False
+) -> list[tuple[str, int]]:
     if shard.ranks == 1 or rows == 0:
         return []
-    return [("allreduce_", rows * (8 if dtype == torch.float64 else 4) * (width + 2 * shard.ranks))]
+    return [("allreduce_", rows * (8 if dtype == torch.float64 else 4) * (width + (2 + entropy) * shard.ranks))]
 
 
 @contextmanager
@@ -305,7 +319,7 @@ def check_top(notes: Notes, split: Split, logits: Tensor, rows: Tensor, sampled:
     shard, dtype = split.shard, logits.dtype
     with sends(notes, "top", sent_by_merge(shard, rows.shape[0], k, dtype)):
         top = top_log_probs(split.local(logits).requires_grad_(), rows, sampled, k, shard)
-    notes.agree(*top[:3], *top.normaliser)
+    notes.agree(*top[:3], *top.normaliser[:2])
     if not split.judge:
         return
     ids, log_probs = dense_top(logits[rows], k)
@@ -329,25 +343,37 @@ def check_log_probs_at(notes: Notes, split: Split, logits: Tensor, rows: Tensor,
     shard, dtype = split.shard, logits.dtype
     local = split.local(logits).requires_grad_()
     with sends(notes, "at", sent_by_reduce(shard, rows.shape[0], ids.shape[-1], dtype)):
-        result = log_probs_at(local, rows, ids, shard)
-    notes.agree(result)
+        plain = log_probs_at(local, rows, ids, shard)
+    with sends(notes, "at, entropy", sent_by_reduce(shard, rows.shape[0], ids.shape[-1], dtype, entropy=True)):
+        result, entropy = log_probs_at(local, rows, ids, shard, entropy=True)
+    notes.true("at: no entropy unless asked for", plain.entropy is None)
+    notes.same("at: the entropy changes no log-prob", plain.log_probs.detach(), result.detach())
+    if entropy is None:
+        notes.true("at: entropy", False)
+        return
+    notes.agree(result, entropy)
     dense = logits.double().requires_grad_()
-    reference = dense_log_probs(dense[rows], ids)
+    reference, dense_entropies = dense_log_probs(dense[rows], ids), dense_entropy(dense[rows])
     # Weights at negative ids too: they must not reach any logit. An impossible id has no gradient to compare.
     weight = normal(*ids.shape, seed=seed)
     weight = torch.where((reference.detach() > -INF) | (ids < 0), weight, 0.0)
+    bonus = normal(rows.shape[0], seed=seed + 1)
     with sends(notes, "at, backward", []):
-        (grad,) = torch.autograd.grad(result, local, weight.to(result.dtype))
+        (grad,) = torch.autograd.grad((result, entropy), local, (weight.to(result.dtype), bonus.to(entropy.dtype)))
     grad = split.assemble(grad)
     if not split.judge:
         return
     whole = logits.clone().requires_grad_()
-    single = log_probs_at(whole, rows, ids, VocabShard.whole(split.vocab))
+    single, single_entropy = log_probs_at(whole, rows, ids, VocabShard.whole(split.vocab), entropy=True)
     notes.close("at: single", result, single, atol=tolerance(dtype))
+    notes.close("at: entropy, dense", entropy, dense_entropies, atol=5 * tolerance(dtype))
     notes.close("at: dense", result, reference, atol=tolerance(dtype))
     notes.true("at: no id, no mass", bool((result[ids < 0] == -INF).all()))
-    (single_grad,) = torch.autograd.grad(single, whole, weight.to(single.dtype))
-    (dense_grad,) = torch.autograd.grad(reference, dense, torch.where(ids >= 0, weight, 0.0))
+    weights = (weight.to(single.dtype), bonus.to(single.dtype))
+    (single_grad,) = torch.autograd.grad((single, single_entropy), whole, weights)
+    weights = (torch.where(ids >= 0, weight, 0.0), bonus)
+    (dense_grad,) = torch.autograd.grad((reference, dense_entropies), dense, weights)
+    dense_grad = dense_grad.nan_to_num(0.0)
     # A vocabulary of one id has no gradient but rounding, which is relative to the weights.
     rtol = gradient_tolerance(dtype)
     check_gradient(notes, "at, single", split, grad, single_grad, rows, rtol=rtol, least=1.0)
@@ -377,11 +403,15 @@ def check_select(
 ) -> SparsePolicy:
     """The policy, compared with a single process's field by field, and with the loops."""
     shard, dtype = split.shard, logits.dtype
-    with sends(notes, "select", sent_by_merge(shard, rows.shape[0], options["k"], dtype)):
-        policy = select(split.local(logits), rows, sampled, shard=shard, **options)
-    notes.agree(policy.ids, policy.log_probs, policy.sampled)
+    with sends(notes, "select", sent_by_merge(shard, rows.shape[0], options["k"], dtype, entropy=True)):
+        policy = select(split.local(logits), rows, sampled, shard=shard, entropy=True, **options)
+    if policy.entropy is None:
+        notes.true("select: entropy", False)
+        return policy
+    notes.agree(policy.ids, policy.log_probs, policy.sampled, policy.entropy)
     if not split.judge:
         return policy
+    notes.close("select: entropy, dense", policy.entropy, dense_entropy(logits[rows]), atol=5 * tolerance(dtype))
     single = select(logits, rows, sampled, **options)
     notes.same("select: ids", policy.ids, single.ids)
     notes.same("select: sampled", policy.sampled, single.sampled)
@@ -412,18 +442,21 @@ def check_loss(
     for rule, step_size_gradient in itertools.product(SUPPORT_RULES, step_size_gradients):
         what = f"{rule}, {step_size_gradient}, {options}"
         local = split.local(new).requires_grad_()
+        implicit = step_size_gradient == "implicit"
         expected = (
-            sent_by_merge(shard, count, options["k"], dtype)
+            sent_by_merge(shard, count, options["k"], dtype, entropy=implicit)
             if rule == "union"
-            else sent_by_reduce(shard, count, policy.ids.shape[-1], dtype)
+            else sent_by_reduce(shard, count, policy.ids.shape[-1], dtype, entropy=implicit)
         )
         with sends(notes, what, expected):
-            comparison = compare(rule, local, rows, policy, shard=shard, **options)  # type: ignore[arg-type]
+            comparison = compare(rule, local, rows, policy, shard=shard, entropy=implicit, **options)  # type: ignore[arg-type]
         terms = token_terms(comparison, BOUND, step_size_gradient)  # type: ignore[arg-type]
-        losses = losses_of(terms, advantages)
+        losses = losses_of(terms, advantages, comparison.entropy)
         with sends(notes, f"{what}, backward", []):
             (grad,) = torch.autograd.grad(losses.sum(), local)
-        notes.agree(*(getattr(comparison, field.name) for field in dataclasses.fields(Comparison)))
+        notes.same(f"{what}: entropy", comparison.entropy is not None, implicit)
+        fields = (getattr(comparison, field.name) for field in dataclasses.fields(Comparison))
+        notes.agree(*(field for field in fields if field is not None))
         notes.agree(terms.log_ratio, terms.regression_kl, terms.projected, losses)
         grad = split.assemble(grad)
         if not split.judge:
@@ -431,9 +464,9 @@ def check_loss(
 
         whole = new.clone().requires_grad_()
         single_policy = select(old, rows, sampled, **options)
-        single = compare(rule, whole, rows, single_policy, **options)  # type: ignore[arg-type]
+        single = compare(rule, whole, rows, single_policy, entropy=implicit, **options)  # type: ignore[arg-type]
         single_terms = token_terms(single, BOUND, step_size_gradient)  # type: ignore[arg-type]
-        single_losses = losses_of(single_terms, advantages)
+        single_losses = losses_of(single_terms, advantages, single.entropy)
         (single_grad,) = torch.autograd.grad(single_losses.sum(), whole)
         check_comparison(notes, what, comparison, single)
         notes.same(f"{what}: projected", terms.projected, single_terms.projected)
@@ -443,8 +476,9 @@ def check_loss(
         check_gradient(notes, what, split, grad, single_grad, rows, rtol=rtol, least=0.05)
         if loops and count > 0:
             dense = new.double().requires_grad_()
-            implicit = step_size_gradient == "implicit"
             reference = oracle_losses(rule, dense[rows], old[rows], sampled, advantages, options, implicit)
+            if implicit:
+                reference = reference - BONUS * dense_entropy(dense[rows])
             (dense_grad,) = torch.autograd.grad(reference.sum(), dense)
             kept = [
                 oracle.keep(old[row], int(o), vocab_size=split.vocab, **options)
@@ -461,7 +495,9 @@ def check_loss(
 def check_comparison(notes: Notes, what: str, actual: Comparison, expected: Comparison) -> None:
     for field in dataclasses.fields(Comparison):
         mine, theirs = getattr(actual, field.name), getattr(expected, field.name)
-        if not mine.is_floating_point():
+        if mine is None or theirs is None:
+            notes.true(f"{what}: {field.name}", mine is theirs)
+        elif not mine.is_floating_point():
             notes.same(f"{what}: {field.name}", mine, theirs)
         elif field.name in ("new_log_probs", "old_log_probs"):
             # The rest is a difference of masses: its rounding is absolute in the mass, so masses are compared.
@@ -469,7 +505,12 @@ def check_comparison(notes: Notes, what: str, actual: Comparison, expected: Comp
             notes.close(f"{what}: mass of {field.name}", mine.exp(), theirs.exp(), atol=tolerance(mine.dtype))
             notes.close(f"{what}: {field.name}", mine[..., :-1], theirs[..., :-1], atol=tolerance(mine.dtype))
         else:
-            notes.close(f"{what}: {field.name}", mine, theirs, atol=tolerance(mine.dtype))
+            notes.close(
+                f"{what}: {field.name}",
+                mine,
+                theirs,
+                atol=(2.5 if field.name == "entropy" else 1) * tolerance(mine.dtype),
+            )
 
 
 # --- cases ------------------------------------------------------------------------------------------------------------
@@ -496,12 +537,12 @@ def split_of(layout: str) -> Split:
 @contextmanager
 def small_blocks(elements: int) -> Iterator[None]:
     """Many blocks of rows; ranks with other numbers of columns cut them elsewhere."""
-    before = logits_module._BLOCK_ELEMENTS
-    logits_module._BLOCK_ELEMENTS = elements
+    before = logits_module._HOST_BLOCK
+    logits_module._HOST_BLOCK = elements
     try:
         yield
     finally:
-        logits_module._BLOCK_ELEMENTS = before
+        logits_module._HOST_BLOCK = before
 
 
 def everything(notes: Notes, layout: str, kind: str, dtype: torch.dtype) -> None:
@@ -590,6 +631,97 @@ def local_column_0(notes: Notes) -> None:
             others = [i for i in range(VOCAB) if i != start][::9]
             check_log_probs_at(notes, split, logits, rows, torch.tensor([others]).expand(len(ROWS), -1), seed=122)
         check_log_probs_at(notes, split, logits, rows, torch.full((len(ROWS), 3), -1), seed=123)
+
+
+@contextmanager
+def small_head_blocks(elements: int, read: int, gradient: int) -> Iterator[None]:
+    """Many blocks of the vocabulary and of tokens."""
+    before = head_module._READ_TOKENS, head_module._GRADIENT_TOKENS
+    head_module._READ_TOKENS, head_module._GRADIENT_TOKENS = {"cpu": read}, {"cpu": gradient}
+    try:
+        with small_blocks(elements):
+            yield
+    finally:
+        head_module._READ_TOKENS, head_module._GRADIENT_TOKENS = before
+
+
+def check_head(notes: Notes, split: Split, dtype: torch.dtype, temperature: float) -> None:
+    """The fused head on each rank's part of the weight: values as from whole logits, complete gradients."""
+    shard, units, group = split.shard, 6, split.group or dist.group.WORLD
+    # Eighths, so that products are exact and their ties the same wherever they are computed.
+    hidden = (8 * normal(TOKENS, units, seed=180)).round().div(8).to(dtype)
+    weight = (8 * normal(split.vocab, units, seed=181)).round().div(8).to(dtype)
+    padded = torch.cat([weight, weight.new_full((sum(split.sizes) - split.vocab, units), POISON)])
+    rows = torch.tensor(ROWS)
+    old = (hidden @ weight.T).double() / temperature + normal(TOKENS, split.vocab, seed=182, scale=0.6)
+    sampled = sample(old[rows], seed=183)
+    options: dict[str, Any] = {"k": 24, "dropped_mass": 0.0}
+    leaves = hidden.clone().requires_grad_(), padded[shard.start : shard.stop].clone().requires_grad_()
+    head = LinearHead(*leaves, temperature)
+    count, atol = rows.shape[0], 4 * tolerance(dtype)
+
+    with sends(notes, "head, select", sent_by_merge(shard, count, options["k"], dtype, entropy=True)):
+        policy = select(head, rows, sampled, shard=shard, entropy=True, **options)
+    if policy.entropy is None:
+        notes.true("head, select: entropy", False)
+        return
+    notes.agree(policy.ids, policy.log_probs, policy.sampled, policy.entropy)
+    logits = hidden.double() @ weight.double().T / temperature
+    log_probs = logits.log_softmax(-1)
+    for j, row in enumerate(rows.tolist()):
+        expected = oracle.keep(logits[row], int(sampled[j]), vocab_size=split.vocab, **options)
+        used = policy.ids[j] >= 0
+        notes.same(f"head, select: ids of row {row}", policy.ids[j][used].tolist(), expected.ids)
+        notes.close("head, select: log-probs", policy.log_probs[j][used], log_probs[row, expected.ids], atol=atol)
+    notes.close("head, select: entropy", policy.entropy, dense_entropy(logits[rows]), atol=5 * atol)
+
+    before = select(old.to(dtype), rows, sampled, **options)
+    advantages = normal(count, seed=184)
+    for rule in SUPPORT_RULES:
+        what = f"head, {rule}, {dtype}, {temperature}"
+        traffic = (
+            sent_by_merge(shard, count, options["k"], dtype, entropy=True)
+            if rule == "union"
+            else sent_by_reduce(shard, count, before.ids.shape[-1], dtype, entropy=True)
+        )
+        with sends(notes, what, traffic):
+            comparison = compare(rule, head, rows, before, shard=shard, entropy=True, **options)  # type: ignore[arg-type]
+        losses = losses_of(token_terms(comparison, BOUND), advantages, comparison.entropy)
+        notes.agree(losses)
+        with sends(notes, f"{what}, backward", []):
+            grad_hidden, grad_weight = torch.autograd.grad(losses.sum(), leaves)
+        # Each rank's columns contribute a part, as after Megatron's output layer.
+        grad_hidden = grad_hidden.double()
+        dist.all_reduce(grad_hidden, group=group)
+        grad_weight = split.assemble(grad_weight.T.contiguous()).T
+        if not split.judge:
+            continue
+        dense = hidden.double().requires_grad_(), weight.double().requires_grad_()
+        new = dense[0] @ dense[1].T / temperature
+        reference = oracle_losses(rule, new[rows], old[rows], sampled, advantages, options, True)
+        reference = reference - BONUS * dense_entropy(new[rows])
+        expected_hidden, expected_weight = torch.autograd.grad(reference.sum(), dense)
+        rtol = 1e-8 if dtype == torch.float64 else 2e-3
+        notes.close(f"{what}: losses", losses, reference, atol=rtol)
+        for name, own, theirs in (
+            ("hidden", grad_hidden, expected_hidden),
+            ("weight", grad_weight[: split.vocab], expected_weight),
+        ):
+            notes.close(f"{what}: gradient of {name}", own, theirs, atol=rtol * largest(theirs, least=0.05))
+        notes.true(f"{what}: gradient of padding", bool((grad_weight[split.vocab :] == 0).all()))
+        others = torch.ones(TOKENS, dtype=torch.bool)
+        others[rows] = False
+        notes.true(f"{what}: gradient of other rows", bool((grad_hidden[others] == 0).all()))
+
+
+@case("head")
+def head(notes: Notes) -> None:
+    for layout in LAYOUTS:
+        check_head(notes, split_of(layout), torch.float64, 0.7)
+    for dtype in (torch.float32, torch.float64):
+        for blocks in ((1, 1, 1), (37, 3, 5)):
+            with small_head_blocks(*blocks):
+                check_head(notes, split_of("uneven"), dtype, 1.0)
 
 
 @case("no-rows")
@@ -692,7 +824,7 @@ def numerical_differences(notes: Notes) -> None:
     at_weight = torch.where(ids >= 0, normal(*ids.shape, seed=163), 0.0)
 
     def at(local: Tensor) -> Tensor:
-        return (torch.where(ids >= 0, log_probs_at(local, rows, ids, shard), 0.0) * at_weight).sum()
+        return (torch.where(ids >= 0, log_probs_at(local, rows, ids, shard).log_probs, 0.0) * at_weight).sum()
 
     def comparison(rule: str, local: Tensor) -> Tensor:
         result = compare(rule, local, rows, policy, shard=shard, **options)  # type: ignore[arg-type]
@@ -758,10 +890,9 @@ def shards_by_rank(notes: Notes) -> None:
     notes.same("full", VocabShard.even(7, 7 * world, group).columns, 7)
 
     ids = torch.arange(-2, 7 * world + 2).reshape(1, -1)
-    owned, columns = shard.local(ids)
+    columns = shard.local(ids)
     expected = [shard.start <= i < min(shard.stop, 7 * world - 3) for i in ids[0].tolist()]
-    notes.same("owned", owned[0].tolist(), expected)
-    places = [i - shard.start if mine else 0 for i, mine in zip(ids[0].tolist(), expected, strict=True)]
+    places = [i - shard.start if mine else -1 for i, mine in zip(ids[0].tolist(), expected, strict=True)]
     notes.same("local columns", columns[0].tolist(), places)
     try:
         VocabShard.even(7, 7 * world + 1, group)

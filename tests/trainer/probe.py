@@ -25,11 +25,7 @@ def _write(kind: str, engine: Any, data: Any, fields: dict[str, Tensor]) -> None
 
     place = {"node": ray.get_runtime_context().get_node_id(), "engine": type(engine).__name__}
     lines = []
-    columns = [
-        data["input_ids"],
-        data["response_mask"],
-        *(fields[n] for n in (carry.COUNTS, carry.IDS, carry.LOG_PROBS)),
-    ]
+    columns = [data["input_ids"], data["response_mask"], fields[carry.COUNTS], fields[carry.SUPPORT]]
     for parts in _rows(columns):
         digest = hashlib.sha256()
         for part in parts:

@@ -31,6 +31,7 @@ def test_troll_trains_saves_and_resumes_on_one_rank(assets: Path, tmp_path: Path
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True",
         "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=256",
         "actor_rollout_ref.rollout.temperature=0.9",
+        "actor_rollout_ref.model.use_fused_kernels=True",
         "trainer.save_freq=2",
         "trainer.resume_mode=auto",
         f"trainer.default_local_dir={tmp_path}/checkpoints",

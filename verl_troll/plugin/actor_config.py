@@ -34,8 +34,6 @@ def _check_actor(actor: ActorConfig) -> None:
             "For another loss leave out +troll=default.",
         )
     loss.troll.host.check()
-    if actor.use_fused_kernels:
-        raise refusal("actor_rollout_ref.actor.use_fused_kernels", True, "False")
     if actor.loss_agg_mode == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None:
         raise refusal(
             "actor_rollout_ref.actor.loss_scale_factor",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,9 +25,11 @@ class TokenLayout:
     group: dist.ProcessGroup | None
 
     def local(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of ``positions`` lie here (bool), and the rows of those (int64)."""
+        """Places among ``positions`` of those that lie here, and the rows of these; both int64."""
         rows = self.place[positions]
-        here = rows >= 0
+        if self.group is None:
+            return torch.arange(rows.shape[0], device=rows.device), rows
+        here = (rows >= 0).nonzero().squeeze(-1)
         return here, rows[here]
 
     def spread(self, rows: Tensor, values: Tensor) -> Tensor:
@@ -34,14 +37,14 @@ class TokenLayout:
         full = values.new_zeros(self.shape[0] * self.shape[1])
         return full.index_copy(0, rows, values).view(self.shape)
 
-    def gather(self, here: Tensor, values: Tensor) -> Tensor:
-        """``[M, ...]`` integers of all M positions from each rank's own ``values``, in order of positions.
+    def gather(self, here: Tensor, values: Tensor, total: int) -> Tensor:
+        """``[total, ...]`` integers from each rank's own ``values``, which belong at ``here``.
 
         One all-reduce where ranks share the tokens: every position has one owner, all others add zero.
         """
         if self.group is None:
             return values
-        full = values.new_zeros(here.shape[0], *values.shape[1:])
+        full = values.new_zeros(total, *values.shape[1:])
         full[here] = values
         dist.all_reduce(full, group=self.group)
         return full

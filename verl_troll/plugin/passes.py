@@ -2,11 +2,11 @@
 
 Each is a callable in two roles, as verl's distillation loss is (``verl.trainer.distillation.losses``). verl first
 calls it with the temperature-scaled logits (``student_logits``) and stores the per-token tensors that it returns, then
-as the loss, with those in ``model_output``. verl's own cross-entropy is skipped (``distillation_only``): log-probs
-come from the same normaliser as everything else, and nothing overwrites the logits in between.
+as the loss, with those in ``model_output``. verl's own cross-entropy and entropy are skipped: both come from the same
+reading of the logits as everything else, so that the gradient may be written over them.
 
-Collectives per micro-batch, over the ranks that share the vocabulary: two in the old pass (three where a response has
-masked tokens) and in the update under ``union``, one under ``anchored``, none in backward; see
+Collectives per micro-batch, over the ranks that share the vocabulary: two in the old pass and in the update under
+``union``, one under ``anchored``, none in backward; see
 :mod:`verl_troll.vocab_parallel`. Over the ranks that share the tokens: one all-reduce in the old pass, two small ones
 in the update.
 
@@ -26,6 +26,8 @@ from torch import Tensor
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
+from verl_troll.lm_head import LinearHead
+from verl_troll.logits import DenseLogits, LogitsSource
 from verl_troll.objective import token_terms
 from verl_troll.plugin import carry
 from verl_troll.plugin.layout import TokenLayout
@@ -33,7 +35,7 @@ from verl_troll.plugin.metrics import as_metrics, token_statistics
 from verl_troll.plugin.policy_loss import ProjectedTerms, projected_terms
 from verl_troll.plugin.settings import TrollConfig
 from verl_troll.support import SparsePolicy, compare, select
-from verl_troll.vocab_parallel import VocabShard, log_probs_at
+from verl_troll.vocab_parallel import VocabShard
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Any]]]
 
@@ -55,11 +57,17 @@ class LogitsOwner(Protocol):
 
 
 class _LogitsPass(ABC):
-    """The two roles, told apart as verl does it: by whether logits are given."""
+    """The two roles, told apart as verl does it: by whether logits are given.
 
-    def __init__(self, settings: TrollConfig, owner: LogitsOwner) -> None:
+    With fused kernels no logits are given: :meth:`read_head` is called inside the model, where verl computes
+    log-probs from hidden states, and its tensors travel stacked in the place of those log-probs.
+    """
+
+    def __init__(self, settings: TrollConfig, owner: LogitsOwner, *, entropy: bool) -> None:
         self.settings = settings
         self.owner = owner
+        self.entropy = entropy
+        self._stacked: list[str] | None = None
 
     def __call__(
         self,
@@ -73,18 +81,37 @@ class _LogitsPass(ABC):
         if data is None:
             raise TypeError("data is missing")
         if student_logits is not None:
-            rows, columns, vocabulary = student_logits.shape
-            layout = self.owner.token_layout((rows, columns), data, data_format)
-            shard = self.owner.vocab_shard(vocabulary)
-            return self._read_logits(student_logits.flatten(0, 1), data, layout, shard)
+            rows, columns, _ = student_logits.shape
+            logits = DenseLogits(student_logits.flatten(0, 1), reuse=self.settings.reuse_logits)
+            return self._read(logits, (rows, columns), data, data_format)
         if model_output is None:
             raise TypeError("model_output is missing")
+        if self._stacked is not None:
+            stacked: Any = model_output.pop("log_probs")
+            for name, values in zip(self._stacked, stacked.values().unbind(-1), strict=True):
+                model_output[name] = torch.nested.nested_tensor_from_jagged(values, stacked.offsets())
+            self._stacked = None
         return self._loss(model_output, data, dp_group)
+
+    def read_head(self, head: LinearHead, shape: tuple[int, int], data: TensorDict, data_format: str) -> Tensor:
+        """The same tensors from the head, stacked, ``[b, s, names]``; ``head`` holds the ``b s`` tokens."""
+        tensors = self._read(head, shape, data, data_format)
+        self._stacked = list(tensors)
+        return torch.stack(list(tensors.values()), dim=-1)
+
+    def _read(
+        self, logits: LogitsSource, shape: tuple[int, int], data: TensorDict, data_format: str
+    ) -> dict[str, Tensor]:
+        layout = self.owner.token_layout(shape, data, data_format)
+        shard = self.owner.vocab_shard(logits.columns)
+        rows, tensors = self._read_logits(logits, data, layout, shard)
+        return {name: layout.spread(rows, values) for name, values in tensors.items() if values is not None}
 
     @abstractmethod
     def _read_logits(
-        self, logits: Tensor, data: TensorDict, layout: TokenLayout, shard: VocabShard
-    ) -> dict[str, Tensor]: ...
+        self, logits: LogitsSource, data: TensorDict, layout: TokenLayout, shard: VocabShard
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Rows read, and per-token tensors at them."""
 
     @abstractmethod
     def _loss(
@@ -95,25 +122,34 @@ class _LogitsPass(ABC):
 class OldPolicyPass(_LogitsPass):
     """Takes the place of the missing loss function in the old-log-prob pass; adds the support to its output."""
 
-    def __init__(self, settings: TrollConfig, owner: LogitsOwner) -> None:
-        super().__init__(settings, owner)
-        self._support: tuple[TokenLayout, carry.ResponseTokens, Tensor, SparsePolicy] | None = None
+    def __init__(self, settings: TrollConfig, owner: LogitsOwner, *, entropy: bool) -> None:
+        super().__init__(settings, owner, entropy=entropy)
+        self._support: tuple[TokenLayout, carry.ResponseTokens, Tensor, Tensor, Tensor] | None = None
 
     def _read_logits(
-        self, logits: Tensor, data: TensorDict, layout: TokenLayout, shard: VocabShard
-    ) -> dict[str, Tensor]:
+        self, logits: LogitsSource, data: TensorDict, layout: TokenLayout, shard: VocabShard
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        if shard.vocab_size > carry.MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"the model has {shard.vocab_size} ids; the support is carried with at most {carry.MAX_VOCAB_SIZE}"
+            )
         tokens = carry.response_tokens(data)
         here, rows = layout.local(tokens.rows)
-        ids, mask = tokens.ids[here], tokens.mask[here]
+        # verl wants the log-probs and the entropy of masked response tokens as well.
         policy = select(
-            logits, rows[mask], ids[mask], k=self.settings.k, dropped_mass=self.settings.dropped_mass, shard=shard
+            logits,
+            rows,
+            tokens.ids[here],
+            k=self.settings.k,
+            dropped_mass=self.settings.dropped_mass,
+            shard=shard,
+            entropy=self.entropy,
         )
-        log_probs = policy.log_probs.new_empty(rows.shape[0])
-        log_probs[mask] = policy.log_probs.gather(-1, policy.sampled.unsqueeze(-1)).squeeze(-1)
-        # verl wants the log-probs of masked response tokens as well.
-        log_probs[~mask] = log_probs_at(logits.detach(), rows[~mask], ids[~mask].unsqueeze(-1), shard).squeeze(-1)
-        self._support = (layout, tokens, here[tokens.mask], policy)
-        return {"log_probs": layout.spread(rows, log_probs)}
+        log_probs = policy.log_probs.gather(-1, policy.sampled.unsqueeze(-1)).squeeze(-1)
+        kept = tokens.mask[here].nonzero().squeeze(-1)
+        order = tokens.mask.cumsum(0) - 1
+        self._support = (layout, tokens, order[here[kept]], policy.ids[kept], policy.log_probs[kept])
+        return rows, {"log_probs": log_probs, "entropy": policy.entropy}
 
     def _loss(
         self, model_output: dict[str, Tensor], data: TensorDict, dp_group: dist.ProcessGroup | None
@@ -125,12 +161,11 @@ class OldPolicyPass(_LogitsPass):
     def _packed_support(self) -> dict[str, Tensor]:
         if self._support is None:
             raise RuntimeError("the engine never showed its logits: this verl no longer calls the logits hook")
-        layout, tokens, here, policy = self._support
+        layout, tokens, here, ids, log_probs = self._support
         self._support = None
-        ids, log_probs = policy.ids, policy.log_probs
         if layout.group is not None:
             bits = log_probs.float().view(torch.int32)
-            support = layout.gather(here, torch.stack([ids.to(torch.int32), bits], dim=-1))
+            support = layout.gather(here, torch.stack([ids.to(torch.int32), bits], dim=-1), tokens.kept.shape[0])
             ids, log_probs = support[..., 0], support[..., 1].contiguous().view(torch.float32)
         return carry.pack(ids, log_probs, tokens)
 
@@ -138,18 +173,18 @@ class OldPolicyPass(_LogitsPass):
 class UpdatePass(_LogitsPass):
     """Wraps verl's loss function in the update."""
 
-    def __init__(self, settings: TrollConfig, owner: LogitsOwner, inner: LossFunction) -> None:
-        super().__init__(settings, owner)
+    def __init__(self, settings: TrollConfig, owner: LogitsOwner, inner: LossFunction, *, entropy: bool) -> None:
+        super().__init__(settings, owner, entropy=entropy)
         self.inner = inner
         self._statistics: tuple[TokenLayout, Tensor, Tensor] | None = None
 
     def _read_logits(
-        self, logits: Tensor, data: TensorDict, layout: TokenLayout, shard: VocabShard
-    ) -> dict[str, Tensor]:
+        self, logits: LogitsSource, data: TensorDict, layout: TokenLayout, shard: VocabShard
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
         settings = self.settings
         tokens = carry.response_tokens(data)
         old = carry.unpack(data, tokens)
-        here, rows = layout.local(tokens.rows[tokens.mask])
+        here, rows = layout.local(tokens.rows[tokens.kept])
         comparison = compare(
             settings.support,  # type: ignore[arg-type]
             logits,
@@ -158,17 +193,16 @@ class UpdatePass(_LogitsPass):
             k=settings.k,
             dropped_mass=settings.dropped_mass,
             shard=shard,
+            entropy=self.entropy,
         )
         terms = token_terms(comparison, settings.kl_bound, settings.step_size_gradient)  # type: ignore[arg-type]
         self._statistics = (layout, *token_statistics(comparison, terms, settings.kl_bound))
-        return {
-            name: layout.spread(rows, values)
-            for name, values in (
-                ("log_probs", comparison.sampled_log_probs),
-                (_LOG_RATIO, terms.log_ratio),
-                (_REGRESSION_KL, terms.regression_kl),
-                (_PROJECTED, terms.projected.to(terms.log_ratio.dtype)),
-            )
+        return rows, {
+            "log_probs": comparison.sampled_log_probs,
+            "entropy": comparison.entropy,
+            _LOG_RATIO: terms.log_ratio,
+            _REGRESSION_KL: terms.regression_kl,
+            _PROJECTED: terms.projected.to(terms.log_ratio.dtype),
         }
 
     def _loss(

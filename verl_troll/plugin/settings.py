@@ -12,6 +12,7 @@ from typing import Any
 
 from verl.base_config import BaseConfig
 
+from verl_troll import kernels
 from verl_troll.objective import IMPORTANCE_RATIOS
 from verl_troll.projection import STEP_SIZE_GRADIENTS
 from verl_troll.support import SUPPORT_RULES
@@ -106,7 +107,6 @@ class HostSettings(BaseConfig):
     bypass_mode: bool = False
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     distillation: bool = False
-    use_fused_kernels: bool = False
     multi_token_prediction: bool = False
     external_lib: Any = None
 
@@ -142,13 +142,6 @@ class HostSettings(BaseConfig):
                 "False",
                 "Distillation uses the same hook on the logits.",
             )
-        if self.use_fused_kernels:
-            raise refusal(
-                "actor_rollout_ref.model.use_fused_kernels",
-                self.use_fused_kernels,
-                "False",
-                "The fused kernels never form the logits that the projection reads.",
-            )
         libraries = [self.external_lib] if isinstance(self.external_lib, str) else list(self.external_lib or [])
         if PLUGIN_MODULE not in libraries:
             raise refusal(
@@ -171,6 +164,8 @@ class TrollConfig(BaseConfig):
         support: ``union`` (as published) or ``anchored`` (old ids and one outcome for the rest).
         importance_ratio: ``token``, or ``sequence`` for GSPO.
         step_size_gradient: ``implicit`` (through the step size, as published) or ``detached``.
+        reuse_logits: write the gradient over the logits, which saves a tensor of their size.
+        kernels: ``auto`` (Triton on GPUs, torch elsewhere) or ``torch``.
         host: verl's own settings, for the start-up checks.
     """
 
@@ -181,6 +176,8 @@ class TrollConfig(BaseConfig):
     support: str = "union"
     importance_ratio: str = "token"
     step_size_gradient: str = "implicit"
+    reuse_logits: bool = True
+    kernels: str = "auto"
     host: HostSettings = field(default_factory=HostSettings)
 
     def __post_init__(self) -> None:
@@ -194,9 +191,11 @@ class TrollConfig(BaseConfig):
             ("support", SUPPORT_RULES),
             ("importance_ratio", IMPORTANCE_RATIOS),
             ("step_size_gradient", STEP_SIZE_GRADIENTS),
+            ("kernels", kernels.CHOICES),
+            ("reuse_logits", (True, False)),
         ):
             if getattr(self, name) not in choices:
-                self._reject(name, f"one of {', '.join(choices)}")
+                self._reject(name, f"one of {', '.join(map(str, choices))}")
 
     def _check_number(self, name: str, low: float, high: float, allowed: str, low_open: bool = False) -> None:
         value = getattr(self, name)

@@ -48,7 +48,8 @@ class CpuMcoreEngineConfig(McoreEngineConfig):  # type: ignore[misc, unused-igno
             ("use_megatron_fsdp", not self.use_megatron_fsdp),
             ("param_offload", not self.param_offload),
             ("optimizer_offload", not self.optimizer_offload),
-            ("use_fused_kernels", not self.use_fused_kernels),
+            # verl's own fused kernel, which a reference policy would run, needs a GPU; the actor's place has TROLL's.
+            ("use_fused_kernels", not (self.use_fused_kernels and self.forward_only)),
             ("dynamic_context_parallel", not self.dynamic_context_parallel),
             # gloo gathers equal numbers of tokens only.
             ("expert_tensor_parallel_size", self.expert_model_parallel_size == 1 or expert_tensor == 1),

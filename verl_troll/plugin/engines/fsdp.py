@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from tensordict import TensorDict
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from verl.utils import tensordict_utils as tu
 from verl.utils.ulysses import (
     get_ulysses_sequence_parallel_group,
     get_ulysses_sequence_parallel_rank,
@@ -23,14 +29,48 @@ class TrollFSDPEngine(TrollEngineMixin, FSDPEngineWithLMHead):
     """verl's FSDP and FSDP2 engine with TROLL."""
 
     def token_layout(self, shape: tuple[int, int], data: TensorDict, data_format: str) -> TokenLayout:
-        """The packed sequence, or under Ulysses this rank's window of it."""
-        place = torch.arange(data["input_ids"].values().shape[0], device=data["input_ids"].device)
+        """The packed sequence (``thd``), under Ulysses this rank's window of it, or padded rows (``bshd``)."""
+        input_ids = data["input_ids"]
+        place = torch.arange(input_ids.values().shape[0], device=input_ids.device)
         group = None
+        if data_format == "bshd":
+            starts, lengths = input_ids.offsets()[:-1], input_ids.offsets().diff()
+            row = torch.arange(lengths.shape[0], device=lengths.device) * shape[1]
+            return TokenLayout(
+                place + torch.repeat_interleave(row - starts, lengths, output_size=place.shape[0]), shape, None
+            )
         if get_ulysses_sequence_parallel_world_size() > 1:
             group = get_ulysses_sequence_parallel_group()
             place = place - get_ulysses_sequence_parallel_rank() * shape[1]
             place = torch.where((place >= 0) & (place < shape[1]), place, -1)
         return TokenLayout(place, shape, group)
+
+    def head_inputs(self, hidden: Tensor) -> tuple[Tensor, str]:
+        """Packed or padded, as the batch says."""
+        packed = tu.get_non_tensor_data(self._micro_batch, key="use_remove_padding", default=True)
+        return hidden, "thd" if packed else "bshd"
+
+    def within_head(self, read: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor) -> Tensor:
+        """Inside the head's own forward where FSDP2 shards the head by itself, as it does where it is not tied.
+
+        There FSDP2 gathers the weight, and in the backward pass reduces its gradient; verl's fused kernels are called
+        outside.
+        """
+        if not isinstance(weight, DTensor):
+            return read(hidden, weight)
+        head = self.head_module
+        head.forward = lambda hidden: read(hidden, head.weight)
+        try:
+            result: Tensor = head(hidden)
+        finally:
+            del head.forward
+        return result
+
+    @property
+    def head_module(self) -> Any:
+        """The model's output embedding."""
+        model: Any = getattr(self.module, "module", self.module)
+        return model.get_output_embeddings()
 
     def vocab_shard(self, columns: int) -> VocabShard:
         """Every column is here, and none is padding."""

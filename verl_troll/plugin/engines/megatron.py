@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from tensordict import TensorDict
+from torch import Tensor
 from verl.models.mcore.util import preprocess_bshd_engine, preprocess_thd_engine
 from verl.utils import tensordict_utils as tu
 from verl.utils.megatron_utils import unwrap_model
@@ -46,6 +50,21 @@ class TrollMegatronEngine(TrollEngineMixin, MegatronEngineWithLMHead):
         place[local.flatten()] = torch.arange(local.numel(), device=input_ids.device)
         group = mpu.get_context_parallel_group() if mpu.get_context_parallel_world_size() > 1 else None
         return TokenLayout(place[1:], shape, group)
+
+    def head_inputs(self, hidden: Tensor) -> tuple[Tensor, str]:
+        """Packed tokens, ``[s, 1, D]`` in Megatron.
+
+        Where sequence parallelism does not, the gradient of the hidden states is summed over the tensor-parallel
+        ranks, as Megatron's output layer does: one all-reduce in the backward pass.
+        """
+        if not unwrap_model(self.module[-1]).config.sequence_parallel:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        return hidden.transpose(0, 1), "thd"
+
+    @property
+    def head_module(self) -> Any:
+        """The last stage's output layer, None on the others."""
+        return getattr(unwrap_model(self.module[-1]), "output_layer", None)
 
     def vocab_shard(self, columns: int) -> VocabShard:
         """An even share of the vocabulary per tensor-parallel rank; columns past the model's vocabulary are padding.

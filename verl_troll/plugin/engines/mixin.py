@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from tensordict import TensorDict
+from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine import BaseEngine
 
+from verl_troll import kernels
+from verl_troll.lm_head import LinearHead
+from verl_troll.patches import registry, verl_fused_head
 from verl_troll.plugin.layout import TokenLayout
 from verl_troll.plugin.passes import LossFunction, OldPolicyPass, UpdatePass
 from verl_troll.plugin.settings import TrollConfig
 from verl_troll.vocab_parallel import VocabShard
+
+registry.apply(verl_fused_head.PATCH)
+
+# Settings of Hugging Face models whose logits are more than a product.
+_LOGIT_TRANSFORMS = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)
 
 
 class TrollEngineMixin(BaseEngine):
     """Puts :class:`OldPolicyPass` and :class:`UpdatePass` where verl's engine shows its logits."""
 
     _adapter_disabled = False
+    _micro_batch: TensorDict
 
     @property
     def troll(self) -> TrollConfig | None:
@@ -36,6 +54,37 @@ class TrollEngineMixin(BaseEngine):
     def vocab_shard(self, columns: int) -> VocabShard:
         """See :class:`verl_troll.plugin.passes.LogitsOwner`."""
 
+    @abstractmethod
+    def head_inputs(self, hidden: Tensor) -> tuple[Tensor, str]:
+        """Hidden states ``[b, s, D]`` and their data format from those that verl's fused kernels are called with."""
+
+    def within_head(self, read: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor) -> Tensor:
+        """``read`` of the hidden states and the head's weight, where the weight can be read."""
+        return read(hidden, weight)
+
+    @property
+    @abstractmethod
+    def head_module(self) -> Any:
+        """The module that is the head, None where another pipeline stage has it."""
+
+    def check_head(self) -> None:
+        """Refuse heads that are more than a product with a weight, which verl's fused kernels silently cut short.
+
+        Raises:
+            ValueError: naming what the model's head does besides.
+        """
+        config = self.model_config.hf_config.get_text_config()
+        extra = [name for name in _LOGIT_TRANSFORMS if getattr(config, name, None) not in (None, 1, 1.0)]
+        if getattr(self.head_module, "bias", None) is not None:
+            extra.append("a bias")
+        if hasattr(self.head_module, "base_layer"):
+            extra.append("an adapter")
+        if extra:
+            raise ValueError(
+                f"actor_rollout_ref.model.use_fused_kernels=True: the head of {config.model_type} also has "
+                f"{', '.join(extra)}, which verl's fused kernels leave out. Set it to False."
+            )
+
     def forward_backward_batch(
         self, data: TensorDict, loss_function: LossFunction | None, forward_only: bool = False
     ) -> Any:
@@ -43,17 +92,49 @@ class TrollEngineMixin(BaseEngine):
         settings = self.troll
         # With a LoRA reference inside the actor, the reference pass comes through this engine too.
         if settings is not None and not self.engine_config.forward_only and not self._adapter_disabled:
+            entropy = bool(tu.get_non_tensor_data(data, key="calculate_entropy", default=False))
             if not forward_only:
                 if loss_function is None:
                     raise TypeError("loss_function is missing")
-                loss_function = UpdatePass(settings, self, loss_function)
+                loss_function = UpdatePass(settings, self, loss_function, entropy=entropy)
             elif loss_function is None:
-                loss_function = OldPolicyPass(settings, self)
+                loss_function = OldPolicyPass(settings, self, entropy=entropy)
             if isinstance(loss_function, OldPolicyPass | UpdatePass):
-                if tu.get_non_tensor_data(data, key="use_fused_kernels", default=False):
-                    raise ValueError("use_fused_kernels=True is not supported with TROLL: set it to False")
-                tu.assign_non_tensor(data, distillation_use_topk=True, distillation_only=True)
+                kernels.choose(settings.kernels)
+                with self._shown_to(loss_function, data):
+                    return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
         return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
+
+    @contextlib.contextmanager
+    def _shown_to(self, reader: OldPolicyPass | UpdatePass, data: TensorDict) -> Iterator[None]:
+        """Where the logits, or with fused kernels the hidden states, go to ``reader``, and the entropy is its own."""
+        tu.assign_non_tensor(data, calculate_entropy=False)
+        try:
+            if tu.get_non_tensor_data(data, key="use_fused_kernels", default=False):
+                self.check_head()
+                with verl_fused_head.reading(partial(self._read_head, reader)):
+                    yield
+            else:
+                tu.assign_non_tensor(data, distillation_use_topk=True, distillation_only=True)
+                yield
+        finally:
+            tu.assign_non_tensor(data, calculate_entropy=reader.entropy)
+
+    def _read_head(
+        self, reader: OldPolicyPass | UpdatePass, hidden: Tensor, weight: Tensor, temperature: float
+    ) -> Tensor:
+        hidden, data_format = self.head_inputs(hidden)
+
+        def read(hidden: Tensor, weight: Tensor) -> Tensor:
+            head = LinearHead(hidden.flatten(0, 1).to(weight.dtype), weight, temperature)
+            return reader.read_head(head, (hidden.shape[0], hidden.shape[1]), self._micro_batch, data_format)
+
+        return self.within_head(read, hidden, weight)
+
+    def prepare_model_inputs(self, micro_batch: TensorDict) -> Any:
+        """verl's inputs; the micro-batch is remembered for what is read inside the model."""
+        self._micro_batch = micro_batch
+        return super().prepare_model_inputs(micro_batch)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:

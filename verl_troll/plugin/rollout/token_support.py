@@ -127,6 +127,5 @@ class TokenSupport:
         kept = int(self.counts[:number].sum())
         return {
             carry.COUNTS: torch.from_numpy(counts),
-            carry.IDS: torch.from_numpy(self.ids[:kept].copy()),
-            carry.LOG_PROBS: torch.from_numpy(self.log_probs[:kept].copy()),
+            carry.SUPPORT: carry.encode(torch.tensor(self.ids[:kept]), torch.tensor(self.log_probs[:kept])),
         }

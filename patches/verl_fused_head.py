@@ -1,0 +1,84 @@
+"""Patch: let TROLL read the hidden states where verl's fused kernels compute log-probs from them.
+
+With ``use_fused_kernels`` verl's models never form logits: they hand the hidden states and the head's weight to one of
+two functions. Inside :func:`reading` these two hand them on; anywhere else they are verl's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from verl_troll.patches.registry import Patch
+
+HeadReader = Callable[[Tensor, Tensor, float], Tensor]
+"""From hidden states, the head's weight and the temperature to what takes the place of verl's log-probs."""
+
+_reader: contextvars.ContextVar[HeadReader | None] = contextvars.ContextVar("verl_troll_head_reader", default=None)
+
+
+@contextlib.contextmanager
+def reading(reader: HeadReader) -> Iterator[None]:
+    """Give ``reader`` what verl's fused kernels are called with inside."""
+    token = _reader.set(reader)
+    try:
+        yield
+    finally:
+        _reader.reset(token)
+
+
+def _install() -> None:
+    from verl.utils.experimental import torch_functional
+    from verl.utils.kernel import linear_cross_entropy as kernel_module
+
+    own_forward = torch_functional.FusedLinearForPPO.forward
+    kernel: Any = kernel_module
+    own_kernel = kernel.linear_cross_entropy
+
+    def forward(
+        self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> Any:
+        reader = _reader.get()
+        if reader is None:
+            return own_forward(self, hidden_states, vocab_weights, input_ids, temperature)
+        return reader(hidden_states, vocab_weights, temperature), None
+
+    def linear_cross_entropy(
+        hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0, *arguments: Any
+    ) -> Any:
+        reader = _reader.get()
+        if reader is None:
+            return own_kernel(hidden, weight, labels, temperature, *arguments)
+        return reader(hidden, weight, temperature), None
+
+    torch_functional.FusedLinearForPPO.forward = forward
+    kernel.linear_cross_entropy = linear_cross_entropy
+    # FSDP models import the name at each call, Megatron's once.
+    megatron: Any = sys.modules.get("verl.models.mcore.model_forward_fused")
+    if megatron is not None:
+        megatron.linear_cross_entropy = linear_cross_entropy
+
+
+PATCH = Patch(
+    name="verl-fused-head",
+    host="verl",
+    versions=">=0.9.1,<0.10",
+    why="verl's fused kernels return log-probs and entropy of the sampled tokens, and offer no place to read more.",
+    upstream="verl/models/transformers/dense_common.py and verl/models/mcore/model_forward_fused.py: a head function "
+    "that the engine hands over, as logits_processor_func is on the other path",
+    install=_install,
+    replaces={
+        "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward": "68e82912d07c68a4",
+        "verl.utils.kernel.linear_cross_entropy:LinearCrossEntropy": "2ca1a0e0f9b72865",
+        "verl.models.transformers.dense_common:forward_with_torch_backend": "465b27768ef8bfd1",
+        "verl.models.transformers.dense_common:forward_with_triton_backend": "76167c4b1865c9e6",
+        "verl.models.mcore.model_forward_fused:_fused_GPTModel_forward": "ef9437c5e1d6a9a9",
+        "verl.models.mcore.model_forward_fused:fused_output_processor": "e798ade58f895a27",
+        "verl.models.mcore.model_forward_fused:fused_forward_model_engine": "9bbf86f231150da4",
+    },
+)

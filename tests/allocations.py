@@ -1,0 +1,36 @@
+"""Watches how much memory the operations of a block of code ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes of the storages that operations make while it is active; views and in-place operations make none.
+
+    Attributes:
+        largest: elements of the largest storage made, counted in the dtype of the tensor that came with it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                self.largest = max(self.largest, storage.nbytes() // tensor.element_size())
+        return result
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
