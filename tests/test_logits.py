@@ -120,6 +120,30 @@ def test_any_k_up_to_the_columns_and_beyond(dtype: torch.dtype) -> None:
         assert_top(logits, k, columns=610)
 
 
+@pytest.mark.parametrize("layout", ["rows apart", "shifted", "transposed", "one row many times"])
+@by_dtype
+def test_the_largest_entries_of_any_layout_in_memory(layout: str, dtype: torch.dtype) -> None:
+    group = logits_module._GROUP
+    columns = 9 * group + 5
+    logits = {
+        "rows apart": lambda: normal(4, columns + 30, seed=5, dtype=dtype)[:, 7 : columns + 7],
+        "shifted": lambda: normal(4 * columns + 3, seed=6, dtype=dtype)[3:].view(4, columns),
+        "transposed": lambda: normal(columns, 4, seed=7, dtype=dtype).T,
+        "one row many times": lambda: normal(1, columns, seed=8, dtype=dtype).expand(4, columns),
+    }[layout]()
+    assert_top(logits, 2)
+
+
+@by_dtype
+@pytest.mark.parametrize("equal", [7, 8, 9, 300], ids=lambda equal: f"{equal} equal")
+def test_few_and_many_equal_entries_at_the_last_place(equal: int, dtype: torch.dtype) -> None:
+    """Two wanted entries: up to 8 candidates are sorted alone, more where there are."""
+    logits = torch.zeros(2, 9 * logits_module._GROUP + 5, dtype=dtype)
+    logits[0, 1 : 2 * equal : 2] = 1
+    logits[1, -equal:] = 1
+    assert_top(logits, 2)
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -148,10 +172,12 @@ def assert_reading(reading: Reading, logits: Tensor, rows: Tensor, ids: Tensor, 
 @by_rows
 @by_dtype
 @pytest.mark.parametrize("block", [1, 29, 30, 61, 200, 1 << 20])
+@pytest.mark.parametrize("group", [1, 64], ids=["groups", "no groups"])
 def test_blocks_of_any_size_read_rows_in_any_order(
-    monkeypatch: pytest.MonkeyPatch, block: int, dtype: torch.dtype, rows: list[int]
+    monkeypatch: pytest.MonkeyPatch, group: int, block: int, dtype: torch.dtype, rows: list[int]
 ) -> None:
     monkeypatch.setattr(logits_module, "_HOST_BLOCK", block)
+    monkeypatch.setattr(logits_module, "_GROUP", group)
     logits = normal(11, 33, seed=2, scale=3.0, dtype=dtype)
     logits[:, 30:] = math.nan
     logits[[1, 8]] = math.nan

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from verl_troll.logits import Normaliser, Reading, block_elements, read_rows, working_dtype, write_gradient
+from verl_troll.logits import Normaliser, Reading, block_elements, read_rows, slices, working_dtype, write_gradient
 
 # Tokens per block: enough for a matrix product to run at its rate, and in the backward pass for the part of the
 # weight's gradient to be written seldom.
@@ -79,7 +79,7 @@ class LinearHead:
             height = _READ_TOKENS.get(self.hidden.device.type, _DEVICE_TOKENS)
             blocks = [
                 self._read_tokens(self.hidden[rows[tokens]], ids[tokens], columns, k, energy)
-                for tokens in _slices(rows.shape[0], height)
+                for tokens in slices(rows.shape[0], height)
             ]
             if not blocks:
                 return read_rows(self.hidden[:, :0], rows, ids, 0, k=k, energy=energy)
@@ -96,7 +96,7 @@ class LinearHead:
     def _read_tokens(self, hidden: Tensor, ids: Tensor, columns: int, k: int, energy: bool) -> Reading:
         everything = torch.arange(hidden.shape[0], device=hidden.device)
         found: Reading | None = None
-        for vocabulary in _slices(columns, block_elements(hidden.device) // max(1, hidden.shape[0])):
+        for vocabulary in slices(columns, block_elements(hidden.device) // max(1, hidden.shape[0])):
             weight = self.weight[vocabulary]
             part = read_rows(
                 self._logits(hidden, weight),
@@ -139,10 +139,10 @@ class LinearHead:
         with torch.autocast(hidden.device.type, enabled=False):
             # All tokens of a part of the vocabulary before the next part, so that each part of the weight's gradient
             # is summed in working precision and rounded once.
-            for vocabulary in _slices(columns, width):
+            for vocabulary in slices(columns, width):
                 weight = self.weight[vocabulary]
                 grad_part = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needed[1] else None
-                for tokens in _slices(rows.shape[0], height):
+                for tokens in slices(rows.shape[0], height):
                     block = self._logits(hidden[tokens], weight)
                     everything = torch.arange(block.shape[0], device=hidden.device)
                     write_gradient(
@@ -174,11 +174,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total.add_(left @ right)
-
-
-def _slices(size: int, step: int) -> list[slice]:
-    step = max(1, step)
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def _within(ids: Tensor, vocabulary: slice) -> Tensor:

@@ -25,6 +25,8 @@ _DEVICE_BLOCK = 1 << 24
 _INT32_MAX = 2**31 - 1
 # Columns per group whose largest entry is looked at first.
 _GROUP = 64
+# Entries per wanted one up to which sorting the large ones alone pays; more are equal, or not numbers.
+_FEW = 4
 # Stands in for the logarithm of no mass: its exponential is 0 in every dtype, and 0 times it is 0.
 _LOG_ZERO = -1e4
 
@@ -34,15 +36,20 @@ def block_elements(device: torch.device) -> int:
     return _HOST_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
 
 
+def slices(size: int, step: int) -> Iterator[slice]:
+    """Neighbouring slices of at most ``step`` that cover ``size``."""
+    step = max(1, step)
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
 def _block_rows(rows: Tensor, columns: int) -> int:
     return min(rows.shape[0], max(1, block_elements(rows.device) // max(1, columns)))
 
 
 def _row_blocks(rows: Tensor, columns: int) -> Iterator[slice]:
     """Slices of ``rows`` whose logits fit the working block; none without columns."""
-    step = _block_rows(rows, columns)
-    for start in range(0, rows.shape[0], step) if columns > 0 and step > 0 else ():
-        yield slice(start, start + step)
+    return slices(rows.shape[0], _block_rows(rows, columns)) if columns > 0 else iter(())
 
 
 def working_dtype(logits: Tensor) -> torch.dtype:
@@ -240,26 +247,41 @@ def _read_rows(
     values = torch.full((rows.shape[0], k), -math.inf, dtype=dtype, device=logits.device)
     ids = torch.full((rows.shape[0], k), -1, dtype=torch.int64, device=logits.device)
     own = min(k, columns)
+    groups = columns // _GROUP if 0 < 4 * own <= columns // _GROUP else 0
+    # Rows whose best entries are found together: those whose candidates, and whose groups, fit a working block.
+    step = _block_rows(rows, max(groups, own * _GROUP) if groups > 0 else columns)
+    maxima = torch.empty(step, groups, dtype=dtype, device=logits.device)
     # One buffer for all blocks: the host pays for each new one page by page.
     buffer = torch.empty(_block_rows(rows, columns), columns, dtype=dtype, device=logits.device)
-    for block in _row_blocks(rows, columns):
-        dense = _at_rows(logits, rows[block])[:, :columns]
-        if dense.dtype != dtype:
-            dense = buffer[: dense.shape[0]].copy_(dense)
-        if own > 0:
-            values[block, :own], ids[block, :own] = _topk_by_groups(dense, own)
-            peak[block] = values[block, 0]
-        else:
-            peak[block] = dense.amax(-1)
-        # Where every local logit is -inf the difference from the peak would be undefined.
-        shift = peak[block].clamp_min(torch.finfo(dtype).min).unsqueeze(-1)
-        shifted = torch.sub(dense, shift, out=buffer[: dense.shape[0]])
-        if total_energy is None:
-            mass[block] = shifted.exp_().sum(-1)
-        else:
-            weights = shifted.clamp_min_(_LOG_ZERO).exp()
-            mass[block] = weights.sum(-1)
-            total_energy[block] = weights.mul_(shifted).sum(-1)
+    for chunk in slices(rows.shape[0], step) if columns > 0 else ():
+        for inner in slices(chunk.stop - chunk.start, buffer.shape[0]):
+            block = slice(chunk.start + inner.start, chunk.start + inner.stop)
+            dense = _at_rows(logits, rows[block])[:, :columns]
+            if dense.dtype != dtype:
+                dense = buffer[: dense.shape[0]].copy_(dense)
+            if groups > 0:
+                grouped = dense[:, : groups * _GROUP].view(-1, groups, _GROUP)
+                torch.amax(grouped, dim=-1, out=maxima[inner])
+                peak[block] = maxima[inner].amax(-1)
+                if groups * _GROUP < columns:
+                    peak[block] = torch.maximum(peak[block], dense[:, groups * _GROUP :].amax(-1))
+            elif own > 0:
+                values[block, :own], ids[block, :own] = ordered_topk(dense, own)
+                peak[block] = values[block, 0]
+            else:
+                peak[block] = dense.amax(-1)
+            # Where every local logit is -inf the difference from the peak would be undefined.
+            shift = peak[block].clamp_min(torch.finfo(dtype).min).unsqueeze(-1)
+            shifted = torch.sub(dense, shift, out=buffer[: dense.shape[0]])
+            if total_energy is None:
+                mass[block] = shifted.exp_().sum(-1)
+            else:
+                weights = shifted.clamp_min_(_LOG_ZERO).exp()
+                mass[block] = weights.sum(-1)
+                total_energy[block] = weights.mul_(shifted).sum(-1)
+        if groups > 0:
+            own_maxima = maxima[: chunk.stop - chunk.start]
+            values[chunk], ids[chunk] = _topk_by_groups(logits, rows[chunk], columns, own_maxima, own)
     return peak, mass, total_energy, values, ids
 
 
@@ -338,24 +360,53 @@ def write_gradient(
         out[:, columns:] = 0
 
 
-def _topk_by_groups(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As :func:`ordered_topk`, at little more than the cost of finding the largest entry.
+def _topk_by_groups(logits: Tensor, rows: Tensor, columns: int, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As :func:`ordered_topk` of ``logits[rows, :columns]``, with little more to sort than what it returns.
 
     The k largest entries lie in the k groups of neighbouring columns whose own largest entries are largest: each group
-    that stands before another in that order holds an entry that stands before all of the other's.
+    that stands before another in that order holds an entry that stands before all of the other's. None of them is less
+    than the least of these k largest entries, and few other entries are not.
+
+    Args:
+        maxima: ``[R, G]``, at least k, the largest entry of each group. Columns that fill no group belong to none.
     """
-    groups = rows.shape[-1] // _GROUP
-    if groups < 4 * k:
-        return ordered_topk(rows, k)
-    grouped = rows[:, : groups * _GROUP].view(rows.shape[0], groups, _GROUP)
-    chosen = ordered_topk(grouped.amax(-1), k)[1].sort(dim=-1).values
-    candidates = grouped.gather(1, chosen.unsqueeze(-1).expand(-1, -1, _GROUP)).flatten(1)
-    # The columns that fill no group come last, so that candidates stand in order of columns.
-    candidates = torch.cat([candidates, rows[:, groups * _GROUP :]], dim=-1)
-    values, places = ordered_topk(candidates, k)
+    groups = maxima.shape[-1]
+    largest, chosen = ordered_topk(maxima, k)
+    chosen = chosen.sort(dim=-1).values
+    least = largest[:, -1:].to(logits.dtype)
+    # The columns without a group come last, so that candidates stand in order of columns.
+    parts = [_runs(logits, rows, chosen * _GROUP, _GROUP), logits[rows, groups * _GROUP : columns]]
+    # Whatever is not less: what is not a number stands first.
+    found = [(~(part < least)).nonzero(as_tuple=True) for part in parts]
+    counts = [torch.bincount(row, minlength=rows.shape[0]) for row, _ in found]
+    width = int(torch.stack(counts).sum(0).max())
+    if width > _FEW * k:
+        values, places = ordered_topk(torch.cat(parts, dim=-1), k)
+    else:
+        table = logits.new_full((rows.shape[0], width), -math.inf)
+        table_places = torch.zeros(table.shape, dtype=torch.int64, device=logits.device)
+        begin = torch.zeros_like(counts[0])
+        for part, count, (row, place), offset in zip(parts, counts, found, (0, k * _GROUP), strict=True):
+            slot = (begin - count.cumsum(0) + count)[row] + torch.arange(row.shape[0], device=logits.device)
+            table[row, slot], table_places[row, slot] = part[row, place], place + offset
+            begin = begin + count
+        # Entries stand in order of columns, and a stable sort keeps that among equal ones.
+        best = table.sort(dim=-1, descending=True, stable=True)
+        values, places = best.values[:, :k], table_places.gather(-1, best.indices[:, :k])
     group = chosen.gather(-1, (places // _GROUP).clamp_max(k - 1))
     inside = places < k * _GROUP
-    return values, torch.where(inside, group * _GROUP + places % _GROUP, places + (groups - k) * _GROUP)
+    ids = torch.where(inside, group * _GROUP + places % _GROUP, places + (groups - k) * _GROUP)
+    return values.to(maxima.dtype), ids
+
+
+def _runs(logits: Tensor, rows: Tensor, starts: Tensor, width: int) -> Tensor:
+    """``[R, G width]``: of each row, ``width`` columns from each of ``starts [R, G]`` on."""
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    # Copied whole out of every run of the memory that there is: an index per entry costs ten times as much.
+    length = (logits.shape[0] - 1) * logits.stride(0) + logits.shape[1] - width + 1
+    everywhere = logits.as_strided((length, width), (1, 1))
+    return everywhere.index_select(0, (rows.unsqueeze(-1) * logits.stride(0) + starts).flatten()).view(len(rows), -1)
 
 
 def ordered_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:

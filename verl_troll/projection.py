@@ -32,8 +32,10 @@ StepSizeGradient = Literal["implicit", "detached"]
 STEP_SIZE_GRADIENTS: tuple[str, ...] = get_args(StepSizeGradient)
 
 MAX_EVALUATIONS = 20
-# From this evaluation on, a Newton step that does not halve the residual is replaced by a bisection.
+# From this evaluation on, a step that does not halve the residual is replaced by a bisection.
 _PATIENCE = 5
+# Least and largest factor by which curvature may divide a Newton step: far from the root it says little.
+_CURVATURE_RANGE = (0.3, 4.0)
 # Stands in for log(0 / q_i): an outcome that the new policy gives no mass at all.
 _LOG_RATIO_OF_ZERO = -1e5
 _VARIANCE_FLOOR = 1e-60
@@ -140,6 +142,7 @@ class _Tilted(NamedTuple):
     kl: Tensor
     mean: Tensor
     variance: Tensor
+    third_moment: Tensor
     log_normaliser: Tensor
 
     def at(self, rows: Tensor) -> _Tilted:
@@ -152,12 +155,14 @@ def _tilt(log_q: Tensor, s: Tensor, t: Tensor) -> _Tilted:
     log_ratio = t.unsqueeze(-1) * s - log_normaliser.unsqueeze(-1)
     pi = (log_q + log_ratio).exp()
     mean = (pi * s).sum(-1)
-    variance = (pi * (s - mean.unsqueeze(-1)).square()).sum(-1)
+    centred = s - mean.unsqueeze(-1)
+    weighted = pi * centred.square()
+    variance, third_moment = weighted.sum(-1), (weighted * centred).sum(-1)
     # sum of pi log(pi / q) - (pi - q): no term is negative, whereas t m - A(t) cancels.
     q = log_q.exp()
     gain = torch.where(log_ratio.abs() < 0.5, q * torch.expm1(log_ratio.clamp(-1.0, 1.0)), pi - q)
     kl = (pi * log_ratio - gain).clamp_min(0.0).sum(-1)
-    return _Tilted(kl, mean, variance, log_normaliser)
+    return _Tilted(kl, mean, variance, third_moment, log_normaliser)
 
 
 def _safe_step_size(log_q: Tensor, s: Tensor, kl_bound: float) -> Tensor:
@@ -180,7 +185,10 @@ def _solve(
 ) -> tuple[Tensor, _Tilted, Tensor, Tensor]:
     """Step sizes of rows whose KL exceeds the bound at t = 1 (already evaluated once).
 
-    Newton on log KL against log t inside a bracket that every evaluation shrinks.
+    Halley's method on log KL against log t, that is Newton's with curvature, inside a bracket that every evaluation
+    shrinks. With ``a = t^2 v`` and the third central moment c of s under pi_t::
+
+        d log KL / d log t = a / KL,      d^2 log KL / d (log t)^2 = (2 a + t^3 c) / KL - (a / KL)^2
 
     Returns:
         ``t [R]``, the moments there, converged ``[R]`` and evaluations ``[R]``.
@@ -205,12 +213,16 @@ def _solve(
         above = residual > 0
         log_hi = torch.where(above & ~done, log_t, log_hi)
         log_lo = torch.where(~above & ~done, torch.maximum(log_t, log_lo), log_lo)
-        newton = log_t - residual * here.kl / ((2 * log_t).exp() * here.variance)
-        bisect = ~((newton > log_lo) & (newton < log_hi))
+        curved = (2 * log_t).exp() * here.variance
+        # The second derivative over the square of the first.
+        bend = here.kl * (2 + log_t.exp() * here.third_moment / here.variance) / curved - 1
+        divisor = (1 - 0.5 * residual * bend).clamp(*_CURVATURE_RANGE)
+        halley = log_t - residual * here.kl / (curved * divisor)
+        bisect = ~((halley > log_lo) & (halley < log_hi))
         if evaluation > _PATIENCE:
             bisect |= residual.abs() > 0.5 * previous
         previous = residual.abs()
-        proposal = torch.where(bisect, 0.5 * (log_lo + log_hi), newton)
+        proposal = torch.where(bisect, 0.5 * (log_lo + log_hi), halley)
         if evaluation == MAX_EVALUATIONS:
             # What has not converged by now ends on the feasible end of its bracket.
             proposal = log_lo

@@ -73,6 +73,8 @@ def project_rows(new: Tensor, old: Tensor, kl_bound: float, tolerance: float) ->
                 flags,
                 MAX_EVALUATIONS=reference.MAX_EVALUATIONS,
                 PATIENCE=reference._PATIENCE,
+                LEAST_DIVISOR=reference._CURVATURE_RANGE[0],
+                LARGEST_DIVISOR=reference._CURVATURE_RANGE[1],
                 LOG_RATIO_OF_ZERO=reference._LOG_RATIO_OF_ZERO,
                 **_shape(n),
             )
@@ -187,7 +189,7 @@ def _gain(x):
 
 @triton.jit
 def _tilt(log_q, q, s, t):
-    """KL(pi_t || q), mean and variance of s under pi_t, and log-normaliser."""
+    """KL(pi_t || q), mean, variance and third central moment of s under pi_t, and log-normaliser."""
     tilted = log_q + t * s
     highest = tl.max(tilted, 0)
     mass = tl.exp(tilted - highest)
@@ -195,13 +197,15 @@ def _tilt(log_q, q, s, t):
     log_normaliser = highest + tl.log(total)
     pi = mass / total
     mean = tl.sum(pi * s, 0)
-    variance = tl.sum(pi * (s - mean) * (s - mean), 0)
+    weighted = pi * (s - mean) * (s - mean)
+    variance = tl.sum(weighted, 0)
+    third_moment = tl.sum(weighted * (s - mean), 0)
     # sum of pi log(pi / q) - (pi - q): no term is negative, whereas t m - A(t) cancels.
     log_ratio = t * s - log_normaliser
     near = tl.abs(log_ratio) < 0.5
     terms = tl.where(near, q * _gain(tl.where(near, log_ratio, 0.0)), pi * log_ratio - (pi - q))
     kl = tl.sum(tl.maximum(terms, 0.0), 0)
-    return kl, mean, variance, log_normaliser
+    return kl, mean, variance, third_moment, log_normaliser
 
 
 @triton.jit
@@ -222,6 +226,8 @@ def _project(
     flags_out,
     MAX_EVALUATIONS: tl.constexpr,  # noqa: N803
     PATIENCE: tl.constexpr,  # noqa: N803
+    LEAST_DIVISOR: tl.constexpr,  # noqa: N803
+    LARGEST_DIVISOR: tl.constexpr,  # noqa: N803
     LOG_RATIO_OF_ZERO: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
 ):
@@ -238,12 +244,12 @@ def _project(
 
     zero = kl_bound * 0.0
     t = zero + 1.0
-    kl, mean, variance, log_normaliser = _tilt(log_q, q, s, t)
+    kl, mean, variance, third_moment, log_normaliser = _tilt(log_q, q, s, t)
     kl_before = tl.where(escaped, math.inf, kl)
     outside = (kl > kl_bound) & ~skipped
 
-    # Newton on log KL against log t inside a bracket that every evaluation shrinks; feasible from the start, by Jensen
-    # and by Popoviciu.
+    # Halley's method on log KL against log t inside a bracket that every evaluation shrinks; feasible from the start,
+    # by Jensen and by Popoviciu.
     outcome = log_q > -math.inf
     largest = tl.max(tl.where(outcome, s, -math.inf), 0)
     smallest = tl.min(tl.where(outcome, s, math.inf), 0)
@@ -262,15 +268,18 @@ def _project(
         residual = log_kl - target
         log_hi = tl.where(residual > 0, log_t, log_hi)
         log_lo = tl.where(residual > 0, log_lo, tl.maximum(log_t, log_lo))
-        newton = log_t - residual * kl / (tl.exp(2.0 * log_t) * variance)
+        curved = t * t * variance
+        bend = kl * (2.0 + t * third_moment / variance) / curved - 1.0
+        divisor = tl.minimum(tl.maximum(1.0 - 0.5 * residual * bend, LEAST_DIVISOR), LARGEST_DIVISOR)
+        halley = log_t - residual * kl / (curved * divisor)
         slow = (evaluations >= PATIENCE) & (tl.abs(residual) > 0.5 * previous)
-        inside = (newton > log_lo) & (newton < log_hi)
-        log_t = tl.where(inside & ~slow, newton, 0.5 * (log_lo + log_hi))
+        inside = (halley > log_lo) & (halley < log_hi)
+        log_t = tl.where(inside & ~slow, halley, 0.5 * (log_lo + log_hi))
         # What has not converged by now ends on the feasible end of its bracket.
         log_t = tl.where(evaluations == MAX_EVALUATIONS - 1, log_lo, log_t)
         previous = tl.abs(residual)
         t = tl.exp(log_t)
-        kl, mean, variance, log_normaliser = _tilt(log_q, q, s, t)
+        kl, mean, variance, third_moment, log_normaliser = _tilt(log_q, q, s, t)
         evaluations += 1
         found = tl.log(kl)
         done = (found <= upper) & (found >= lower)
