@@ -52,7 +52,7 @@ ENTRIES = {
 # --- run by the interpreter -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["logits", "projection"])
+@pytest.mark.parametrize("name", ["logits", "projection", "engines"])
 def test_in_the_interpreter(name: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
     environment["TRITON_INTERPRET"] = "1"

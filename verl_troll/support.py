@@ -154,8 +154,7 @@ def keep_most_probable(
     """
     width = ids.shape[-1]
     before = log_probs.exp().cumsum(-1) - log_probs.exp()
-    # Without a mass to drop nothing but zero mass is dropped, however float32 rounds the sum.
-    keep = before < (1 - dropped_mass if dropped_mass > 0 else math.inf)
+    keep = before < _mass_to_keep(dropped_mass)
     keep &= log_probs > -math.inf
     keep[:, 0] = True
     ids = torch.where(keep, ids, -1)
@@ -291,7 +290,12 @@ def _cap_hit(policy: SparsePolicy, k: int, dropped_mass: float, vocab_size: int)
     size = (policy.ids >= 0).sum(-1)
     # The sampled id, where it was added, comes after the k selected ones.
     selected_mass = policy.log_probs[:, :k].exp().sum(-1)
-    return (size >= k) & (size < vocab_size) & (selected_mass < 1 - dropped_mass)
+    return (size >= k) & (size < vocab_size) & (selected_mass < _mass_to_keep(dropped_mass))
+
+
+def _mass_to_keep(dropped_mass: float) -> float:
+    # Without a mass to drop nothing but zero mass is dropped, however float32 rounds the sum.
+    return 1 - dropped_mass if dropped_mass > 0 else math.inf
 
 
 def _find(ids: Tensor, among: Tensor) -> Tensor:

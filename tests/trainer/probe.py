@@ -1,7 +1,8 @@
 """Loaded into verl's workers by the trainer tests: writes down what the side channel carries, changing nothing.
 
 Every sample that leaves the old pass and every sample that enters an update is written as one line: the pass, a
-digest of its tokens and of its support, bit for bit, and Ray's node and the engine that it was seen on.
+digest of its tokens and of its support, bit for bit, Ray's node and the engine that it was seen on, and whether that
+engine has the Triton kernels (on a CPU, in Triton's interpreter).
 """
 
 from __future__ import annotations
@@ -15,15 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from torch import Tensor
 
 FOLDER = "TROLL_TEST_PROBE"
 
 
 def _write(kind: str, engine: Any, data: Any, fields: dict[str, Tensor]) -> None:
+    from verl_troll import kernels
     from verl_troll.plugin import carry
 
-    place = {"node": ray.get_runtime_context().get_node_id(), "engine": type(engine).__name__}
+    place = {
+        "node": ray.get_runtime_context().get_node_id(),
+        "engine": type(engine).__name__,
+        "kernels": kernels.available(data["input_ids"].device),
+    }
     lines = []
     columns = [data["input_ids"], data["response_mask"], fields[carry.COUNTS], fields[carry.SUPPORT]]
     for parts in _rows(columns):
@@ -42,8 +49,12 @@ def _rows(columns: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
 
 def install() -> None:
     """Wrap the two ends of the side channel."""
+    from tests.kernels import interpreter
+    from verl_troll import kernels
     from verl_troll.plugin import passes
 
+    if kernels.available(torch.device("cpu")):
+        interpreter.shrink()
     old_loss = passes.OldPolicyPass._loss
     read_logits = passes.UpdatePass._read_logits
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
 from tests.trainer.checks import assert_projected_within_bound, assert_side_channel_exact
-from tests.trainer.run import make_assets, run_trainer
+from tests.trainer.run import make_assets, probe_lines, run_trainer
 
 pytestmark = [pytest.mark.trainer, pytest.mark.timeout(600)]
 
@@ -21,7 +22,10 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_troll_trains_saves_and_resumes_on_one_rank(assets: Path, tmp_path: Path) -> None:
+def test_troll_trains_saves_and_resumes_on_one_rank(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It resumes with the Triton kernels, in Triton's interpreter, where Triton is."""
     settings = [
         "+troll=default",
         f"{ACTOR}.ppo_epochs=2",
@@ -46,9 +50,18 @@ def test_troll_trains_saves_and_resumes_on_one_rank(assets: Path, tmp_path: Path
         assert name in rows[0]
     assert (tmp_path / "checkpoints" / "global_step_2" / "actor").is_dir()
 
-    resumed = run_trainer(assets, tmp_path / "second", [*settings, "trainer.total_training_steps=3"])
+    assert not any(line["kernels"] for line in probe_lines(first))
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    second = tmp_path / "second"
+    # The interpreter takes its time: few ids, one epoch.
+    short = [f"{ACTOR}.policy_loss.troll.k=8", f"{ACTOR}.ppo_epochs=1", "trainer.total_training_steps=3"]
+    resumed = run_trainer(assets, second, [*settings, *short], probe=True)
     assert [row["step"] for row in resumed] == [3]
     assert_projected_within_bound(resumed)
+    assert_side_channel_exact(second, steps=1, samples=32, epochs=1)
+    installed = importlib.util.find_spec("triton") is not None
+    assert all(line["kernels"] == installed for line in probe_lines(second))
 
 
 def test_troll_trains_on_two_ranks(assets: Path, tmp_path: Path) -> None:
