@@ -155,14 +155,19 @@ def _tilt(log_q: Tensor, s: Tensor, t: Tensor) -> _Tilted:
     log_ratio = t.unsqueeze(-1) * s - log_normaliser.unsqueeze(-1)
     pi = (log_q + log_ratio).exp()
     mean = (pi * s).sum(-1)
-    centred = s - mean.unsqueeze(-1)
-    weighted = pi * centred.square()
-    variance, third_moment = weighted.sum(-1), (weighted * centred).sum(-1)
+    variance, third_moment = _central_moments(pi, s, mean)
     # sum of pi log(pi / q) - (pi - q): no term is negative, whereas t m - A(t) cancels.
     q = log_q.exp()
     gain = torch.where(log_ratio.abs() < 0.5, q * torch.expm1(log_ratio.clamp(-1.0, 1.0)), pi - q)
     kl = (pi * log_ratio - gain).clamp_min(0.0).sum(-1)
     return _Tilted(kl, mean, variance, third_moment, log_normaliser)
+
+
+def _central_moments(pi: Tensor, s: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Second and third, ``[R]``."""
+    centred = s - mean.unsqueeze(-1)
+    weighted = centred.square().mul_(pi)
+    return weighted.sum(-1), weighted.mul_(centred).sum(-1)
 
 
 def _safe_step_size(log_q: Tensor, s: Tensor, kl_bound: float) -> Tensor:
