@@ -5,7 +5,7 @@
 ``old_pass`` reads the old policy, ``update`` goes from the new policy's logits to the loss and back, ``head`` does so
 from the hidden states, ``solver`` is the step size alone, ``carried`` counts the bytes between the passes. Methods take
 turns, so that a busy machine slows all alike. Each axis is walked on its own from the first value of every axis, which
-takes about an hour on two cores; ``--full`` takes all combinations. What does not fit into the memory that is free is
+takes up to an hour on two cores; ``--full`` takes all combinations. What does not fit into the memory that is free is
 a row that says so.
 
 Extra memory is what is allocated above the inputs at the peak. A floor is the bytes that must move over the bandwidth,
