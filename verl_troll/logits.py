@@ -421,7 +421,8 @@ def _topk_by_groups(logits: Tensor, rows: Tensor, columns: int, maxima: Tensor, 
 def _runs(logits: Tensor, rows: Tensor, starts: Tensor, width: int) -> Tensor:
     """``[R, G width]``: of each row, ``width`` columns from each of ``starts [R, G]`` on."""
     if logits.stride(-1) != 1:
-        logits = logits.contiguous()
+        # Of these rows alone, so that no second tensor of the logits' size is made.
+        logits, rows = logits[rows].contiguous(), torch.arange(len(rows), device=rows.device)
     # Copied whole out of every run of the memory that there is: an index per entry costs ten times as much.
     length = (logits.shape[0] - 1) * logits.stride(0) + logits.shape[1] - width + 1
     everywhere = logits.as_strided((length, width), (1, 1))
