@@ -18,6 +18,7 @@ from verl_troll.objective import (
     IMPORTANCE_RATIOS,
     TokenTerms,
     importance_ratio,
+    keep_corrective_ratios,
     surrogate_losses,
     token_terms,
 )
@@ -300,6 +301,18 @@ def test_an_unknown_ratio_is_named() -> None:
     with pytest.raises(ValueError, match="importance_ratio"):
         importance_ratio(torch.zeros(1, 1), torch.ones(1, 1), "geometric")  # type: ignore[arg-type]
     assert set(IMPORTANCE_RATIOS) == {"token", "sequence"}
+
+
+def test_tokens_pushed_out_against_their_advantage_keep_the_plain_ratio() -> None:
+    plain = torch.tensor([[0.9, -0.9, 0.9, -0.9, 0.9, -0.9]], dtype=DOUBLE, requires_grad=True)
+    inner = torch.full_like(plain, 0.1, requires_grad=True)
+    advantages = torch.tensor([[-1.0, 2.0, 1.0, -2.0, -1.0, 0.0]], dtype=DOUBLE)
+    projected = torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 1.0]], dtype=DOUBLE)
+    chosen = keep_corrective_ratios(inner, plain, projected, advantages)
+    assert chosen.tolist() == [[0.9, -0.9, 0.1, 0.1, 0.1, 0.1]]
+    torch.autograd.backward(chosen.sum())
+    assert gradient_of(plain).tolist() == [[1, 1, 0, 0, 0, 0]]
+    assert gradient_of(inner).tolist() == [[0, 0, 1, 1, 1, 1]]
 
 
 def test_surrogate_losses_are_the_weighted_negative_products() -> None:

@@ -85,6 +85,7 @@ def test_fused_kernels_are_accepted(trainer: str) -> None:
         ("support", "both"),
         ("importance_ratio", "word"),
         ("step_size_gradient", "off"),
+        ("one_sided", "maybe"),
         ("reuse_logits", "maybe"),
         ("reuse_logits", "2"),
         ("kernels", "cuda"),

@@ -1,4 +1,4 @@
-"""The command line: ``verl-troll doctor``, ``verl-troll plan``."""
+"""The command line: ``verl-troll doctor``, ``verl-troll plan``, ``verl-troll report``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from verl_troll import __version__, doctor
 from verl_troll.plan import command as plan
+from verl_troll.report import command as report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,5 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="say what is installed, registered and patched on this host, and what is wrong")
     plan_help = "say what TROLL adds per GPU and per step at a scale that is not at hand, beside vanilla's clipping"
     plan.add_options(commands.add_parser("plan", help=plan_help, description=plan_help))
+    report_help = "compare runs by arm, with intervals over seeds, on one page of HTML"
+    report.add_options(commands.add_parser("report", help=report_help, description=report_help))
     options = parser.parse_args(arguments)
-    return plan.run(options) if options.command == "plan" else doctor.run()
+    if options.command == "plan":
+        return plan.run(options)
+    if options.command == "report":
+        return report.run(options)
+    return doctor.run()

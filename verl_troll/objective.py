@@ -87,6 +87,23 @@ def importance_ratio(log_ratio: Tensor, response_mask: Tensor, kind: ImportanceR
     raise ValueError(f"importance_ratio must be one of {IMPORTANCE_RATIOS}, got {kind!r}")
 
 
+def keep_corrective_ratios(log_ratio: Tensor, plain_log_ratio: Tensor, projected: Tensor, advantages: Tensor) -> Tensor:
+    """Log-ratios in which tokens that left the region *against* their advantage are not projected.
+
+    Such a token was pushed out by others: its probability fell although its advantage is positive, or rose although
+    it is negative. Its projected ratio has little or no gradient; the plain one pulls it back, as PPO's minimum of
+    clipped and unclipped does. Not in the paper; for study.
+
+    Args:
+        log_ratio: ``[B, T]`` log pi(o) - log q(o).
+        plain_log_ratio: ``[B, T]`` log p(o) - log q(o).
+        projected: ``[B, T]``, nonzero outside the region.
+        advantages: ``[B, T]``.
+    """
+    against = projected.bool() & (advantages * plain_log_ratio.detach() < 0)
+    return torch.where(against, plain_log_ratio, log_ratio)
+
+
 def surrogate_losses(ratio: Tensor, advantages: Tensor, weights: Tensor | None = None) -> Tensor:
     """``[B, T]`` policy-gradient losses ``-ratio * A``, times the rollout-correction weights where there are any."""
     losses = -advantages * ratio

@@ -204,6 +204,19 @@ def test_kl_after_projection_never_exceeds_the_bound(model_path: str, batch: Ten
         assert metrics["troll/unconverged"] == 0
 
 
+@pytest.mark.parametrize("support", ["union", "anchored"])
+def test_one_sided_changes_tokens_that_left_against_their_advantage(
+    model_path: str, batch: TensorDict, support: str
+) -> None:
+    troll = {"support": support, "kl_bound": 0.005}
+    setups = [Setup(model_path, {**troll, "one_sided": value}, micro_batch_size=8) for value in (False, True)]
+    both, one = run_ranks(scenarios.each, 1, (setups, batch, 0.1))[0]
+    assert one["metrics"]["troll/projected_share"] == both["metrics"]["troll/projected_share"] > 0
+    # Their plain ratio is worse than the projected one, which lies between it and 1.
+    assert one["metrics"]["actor/pg_loss"] > both["metrics"]["actor/pg_loss"]
+    assert one["metrics"]["troll/regression_loss"] == both["metrics"]["troll/regression_loss"]
+
+
 def test_regression_pulls_the_network_back_into_the_region(model_path: str, batch: TensorDict) -> None:
     still = batch.clone()
     still["advantages"] = torch.nested.nested_tensor_from_jagged(

@@ -18,7 +18,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register_policy_loss
 from verl.workers.config import ActorConfig
 
-from verl_troll.objective import importance_ratio, surrogate_losses
+from verl_troll.objective import importance_ratio, keep_corrective_ratios, surrogate_losses
 from verl_troll.plugin.settings import LOSS_MODE, TrollConfig
 
 
@@ -71,7 +71,10 @@ def troll_policy_loss(
             "Switch TROLL on with 'hydra.searchpath=[pkg://verl_troll.configs]' +troll=default, and run "
             "'verl-troll doctor' on this host."
         )
-    ratio = importance_ratio(terms.log_ratio, response_mask, terms.settings.importance_ratio)  # type: ignore[arg-type]
+    log_ratio = terms.log_ratio
+    if terms.settings.one_sided:
+        log_ratio = keep_corrective_ratios(log_ratio, log_prob - old_log_prob, terms.projected, advantages)
+    ratio = importance_ratio(log_ratio, response_mask, terms.settings.importance_ratio)  # type: ignore[arg-type]
     losses = surrogate_losses(ratio, advantages, rollout_is_weights)
     pg_loss = agg_loss(losses, response_mask, loss_agg_mode, **config.global_batch_info)
     terms.regression_loss = terms.settings.alpha * agg_loss(

@@ -164,6 +164,7 @@ class TrollConfig(BaseConfig):
         support: ``union`` (as published) or ``anchored`` (old ids and one outcome for the rest).
         importance_ratio: ``token``, or ``sequence`` for GSPO.
         step_size_gradient: ``implicit`` (through the step size, as published) or ``detached``.
+        one_sided: tokens that left the region against their advantage keep the plain ratio; not in the paper.
         reuse_logits: write the gradient over the logits, which saves a tensor of their size.
         kernels: ``auto`` (Triton on GPUs, torch elsewhere) or ``torch``.
         host: verl's own settings, for the start-up checks.
@@ -176,6 +177,7 @@ class TrollConfig(BaseConfig):
     support: str = "union"
     importance_ratio: str = "token"
     step_size_gradient: str = "implicit"
+    one_sided: bool = False
     reuse_logits: bool = True
     kernels: str = "auto"
     host: HostSettings = field(default_factory=HostSettings)
@@ -192,6 +194,7 @@ class TrollConfig(BaseConfig):
             ("importance_ratio", IMPORTANCE_RATIOS),
             ("step_size_gradient", STEP_SIZE_GRADIENTS),
             ("kernels", kernels.CHOICES),
+            ("one_sided", (True, False)),
             ("reuse_logits", (True, False)),
         ):
             if getattr(self, name) not in choices:
