@@ -12,7 +12,9 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -65,7 +67,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """A Qwen2 model of about 0.3 million parameters with random weights."""
+    """A Qwen2 model with random weights: 0.3 million parameters, and 128 for each token beside the bytes."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
@@ -76,11 +78,11 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def rows(chosen: list[Problem], split: str) -> pd.DataFrame:
-    """verl's columns for a list of problems."""
+def rows(chosen: list[Any], split: str, data_source: str = "chain") -> pd.DataFrame:
+    """verl's columns for a list of problems, which have a ``text`` and an ``answer``."""
     return pd.DataFrame(
         {
-            "data_source": "chain",
+            "data_source": data_source,
             "prompt": [{"role": "user", "content": problem.text}],
             "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": problem.answer},
@@ -90,37 +92,55 @@ def rows(chosen: list[Problem], split: str) -> pd.DataFrame:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, problem: Problem, solution: str) -> list[int]:
-    """Token ids of a problem, its solution and the end of the turn."""
-    return [*tokenizer(problem.text + solution).input_ids, tokenizer.eos_token_id]
-
-
-def warm_start(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: set[Problem]) -> None:
-    """Teach the form of a solution, and a careless teacher's arithmetic, by next-token prediction on new problems."""
+def lessons(held_out: set[Problem]) -> Iterator[tuple[str, str]]:
+    """Endless problems that are not held out, and the solutions of a careless teacher."""
     rng = random.Random(SEED + 1)
-    source = (problem for problem in problems(rng) if problem not in held_out)
+    return (
+        (problem.text, noisy_solution(problem, TEACHER_ERROR_RATE, rng))
+        for problem in problems(rng)
+        if problem not in held_out
+    )
+
+
+def collate(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels of lessons; the labels are the solution and the end of the turn."""
+    texts, solutions = zip(*batch, strict=True)
+    prompts = tokenizer(list(texts)).input_ids
+    answers = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(solutions)).input_ids]
+    longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+    ids = torch.full((len(batch), longest), tokenizer.pad_token_id)
+    labels = torch.full((len(batch), longest), -100)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        begin, end = len(prompt), len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor(prompt + answer)
+        labels[row, begin:end] = ids[row, begin:end]
+    return ids, labels
+
+
+def warm_start(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: Iterator[tuple[str, str]],
+    steps: int = WARM_START_STEPS,
+    batch_size: int = WARM_START_BATCH,
+) -> None:
+    """Teach the form of a solution, and a careless teacher's ways, by next-token prediction."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, WARM_START_RATE, total_steps=WARM_START_STEPS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, WARM_START_RATE, total_steps=steps)
     model.train()
     begin = time.monotonic()
-    for step in range(1, WARM_START_STEPS + 1):
-        batch = [
-            encode(tokenizer, problem, noisy_solution(problem, TEACHER_ERROR_RATE, rng))
-            for problem in itertools.islice(source, WARM_START_BATCH)
-        ]
-        ids = torch.tensor(batch)
-        labels = ids.clone()
-        labels[:, : ids.shape[1] - SOLUTION_LENGTH - 1] = -100
+    for step in range(1, steps + 1):
+        ids, labels = collate(tokenizer, list(itertools.islice(pairs, batch_size)))
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0 or step == WARM_START_STEPS:
-            left = (time.monotonic() - begin) / step * (WARM_START_STEPS - step)
+        if step % 100 == 0 or step == steps:
+            left = (time.monotonic() - begin) / step * (steps - step)
             print(
-                f"  warm start {step}/{WARM_START_STEPS}   loss {loss.item():.3f} nats/token   {left:.0f} s left",
+                f"  warm start {step}/{steps}   loss {loss.item():.3f} nats/token   {left:.0f} s left",
                 flush=True,
             )
     model.eval()
@@ -160,7 +180,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    warm_start(model, tokenizer, set(held_out))
+    warm_start(model, tokenizer, lessons(set(held_out)))
     success = sampled_success(model, tokenizer, held_out)
     tokenizer.save_pretrained(folder / "model")
     model.save_pretrained(folder / "model")

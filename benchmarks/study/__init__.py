@@ -1,0 +1,1 @@
+"""A study of RL losses on small language models that are trained from scratch."""

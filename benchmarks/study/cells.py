@@ -1,0 +1,191 @@
+"""One run of the study: what it is, and what verl is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.tasks import TASKS
+
+ROOT = Path(__file__).resolve().parents[2]
+TASKS_FOLDER = ROOT / "runs" / "study" / "tasks"
+
+PROMPTS, SAMPLES = 16, 8
+"""Of each step, the same for all runs."""
+TEST_EVERY = 5
+"""Steps."""
+
+_ACTOR = "actor_rollout_ref.actor"
+_TROLL = f"{_ACTOR}.policy_loss.troll"
+_WIDE_OPEN = "1e9"
+
+LOSSES: dict[str, tuple[str, ...]] = {
+    "clip": ("+baseline=vanilla",),
+    "clip_higher": ("+baseline=vanilla", f"{_ACTOR}.clip_ratio_high=0.28"),
+    "none": (
+        "+baseline=vanilla",
+        f"{_ACTOR}.clip_ratio_low={_WIDE_OPEN}",
+        f"{_ACTOR}.clip_ratio_high={_WIDE_OPEN}",
+        f"{_ACTOR}.clip_ratio_c={_WIDE_OPEN}",
+    ),
+    "gspo": ("+baseline=gspo",),
+    "cispo": ("+baseline=cispo",),
+    "sapo": ("+baseline=sapo",),
+    "dppo_kl": ("+baseline=dppo_kl",),
+    "union": ("+troll=default",),
+    "anchored": ("+troll=default", f"{_TROLL}.support=anchored"),
+    "union_sequence": ("+troll=sequence", f"{_ACTOR}.loss_agg_mode=seq-mean-token-mean"),
+}
+"""Arms of the study, as words on verl's command line. ``none`` is the plain ratio without any trust region."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        task: name in :data:`benchmarks.study.tasks.TASKS`.
+        loss: name in :data:`LOSSES`.
+        lr: Adam's learning rate, constant.
+        seed: of the order of the data and of sampling.
+        estimator: Hydra group ``estimator``.
+        mini_batches: optimizer steps per batch and epoch.
+        epochs: passes over each batch.
+        staleness: training steps between sampling and training.
+        old_policy: ``rescored`` or ``behaviour``.
+        temperature: of sampling and training.
+        steps: training steps.
+        settings: further settings, each ``key=value``; ``troll.NAME=VALUE`` is one of TROLL's.
+    """
+
+    task: str
+    loss: str
+    lr: float
+    seed: int
+    estimator: str = "grpo"
+    mini_batches: int = 8
+    epochs: int = 1
+    staleness: int = 0
+    old_policy: str = "rescored"
+    temperature: float = 1.0
+    steps: int = 50
+    settings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise :class:`ValueError` for what cannot be run."""
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r}: allowed is one of {', '.join(TASKS)}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss={self.loss!r}: allowed is one of {', '.join(LOSSES)}")
+        if self.old_policy not in ("rescored", "behaviour"):
+            raise ValueError(f"old_policy={self.old_policy!r}: allowed is rescored or behaviour")
+        if self.mini_batches < 1 or PROMPTS % self.mini_batches:
+            raise ValueError(
+                f"mini_batches={self.mini_batches}: allowed is a divisor of the {PROMPTS} prompts of a step"
+            )
+        if self.lr <= 0 or self.epochs < 1 or self.staleness < 0 or self.steps < 1:
+            raise ValueError(f"{self}: lr must be above 0, epochs and steps at least 1, staleness at least 0")
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Cell:
+        """From :meth:`to_json`."""
+        return cls(**{**fields, "settings": tuple(fields.get("settings", ()))})
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields for a line of JSON."""
+        return {**dataclasses.asdict(self), "settings": list(self.settings)}
+
+    @property
+    def key(self) -> str:
+        """The same for equal runs, and for no others."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def arm(self) -> str:
+        """The loss and what was changed of its settings."""
+        return " ".join((self.loss, *(setting.removeprefix("troll.") for setting in self.settings)))
+
+    @property
+    def regime(self) -> str:
+        """How hard the batches are used, in a few letters."""
+        parts = [f"M{self.mini_batches}", f"E{self.epochs}"]
+        if self.staleness:
+            parts.append(f"stale{self.staleness}-{self.old_policy}")
+        if self.temperature != 1:
+            parts.append(f"T{self.temperature:g}")
+        return " ".join(parts)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.task} {self.estimator} {self.arm} lr {self.lr:g} {self.regime} seed {self.seed}"
+
+    @property
+    def uses_troll(self) -> bool:
+        """Whether the plugin is loaded; the other runs never import it."""
+        return any(word.startswith("+troll") for word in LOSSES[self.loss])
+
+    @property
+    def session(self) -> tuple[Any, ...]:
+        """What processes are started with: runs that agree in it can share them."""
+        return (self.task, self.uses_troll, self.estimator, self.temperature)
+
+    def overrides(self, tasks: Path = TASKS_FOLDER) -> list[str]:
+        """Words on verl's command line.
+
+        Args:
+            tasks: folder in which :func:`benchmarks.study.prepare.prepare` made the task's folder.
+        """
+        data = tasks / self.task
+        task = TASKS[self.task]
+        mini_batch = PROMPTS // self.mini_batches
+        chosen = [
+            "hydra.searchpath=[pkg://verl_troll.configs]",
+            "+cpu=default",
+            f"+estimator={self.estimator}",
+            *LOSSES[self.loss],
+            f"data.train_files={data / 'train.parquet'}",
+            f"data.val_files={data / 'held_out.parquet'}",
+            f"data.train_batch_size={PROMPTS}",
+            f"data.seed={self.seed}",
+            f"data.max_prompt_length={task.prompt_length}",
+            f"data.max_response_length={task.response_length}",
+            f"actor_rollout_ref.model.path={data / 'model'}",
+            "actor_rollout_ref.model.use_remove_padding=False",
+            f"{_ACTOR}.optim.lr={self.lr}",
+            f"{_ACTOR}.optim.weight_decay=0",
+            f"{_ACTOR}.ppo_mini_batch_size={mini_batch}",
+            f"{_ACTOR}.ppo_micro_batch_size_per_gpu={mini_batch * SAMPLES}",
+            f"{_ACTOR}.ppo_epochs={self.epochs}",
+            f"actor_rollout_ref.rollout.n={SAMPLES}",
+            f"actor_rollout_ref.rollout.seed={self.seed}",
+            f"actor_rollout_ref.rollout.temperature={self.temperature}",
+            f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={PROMPTS * SAMPLES}",
+            f"actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu={PROMPTS * SAMPLES}",
+            "actor_rollout_ref.rollout.calculate_log_probs=True",
+            # Success is a property of the policy that is trained: sampled, not greedy.
+            "actor_rollout_ref.rollout.val_kwargs.do_sample=True",
+            f"actor_rollout_ref.rollout.val_kwargs.temperature={self.temperature}",
+            "actor_rollout_ref.rollout.val_kwargs.top_p=1.0",
+            f"reward.custom_reward_function.path={Path(__file__).with_name('reward.py')}",
+            "trainer.logger=[file]",
+            "trainer.val_before_train=True",
+            f"trainer.test_freq={TEST_EVERY}",
+            "trainer.save_freq=-1",
+            "trainer.resume_mode=disable",
+            f"trainer.total_training_steps={self.steps}",
+            "trainer.total_epochs=1000000",
+            f"+study.staleness={self.staleness}",
+            f"+study.old_policy={self.old_policy}",
+        ]
+        if self.estimator == "ppo":
+            chosen += [f"critic.optim.lr={self.lr}", f"critic.ppo_mini_batch_size={mini_batch}"]
+        return [
+            *chosen,
+            *(s.replace("troll.", f"{_TROLL}.", 1) if s.startswith("troll.") else s for s in self.settings),
+        ]

@@ -1,0 +1,234 @@
+"""Runs cells in two long-lived sessions at a time, and writes their results down."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.study import results
+from benchmarks.study.cells import ROOT, TASKS_FOLDER, Cell
+
+SCRATCH = ROOT / "runs" / "study" / "cells"
+LONGEST_RUN = 600
+"""Seconds, the start of the processes included."""
+ATTEMPTS = 2
+
+
+class SessionError(Exception):
+    """A run ended with an error, or did not end."""
+
+
+def environment() -> dict[str, str]:
+    """Environment of verl's processes: the CPU, one thread each, this repository's modules."""
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return {
+        **kept,
+        "VERL_PLATFORM": "cpu",
+        "VERL_USE_EXTERNAL_MODULES": "verl_troll.cpu",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+        "TQ_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+    }
+
+
+def end_session(leader: int) -> None:
+    """End all processes of the session that ``leader`` leads, Ray's among them."""
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == leader:
+                os.kill(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+class Session:
+    """One process of :mod:`benchmarks.study.session` and all that it started."""
+
+    def __init__(self, kind: tuple[Any, ...], log: Path) -> None:
+        self.kind = kind
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as stream:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.study.session"],
+                cwd=ROOT,
+                env=environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                start_new_session=True,
+            )
+
+    def run(self, cell: Cell, tasks: Path, metrics: Path) -> float:
+        """Train one cell and return its seconds, the start of the processes left out.
+
+        Raises:
+            SessionError: with the traceback, or what is known.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        order = json.dumps({"cell": cell.to_json(), "tasks": str(tasks), "metrics": str(metrics)})
+        try:
+            self._process.stdin.write(order.encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise SessionError("the session had ended") from None
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(self._process.stdout, selectors.EVENT_READ)
+            if not waiting.select(LONGEST_RUN):
+                raise SessionError(f"no answer within {LONGEST_RUN} s")
+        line = self._process.stdout.readline()
+        if not line:
+            raise SessionError(f"the session ended with exit status {self._process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise SessionError(answer["error"])
+        return float(answer["seconds"])
+
+    def end(self) -> None:
+        """End the process and all of its session, Ray's processes among them."""
+        end_session(self._process.pid)
+        self._process.wait()
+
+
+class Pool:
+    """Works through cells until none is left or time is up.
+
+    Args:
+        cells: says, given the results so far, which cells are wanted, in order.
+        file: results.
+        tasks: folder of the prepared tasks.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        cells: Callable[[results.Results], Iterable[Cell]],
+        file: Path,
+        tasks: Path = TASKS_FOLDER,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._cells = cells
+        self._file = file
+        self._tasks = tasks
+        self._say = say
+        self._lock = threading.Lock()
+        self._done = results.read(file)
+        self._taken: set[str] = set()
+        self._failures: dict[str, int] = {}
+        self._seconds: list[float] = []
+        self._sessions: dict[str, Session] = {}
+        self._stop = threading.Event()
+
+    def _left(self) -> list[Cell]:
+        wanted = {cell.key: cell for cell in self._cells(self._done)}
+        return [
+            cell
+            for key, cell in wanted.items()
+            if key not in self._done and key not in self._taken and self._failures.get(key, 0) < ATTEMPTS
+        ]
+
+    def _next(self, kind: tuple[Any, ...] | None) -> Cell | None:
+        """The next cell; one that the running session can train comes first among those of its task."""
+        with self._lock:
+            left = self._left()
+            if not left:
+                return None
+            same = [cell for cell in left if cell.session == kind and cell.task == left[0].task]
+            cell = (same or left)[0]
+            self._taken.add(cell.key)
+            return cell
+
+    def _ended(self, cell: Cell, metrics: Path, seconds: float, workers: int) -> None:
+        line = results.record(cell, metrics, seconds)
+        with self._lock:
+            results.append(line, self._file)
+            self._done[cell.key] = line
+            self._taken.discard(cell.key)
+            self._seconds.append(seconds)
+            left = len(self._left()) + len(self._taken)
+            minutes = left * sum(self._seconds) / len(self._seconds) / workers / 60
+            success = results.held_out(line)
+            self._say(
+                f"{cell.name}: {success[0]:.2f} -> {results.final_success(line):.2f}"
+                f"{' DIVERGED' if line['run']['status'] == 'diverged' else ''}, {seconds:.0f} s; "
+                f"{left} known to be left, about {minutes:.0f} min"
+            )
+
+    def _failed(self, cell: Cell, error: SessionError) -> None:
+        with self._lock:
+            self._taken.discard(cell.key)
+            self._failures[cell.key] = self._failures.get(cell.key, 0) + 1
+            self._say(f"{cell.name}: FAILED ({self._failures[cell.key]} of {ATTEMPTS} attempts)\n{error}")
+
+    def _work(self, name: str, until: float, workers: int) -> None:
+        try:
+            while not self._stop.is_set() and time.monotonic() < until:
+                running = self._sessions.get(name)
+                cell = self._next(running.kind if running else None)
+                if cell is None:
+                    # Results of the other workers may bring new cells.
+                    if not self._taken:
+                        return
+                    time.sleep(1)
+                    continue
+                metrics = SCRATCH / f"{cell.key}.jsonl"
+                try:
+                    seconds = self._session(name, cell).run(cell, self._tasks, metrics)
+                except SessionError as error:
+                    self._end(name)
+                    if not self._stop.is_set():
+                        self._failed(cell, error)
+                else:
+                    self._ended(cell, metrics, seconds, workers)
+                    metrics.unlink()
+        finally:
+            self._end(name)
+
+    def _session(self, name: str, cell: Cell) -> Session:
+        running = self._sessions.get(name)
+        if running is None or running.kind != cell.session:
+            self._end(name)
+            running = self._sessions[name] = Session(cell.session, SCRATCH / f"{name}.log")
+        return running
+
+    def _end(self, name: str) -> None:
+        if (session := self._sessions.pop(name, None)) is not None:
+            session.end()
+
+    def run(self, workers: int, minutes: float) -> list[str]:
+        """Work; returns the keys of cells that failed every attempt.
+
+        An interruption (Ctrl-C) ends the running cells at once; what has ended is written down already.
+
+        Args:
+            workers: sessions at a time, one core each.
+            minutes: after which no new cell is begun.
+        """
+        until = time.monotonic() + minutes * 60
+        with ThreadPoolExecutor(workers) as threads:
+            futures = [threads.submit(self._work, f"worker-{number}", until, workers) for number in range(workers)]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                self._stop.set()
+                for session in list(self._sessions.values()):
+                    session.end()
+                self._say("stopped; what has ended is kept")
+                raise
+        return [key for key, count in self._failures.items() if count >= ATTEMPTS]

@@ -1,0 +1,148 @@
+"""The study's results: one line of JSON per run, appended when it has ended.
+
+A line is ``{"run": {...}, "metrics": {"step": [...], NAME: [...]}}``, which ``verl-troll report`` reads: ``run`` names
+the run and holds its cell, ``metrics`` its curves, null where a step has no value: evaluations are every few steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.cells import Cell
+
+FILE = Path(__file__).with_name("results.jsonl")
+
+Record = dict[str, Any]
+Results = Mapping[str, Record]
+
+KL_BOUND = 0.05
+"""Nats, TROLL's default."""
+
+KEPT = (
+    "critic/score/mean",
+    "actor/entropy",
+    "actor/grad_norm",
+    "actor/ppo_kl",
+    "actor/pg_clipfrac",
+    "response_length/mean",
+    "study/distinct_answers",
+    "training/off_policy/trajectory_staleness/mean",
+    "timing_s/step",
+    "timing_s/old_log_prob",
+    "timing_s/update_actor",
+    "troll/kl_before",
+    "troll/kl_before_max",
+    "troll/kl_after",
+    "troll/kl_after_max",
+    "troll/projected_share",
+    "troll/fixed_share",
+    "troll/support_size",
+    "troll/old_kept_mass",
+    "troll/new_kept_mass",
+    "troll/cap_hit_share",
+    "troll/unconverged",
+)
+"""Curves that are kept, beside the held-out success."""
+
+
+def held_out_key(task: str) -> str:
+    """verl's name of the held-out success, a share."""
+    return f"val-core/{task}/reward/mean@1"
+
+
+def curves(task: str, metrics: Path) -> dict[str, list[float | None]]:
+    """Curves of a run from the lines of verl's file logger, to five digits."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    found: dict[str, list[float | None]] = {"step": [row["step"] for row in rows]}
+    for name in (held_out_key(task), *KEPT):
+        if any(name in row["data"] for row in rows):
+            found[name] = [_rounded(row["data"].get(name)) for row in rows]
+    return found
+
+
+def _rounded(value: float | None) -> float | None:
+    # JSON has no NaN; a run that lost its numbers is told by its status.
+    return float(f"{value:.5g}") if value is not None and math.isfinite(value) else None
+
+
+def status(task: str, metrics: Path) -> str:
+    """``diverged`` where a number was lost, or where less than half of the success at the start is left."""
+    rows = [json.loads(line)["data"] for line in metrics.read_text(encoding="utf-8").splitlines()]
+    numbers = (row.get(name) for row in rows for name in ("actor/grad_norm", "actor/loss", "actor/entropy"))
+    success = [row[held_out_key(task)] for row in rows if held_out_key(task) in row]
+    lost = any(number is not None and not math.isfinite(number) for number in numbers)
+    return "diverged" if lost or success[-1] < success[0] / 2 else "finished"
+
+
+def record(cell: Cell, metrics: Path, seconds: float) -> Record:
+    """The line of a run that has ended."""
+    run = {
+        "key": cell.key,
+        "task": cell.task,
+        "arm": cell.loss,
+        "estimator": cell.estimator,
+        "regime": cell.regime,
+        "section": f"{cell.estimator}, {cell.regime}",
+        "lr": cell.lr,
+        "seed": cell.seed,
+        "status": status(cell.task, metrics),
+        "seconds": seconds,
+        "settings": _settings(cell),
+        "cell": cell.to_json(),
+    }
+    return {"run": run, "metrics": curves(cell.task, metrics)}
+
+
+def _settings(cell: Cell) -> dict[str, str | float]:
+    # The report draws the bound.
+    bound: dict[str, str | float] = {"kl_bound": KL_BOUND} if cell.uses_troll else {}
+    changed = dict(setting.removeprefix("troll.").split("=", 1) for setting in cell.settings)
+    return {**bound, **{name: _number(value) for name, value in changed.items()}}
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def read(file: Path = FILE) -> dict[str, Record]:
+    """Runs that have ended, by :attr:`Cell.key`; a last line cut off by an interruption is left out."""
+    if not file.exists():
+        return {}
+    lines = file.read_text(encoding="utf-8").split("\n")
+    records = [json.loads(line) for line in lines[:-1]]
+    return {line["run"]["key"]: line for line in records}
+
+
+def append(line: Record, file: Path = FILE) -> None:
+    """Add a line, whole or not at all as far as the file system allows it, after mending a cut-off one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+b") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        if size:
+            stream.seek(size - 1)
+            if stream.read(1) != b"\n":
+                stream.seek(0)
+                whole = stream.read().rfind(b"\n") + 1
+                stream.truncate(whole)
+        stream.write(json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def held_out(line: Record) -> list[float]:
+    """Held-out success at each evaluation, the first before training."""
+    values = line["metrics"][held_out_key(line["run"]["task"])]
+    return [value for value in values if value is not None]
+
+
+def final_success(line: Record) -> float:
+    """Mean held-out success of the last two evaluations."""
+    return sum(held_out(line)[-2:]) / 2

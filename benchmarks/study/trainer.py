@@ -1,0 +1,300 @@
+"""verl's trainer, made ready to train many times in the processes that it has started.
+
+Starting Ray and verl takes about a minute, as long as a run of the study. :class:`StudyTrainer` is verl's own
+synchronous trainer; what differs is said in each override:
+
+- :meth:`StudyTrainer.begin` puts everything that training changes back to its start: weights, optimizer, schedule,
+  configuration of the loss, order of the data, random streams. ``tests/trainer/test_study.py`` shows that a run does
+  not depend on the runs before it, to the last bit.
+- Samples come from verl's rollout server, but in one batch, and are judged in this process
+  (:class:`BatchedAgentLoops`); verl's own agent loops send several messages per sample.
+- Samples can be stale by a fixed number of steps, and the old policy can be the one that sampled them.
+- Samples of a batch are in the order of their prompts, so that equal seeds give equal runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig, OmegaConf, open_dict
+from tensordict import NonTensorStack, TensorDict
+from transfer_queue import KVBatchMeta
+from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1 import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
+from benchmarks.study.reward import compute_score
+from verl_troll.cpu.generation import Completion, generate
+
+DISTINCT = "study/distinct_answers"
+
+
+class StudyWorker(ActorRolloutRefWorker):  # type: ignore[misc, unused-ignore]
+    """verl's worker; can build its models, optimizer and loss anew."""
+
+    def set_dispatch_collect(self, mesh_name: str, **ranks: Any) -> None:
+        """As verl's, which refuses to be told the same again."""
+        known = self.__dict__.setdefault("_study_meshes", set())
+        if mesh_name not in known:
+            known.add(mesh_name)
+            super().set_dispatch_collect(mesh_name, **ranks)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator, unused-ignore]
+    def begin(self, config: DictConfig) -> None:
+        """Start over with the weights on disk and the settings of ``config`` (``actor_rollout_ref``)."""
+        torch.manual_seed(0)
+        self.config = config
+        self.init_model()
+
+
+class StudyCritic(TrainingWorker):  # type: ignore[misc, unused-ignore]
+    """verl's worker for the critic; its head is drawn from a fixed seed."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator, unused-ignore]
+    def reset(self) -> None:
+        """Start over with the weights on disk and a new head."""
+        torch.manual_seed(0)
+        super().reset()
+
+
+class BatchedAgentLoops:
+    """Takes the place of verl's agent-loop manager: samples a whole batch from the rollout server in one go.
+
+    Args:
+        trainer: whose configuration, tokenizer and server are used.
+    """
+
+    def __init__(self, trainer: StudyTrainer) -> None:
+        self.trainer = trainer
+        self.distinct_answers = 0.0
+
+    def generate_sequences(self, batch: TensorDict) -> None:
+        """Sample and judge responses to all prompts, and put them into the transfer queue as verl's workers do."""
+        config = self.trainer.config.actor_rollout_ref.rollout
+        validate = tu.pop(batch, key="validate", default=False)
+        chosen = config.val_kwargs if validate else config
+        count = config.val_kwargs.n if validate else config.n
+        sampling = {
+            "temperature": chosen.temperature,
+            "top_p": chosen.top_p,
+            "top_k": chosen.top_k,
+            "repetition_penalty": 1.0,
+            "logprobs": config.calculate_log_probs,
+        }
+        columns = {key: _entries(value, len(batch)) for key, value in batch.items()} | {
+            "agent_name": ["batched"] * len(batch)
+        }
+        prompts = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        tokens = [
+            self.trainer.tokenizer.apply_chat_template(
+                list(prompt["raw_prompt"]), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            for prompt in prompts
+        ]
+        version, answers = ray.get(self.trainer.rollout_server.__ray_call__.remote(_sample, tokens, sampling, count))
+        texts = self.trainer.tokenizer.batch_decode([answer.token_ids for answer in answers], skip_special_tokens=True)
+        keys, fields, tags = [], [], []
+        for place, (answer, text) in enumerate(zip(answers, texts, strict=True)):
+            prompt, ids, sample = prompts[place // count], tokens[place // count], place % count
+            score = compute_score(prompt["data_source"], text, prompt["reward_model"]["ground_truth"])
+            output = AgentLoopOutput(
+                prompt_ids=ids,
+                response_ids=answer.token_ids,
+                response_mask=[1] * len(answer.token_ids),
+                response_logprobs=answer.log_probs,
+                reward_score=score,
+                num_turns=2,
+                metrics=AgentLoopMetrics(),
+                extra_fields={"reward_extra_info": {}, "min_global_steps": version, "max_global_steps": version},
+            )
+            field = output.as_dict() | prompt | {"session_id": sample}
+            field["loss_mask"] = field["response_mask"]
+            field["input_ids"] = torch.cat([field["prompts"], field["responses"]])
+            field["position_ids"] = torch.arange(len(field["input_ids"]))
+            field["multi_modal_inputs"] = {}
+            if not validate:
+                # Training reads no other columns, and verl copies each of them once per mini-batch, row by row.
+                field = {name: value for name, value in field.items() if _is_trained_on(name, value)}
+            keys.append(f"{prompt['uid']}_{sample}_0")
+            fields.append(field)
+            tags.append(
+                {
+                    "status": "success",
+                    "prompt_len": len(ids),
+                    "response_len": len(answer.token_ids),
+                    "seq_len": len(field["input_ids"]),
+                    "global_steps": prompt["global_steps"],
+                    "min_global_steps": version,
+                    "max_global_steps": version,
+                }
+            )
+        if not validate:
+            groups = [texts[start : start + count] for start in range(0, len(texts), count)]
+            self.distinct_answers = float(np.mean([len(set(group)) / count for group in groups]))
+        partition = "val" if validate else "train"
+        tq.kv_batch_put(keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition)
+        tq.kv_batch_put(
+            keys=[prompt["uid"] for prompt in prompts],
+            tags=[{"status": "finished"}] * len(prompts),
+            partition_id=partition,
+        )
+
+
+def _is_trained_on(name: str, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or name in ("uid", "num_turns", "multi_modal_inputs")
+
+
+def _entries(column: Any, rows: int) -> list[Any]:
+    """Entries of a column by row; a value that all rows share is repeated."""
+    if isinstance(column, torch.Tensor):
+        return list(column)
+    if isinstance(column, NonTensorStack):
+        return [entry.data for entry in column]
+    return [column.data] * rows
+
+
+class StudyTrainer(PPOTrainerSync):  # type: ignore[misc, unused-ignore]
+    """verl's synchronous trainer; see the module.
+
+    Args:
+        config: of verl, with the group ``study`` that :mod:`benchmarks.study.cells` adds: ``staleness`` in steps, and
+            ``old_policy``, ``rescored`` (by the weights at the update, verl's default) or ``behaviour`` (by those that
+            sampled).
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        super().__init__(config)
+        self.agent_loops = BatchedAgentLoops(self)
+        self._prompts = 0
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        for role in self.role_worker_mapping:
+            self.role_worker_mapping[role] = ray.remote(StudyCritic if role is Role.Critic else StudyWorker)
+
+    @property
+    def rollout_server(self) -> Any:
+        """The one server of the rollout ``hf``."""
+        (replica,) = self.llm_server_manager.get_replicas()
+        return replica.servers[0]
+
+    def begin(self, config: DictConfig) -> None:
+        """Make ready for a run with the settings of ``config``, as if nothing had been trained before.
+
+        What is fixed once the processes run (task, estimator's models, plugin, temperature, lengths) must be as in
+        the configuration that they were started with.
+        """
+        for partition, items in (tq.kv_list() or {}).items():
+            if items:
+                tq.kv_clear(keys=list(items), partition_id=partition)
+        self.config = config
+        self._prompts = 0
+        self.global_steps = 0
+        self.local_trigger_step = 0
+        self.replay_buffer = self._build_replay_buffer()
+        if config.algorithm.use_kl_in_reward:
+            self.kl_ctrl_in_reward = core_algos.get_kl_controller(config.algorithm.kl_ctrl)
+        self._init_dataloader()
+        self._init_dump_executor()
+        self.actor_rollout_wg.begin(config.actor_rollout_ref)
+        if self.use_critic:
+            self.critic_wg.reset()
+        seed = config.actor_rollout_ref.rollout.seed
+        ray.get(self.rollout_server.__ray_call__.remote(_reseed, seed))
+        self.on_init_end()
+
+    def on_train_begin(self) -> None:
+        """Sample ahead, so that each step trains on samples of ``staleness`` steps before."""
+        first = self.global_steps
+        for ahead in range(self.config.study.staleness, 0, -1):
+            self.global_steps = first - ahead
+            self._add_batch_to_generate()
+        self.global_steps = first
+
+    def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
+        batch = super()._next_train_batch(num_prompts)
+        first, self._prompts = self._prompts, self._prompts + len(batch)
+        tu.assign_non_tensor_stack(batch, "uid", [f"{number:09d}" for number in range(first, self._prompts)])
+        return batch
+
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        uids = set(_entries(batch.get("uid"), len(batch)))
+        count = super()._submit_batch_to_rollout(batch)
+        if self.config.study.old_policy == "behaviour":
+            items = {key: tag for key, tag in tq.kv_list("train")["train"].items() if key.split("_")[0] in uids}
+            keys = sorted(key for key in items if "_" in key)
+            sampled = KVBatchMeta(partition_id="train", keys=keys, tags=[items[key] for key in keys])
+            sampled.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
+            self._old_policy_metrics: dict[str, Any] = {}
+            super()._compute_old_log_prob(sampled, metrics=self._old_policy_metrics)
+        return count
+
+    def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        if self.config.study.old_policy == "behaviour":
+            metrics.update(self._old_policy_metrics)
+            return batch
+        return super()._compute_old_log_prob(batch, metrics)
+
+    def _balance_batch(self, batch: Any, metrics: Any, *args: Any, **kwargs: Any) -> Any:
+        batch.reorder(sorted(range(len(batch.keys)), key=batch.keys.__getitem__))
+        return super()._balance_batch(batch, metrics, *args, **kwargs)
+
+    def _compute_metrics(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super()._compute_metrics(batch, metrics, *args, **kwargs)
+        metrics[DISTINCT] = self.agent_loops.distinct_answers
+
+
+def _sample(
+    server: Any, prompts: list[list[int]], sampling: dict[str, Any], count: int
+) -> tuple[int, list[Completion]]:
+    """In the server: its weights' step, and ``count`` completions of each prompt.
+
+    As one batch, so that sums are the same whatever the timing.
+    """
+    requests = [server._request(prompt, sampling) for prompt in prompts for _ in range(count)]
+    return server.global_steps, generate(server.model, requests, server.logprobs_mode)
+
+
+def _reseed(server: Any, seed: int) -> None:
+    server.config = dataclasses.replace(server.config, seed=seed)
+    server._asked.clear()
+
+
+@ray.remote
+class StudyRunner:
+    """Takes the place of verl's task runner: trains once per call of :meth:`run`, in the same processes."""
+
+    def __init__(self, config: DictConfig) -> None:
+        config = _resolved(config)
+        tq.init(config.transfer_queue)
+        self.trainer = StudyTrainer(config)
+        self.trainer.init()
+
+    def run(self, config: DictConfig, metrics: Path) -> None:
+        """Train by ``config``; verl's file logger writes ``metrics``, one line per step."""
+        os.environ["VERL_FILE_LOGGER_PATH"] = str(metrics)
+        self.trainer.begin(_resolved(config))
+        try:
+            self.trainer.fit(self.trainer.agent_loops)
+        finally:
+            if (tracking := getattr(self.trainer, "logger", None)) is not None:
+                tracking.finish(exit_code=0)
+
+
+def _resolved(config: DictConfig) -> DictConfig:
+    with open_dict(config):
+        config.transfer_queue.enable = True
+    OmegaConf.resolve(config)
+    return config

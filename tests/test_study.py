@@ -1,0 +1,255 @@
+"""The study's grid, its results file and its choice rule; its trainer is tested in ``tests/trainer/test_study.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import threading
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from benchmarks.study import grid, pool, results
+from benchmarks.study.__main__ import main
+from benchmarks.study.cells import Cell
+from benchmarks.study.pool import Pool, SessionError
+
+CELL = Cell("chain", "union", lr=2e-4, seed=0)
+
+
+def line_of(cell: Cell, final: float) -> results.Record:
+    """A result with the given success at the end."""
+    success = [0.3, None, final, final]
+    run = {"key": cell.key, "task": cell.task, "status": "finished", "seconds": 60.0, "cell": cell.to_json()}
+    return {"run": run, "metrics": {"step": [0, 1, 2, 3], results.held_out_key(cell.task): success}}
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_survives_the_file() -> None:
+    cell = dataclasses.replace(CELL, settings=("troll.alpha=0.1",), staleness=2)
+    again = Cell.from_json(json.loads(json.dumps(cell.to_json())))
+    assert again == cell
+    assert again.key == cell.key
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"lr": 3e-4}, {"settings": ("troll.alpha=0",)}, {"epochs": 2}])
+def test_different_cells_have_different_keys(change: dict[str, Any]) -> None:
+    assert dataclasses.replace(CELL, **change).key != CELL.key
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"task": "chess"}, "task='chess'"),
+        ({"loss": "trol"}, "loss='trol'"),
+        ({"mini_batches": 3}, "mini_batches=3"),
+        ({"old_policy": "old"}, "old_policy='old'"),
+        ({"lr": 0.0}, "lr must be above 0"),
+    ],
+)
+def test_what_cannot_be_run_is_named(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        dataclasses.replace(CELL, **change)
+
+
+def test_runs_with_and_without_the_plugin_never_share_processes() -> None:
+    kinds = {Cell("chain", loss, 1e-4, 0).session for loss in ("union", "anchored")}
+    rivals = {Cell("chain", loss, 1e-4, 0).session for loss in ("clip", "none", *grid.RIVALS)}
+    assert len(kinds) == len(rivals) == 1
+    assert kinds != rivals
+
+
+# --- grid -------------------------------------------------------------------------------------------------------------
+
+
+def test_headline_seeds_took_no_part_in_the_choice() -> None:
+    assert not set(grid.HEADLINE_SEEDS) & set(grid.SWEEP_SEEDS)
+    assert len(grid.HEADLINE_SEEDS) >= 5
+    assert all(len(rates) >= 4 for rates in grid.RATES.values())
+
+
+def test_no_rate_before_the_sweep_is_complete() -> None:
+    sweep = [cell for cell in grid.sweep({}) if (cell.task, cell.loss) == ("chain", "clip")]
+    done = {cell.key: line_of(cell, 0.5) for cell in sweep[:-1]}
+    assert grid.best_rate(done, "chain", "clip") is None
+    assert not list(grid.headline(done))
+    done[sweep[-1].key] = line_of(sweep[-1], 0.5)
+    # All are equal: the lowest.
+    assert grid.best_rate(done, "chain", "clip") == min(grid.RATES["chain"])
+
+
+def test_the_rate_with_the_best_mean_is_chosen_and_trained_on_every_headline_seed() -> None:
+    sweep = [cell for cell in grid.sweep({}) if (cell.task, cell.loss) == ("chain", "clip")]
+    best = grid.RATES["chain"][2]
+    # One lucky run at another rate is not a better mean.
+    final = {(cell.lr, cell.seed): 0.7 if cell.lr == best else 0.5 for cell in sweep}
+    final[grid.RATES["chain"][0], grid.SWEEP_SEEDS[0]] = 0.8
+    done = {cell.key: line_of(cell, final[cell.lr, cell.seed]) for cell in sweep}
+    assert grid.best_rate(done, "chain", "clip") == best
+    assert [(cell.lr, cell.seed) for cell in grid.headline(done)] == [(best, seed) for seed in grid.HEADLINE_SEEDS]
+
+
+def test_every_cell_of_the_grid_can_be_built_and_sections_have_some() -> None:
+    done = {cell.key: line_of(cell, 0.5) for cell in grid.sweep({})}
+    for name, section in grid.SECTIONS.items():
+        assert list(section.cells(done)), name
+    assert {cell.key for cell in grid.in_order({}, ["headline", "sweep"], ["words"])} == {
+        cell.key for cell in grid.sweep({}) if cell.task == "words"
+    }
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def metrics_file(path: Path, success: list[float], grad_norm: float = 1.0) -> Path:
+    rows = [
+        {"step": step, "data": {results.held_out_key("chain"): value, "actor/grad_norm": grad_norm, "unknown": 1}}
+        for step, value in enumerate(success)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_record_keeps_curves_and_leaves_the_rest(tmp_path: Path) -> None:
+    line = results.record(CELL, metrics_file(tmp_path / "m", [0.3, 0.123456789]), seconds=12.0)
+    assert line["metrics"]["step"] == [0, 1]
+    assert results.held_out(line) == [0.3, 0.12346]
+    assert "unknown" not in line["metrics"]
+    assert Cell.from_json(line["run"]["cell"]) == CELL
+    assert line["run"]["seconds"] == 12.0
+    assert line["run"]["settings"] == {"kl_bound": 0.05}
+
+
+def test_a_changed_setting_is_told_to_the_report(tmp_path: Path) -> None:
+    cell = dataclasses.replace(CELL, settings=("troll.kl_bound=0.01", "troll.step_size_gradient=detached"))
+    line = results.record(cell, metrics_file(tmp_path / "m", [0.3]), seconds=12.0)
+    assert line["run"]["settings"] == {"kl_bound": 0.01, "step_size_gradient": "detached"}
+
+
+@pytest.mark.parametrize(
+    ("success", "grad_norm", "expected"),
+    [
+        ([0.4, 0.2], 1.0, "finished"),
+        ([0.4, 0.19], 1.0, "diverged"),
+        ([0.4, 0.9], math.nan, "diverged"),
+        ([0.4, 0.9], math.inf, "diverged"),
+    ],
+)
+def test_diverged_is_a_lost_number_or_half_of_the_success(
+    tmp_path: Path, success: list[float], grad_norm: float, expected: str
+) -> None:
+    line = results.record(CELL, metrics_file(tmp_path / "m", success, grad_norm), seconds=1.0)
+    assert line["run"]["status"] == expected
+    # Strict JSON: other programs read the file.
+    json.dumps(line, allow_nan=False)
+
+
+def test_a_cut_off_line_is_left_out_and_mended(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "results.jsonl"
+    first, second = line_of(CELL, 0.5), line_of(dataclasses.replace(CELL, seed=1), 0.6)
+    results.append(first, file)
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"run": {"key"')
+    assert list(results.read(file).values()) == [first]
+    results.append(second, file)
+    assert list(results.read(file).values()) == [first, second]
+
+
+# --- pool -------------------------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """In the place of a session with Ray and verl: writes a metrics file, or fails."""
+
+    failing: ClassVar[set[str]] = set()
+    started: ClassVar[list[tuple[Any, ...]]] = []
+    trained: ClassVar[list[Cell]] = []
+    lock = threading.Lock()
+
+    def __init__(self, kind: tuple[Any, ...], log: Path) -> None:
+        self.kind = kind
+        self.started.append(kind)
+
+    def run(self, cell: Cell, tasks: Path, metrics: Path) -> float:
+        with self.lock:
+            self.trained.append(cell)
+        if cell.key in self.failing:
+            raise SessionError("no numbers")
+        rows = [{"step": step, "data": {results.held_out_key(cell.task): 0.4}} for step in range(2)]
+        metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return 1.0
+
+    def end(self) -> None:
+        """Nothing was started."""
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[StandIn]:
+    monkeypatch.setattr(pool, "Session", StandIn)
+    monkeypatch.setattr(pool, "SCRATCH", tmp_path / "scratch")
+    (tmp_path / "scratch").mkdir()
+    for store in (StandIn.failing, StandIn.started, StandIn.trained):
+        store.clear()
+    return StandIn
+
+
+def test_the_pool_trains_each_cell_once_and_resumes(stand_in: type[StandIn], tmp_path: Path) -> None:
+    cells = [Cell("chain", loss, 1e-4, seed) for seed in range(3) for loss in ("clip", "union")]
+    file = tmp_path / "results.jsonl"
+    said: list[str] = []
+    assert Pool(lambda done: cells[:4], file, say=said.append).run(2, math.inf) == []
+    assert Pool(lambda done: cells, file, say=said.append).run(2, math.inf) == []
+    assert sorted(cell.key for cell in stand_in.trained) == sorted(cell.key for cell in cells)
+    assert len(results.read(file)) == len(said) == 6
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_one_worker_keeps_its_processes_for_cells_of_their_kind(stand_in: type[StandIn], tmp_path: Path) -> None:
+    cells = [Cell("chain", loss, 1e-4, seed) for seed in range(3) for loss in ("clip", "union")]
+    Pool(lambda done: cells, tmp_path / "results.jsonl", say=lambda text: None).run(1, math.inf)
+    assert len(stand_in.started) == 2
+
+
+def test_a_failing_cell_is_tried_again_named_and_does_not_stop_the_others(
+    stand_in: type[StandIn], tmp_path: Path
+) -> None:
+    cells = [Cell("chain", "clip", 1e-4, seed) for seed in range(3)]
+    stand_in.failing.add(cells[1].key)
+    said: list[str] = []
+    file = tmp_path / "results.jsonl"
+    assert Pool(lambda done: cells, file, say=said.append).run(1, math.inf) == [cells[1].key]
+    assert results.read(file).keys() == {cells[0].key, cells[2].key}
+    assert sum("FAILED" in text and "no numbers" in text for text in said) == pool.ATTEMPTS
+
+
+def test_the_grid_grows_with_the_results(stand_in: type[StandIn], tmp_path: Path) -> None:
+    def wanted(done: results.Results) -> list[Cell]:
+        return [dataclasses.replace(CELL, seed=seed) for seed in range(len(done) + 1 if len(done) < 3 else 3)]
+
+    file = tmp_path / "results.jsonl"
+    Pool(wanted, file, say=lambda text: None).run(2, math.inf)
+    assert len(results.read(file)) == 3
+
+
+def test_no_run_begins_when_time_is_up(stand_in: type[StandIn], tmp_path: Path) -> None:
+    Pool(lambda done: [CELL], tmp_path / "results.jsonl", say=lambda text: None).run(1, 0.0)
+    assert not stand_in.trained
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def test_list_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "results.jsonl", tmp_path / "part.jsonl"
+    for cell in list(grid.sweep({}))[:2]:
+        results.append(line_of(cell, 0.5), file)
+    assert main(["list", "--results", str(file)]) == 0
+    assert "2 of" in capsys.readouterr().out
+    assert main(["export", "sweep", str(out), "--results", str(file)]) == 0
+    assert len(out.read_text().splitlines()) == 2
+    assert main(["export", "staleness", str(out), "--results", str(file)]) == 1
+    assert "no run of the section staleness" in capsys.readouterr().err

@@ -1,0 +1,121 @@
+"""The study's trainer: equal to verl's own, and no run depends on the runs before it in the same processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.study.cells import Cell
+from benchmarks.study.pool import Session, end_session, environment
+from benchmarks.study.prepare import fill
+from benchmarks.study.results import held_out_key
+from benchmarks.study.tasks import TASKS
+
+pytestmark = [pytest.mark.trainer, pytest.mark.timeout(600)]
+
+CHANGES_WITH_TIME = ("timing", "perf/", "actor/perf/")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The task ``chain`` after a part of its warm start."""
+    folder = tmp_path_factory.mktemp("tasks") / "chain"
+    folder.mkdir()
+    fill(dataclasses.replace(TASKS["chain"], warm_start_steps=150), folder)
+    return folder.parent
+
+
+@pytest.fixture(scope="module")
+def train(tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Cell], list[dict[str, Any]]]]:
+    """Trains a cell in processes that are shared by all cells of a kind, and gives one row per step."""
+    scratch = tmp_path_factory.mktemp("cells")
+    sessions: dict[Any, Session] = {}
+
+    def run(cell: Cell) -> list[dict[str, Any]]:
+        if cell.session not in sessions:
+            sessions[cell.session] = Session(cell.session, scratch / f"session-{len(sessions)}.log")
+        metrics = scratch / "metrics.jsonl"
+        sessions[cell.session].run(cell, tasks, metrics)
+        return read(metrics)
+
+    yield run
+    for session in sessions.values():
+        session.end()
+
+
+def read(metrics: Path) -> list[dict[str, Any]]:
+    """Rows of verl's file logger without what depends on the clock."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [
+        {"step": row["step"]}
+        | {name: value for name, value in row["data"].items() if not name.startswith(CHANGES_WITH_TIME)}
+        for row in rows
+    ]
+
+
+def test_a_run_does_not_depend_on_those_before_it(train: Callable[[Cell], list[dict[str, Any]]]) -> None:
+    cell = Cell("chain", "union", lr=1e-3, seed=0, steps=6)
+    first = train(cell)
+    other = train(Cell("chain", "anchored", lr=3e-3, seed=1, mini_batches=4, epochs=2, steps=3, staleness=1))
+    assert other[1] != first[1]
+    assert train(cell) == first
+    assert any(row.get("troll/projected_share", 0) > 0 for row in first)
+
+
+def test_equals_verl_own_trainer(train: Callable[[Cell], list[dict[str, Any]]], tasks: Path, tmp_path: Path) -> None:
+    # One mini-batch, since verl's own order within a batch is random.
+    cell = Cell("chain", "clip", lr=1e-3, seed=0, mini_batches=1, steps=3)
+    ours = train(cell)
+    metrics = tmp_path / "metrics.jsonl"
+    words = [word for word in cell.overrides(tasks) if not word.startswith("+study.")]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "verl.trainer.main_ppo", f"hydra.run.dir={tmp_path / 'hydra'}", *words],
+            cwd=tmp_path,
+            env=environment() | {"VERL_FILE_LOGGER_PATH": str(metrics)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            assert process.wait(300) == 0, (tmp_path / "log").read_text(errors="replace")[-4000:]
+        finally:
+            end_session(process.pid)
+    theirs = read(metrics)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    # verl's reward manager calls the score "acc" as well, and prefers that name.
+    assert ours[0][held_out_key("chain")] == theirs[0]["val-core/chain/acc/mean@1"] > 0
+    assert ours[1]["critic/score/mean"] == theirs[1]["critic/score/mean"] > 0
+    for mine, reference in zip(ours[1:], theirs[1:], strict=True):
+        for name in ("actor/entropy", "actor/grad_norm", "critic/score/mean", "response_length/mean"):
+            assert mine[name] == pytest.approx(reference[name], rel=1e-3), name
+
+
+def test_stale_samples(train: Callable[[Cell], list[dict[str, Any]]]) -> None:
+    rows = {
+        old_policy: train(Cell("chain", "union", lr=3e-3, seed=0, steps=5, staleness=2, old_policy=old_policy))[1:]
+        for old_policy in ("rescored", "behaviour")
+    }
+    lag, gap = "training/off_policy/trajectory_staleness/mean", "training/rollout_probs_diff_max"
+    for steps in rows.values():
+        # The first samples ahead are all by the weights of the start.
+        assert [row[lag] for row in steps] == [0, 1, 2, 2, 2]
+    # The old policy is the one that sampled, or one whose weights have moved on since.
+    assert all(row[gap] < 1e-5 for row in rows["behaviour"])
+    assert all(row[gap] > 1e-3 for row in rows["rescored"][1:])
+    assert rows["behaviour"][-1]["troll/kl_before"] > rows["rescored"][-1]["troll/kl_before"]
+
+
+@pytest.mark.slow
+def test_a_critic_starts_over(train: Callable[[Cell], list[dict[str, Any]]]) -> None:
+    cell = Cell("chain", "union", lr=1e-3, seed=0, estimator="ppo", steps=3)
+    first = train(cell)
+    assert train(cell) == first
+    assert first[1]["critic/grad_norm"] > 0
