@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks.study run``, ``list``, ``cell``, ``export``."""
+"""The command line: ``python -m benchmarks.study run``, ``list``, ``cell``, ``export``, ``tables``."""
 
 from __future__ import annotations
 
@@ -92,6 +92,16 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tables(options: argparse.Namespace) -> int:
+    from benchmarks.study import tables
+
+    done = results.read(options.results)
+    lines = [done[cell.key] for cell in grid.SECTIONS[options.section].cells(done) if cell.key in done]
+    form = tables.by_rate if options.by_rate else tables.by_arm
+    print("\n".join(form(lines)))
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description="TROLL against its rivals")
@@ -131,6 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("out", type=Path)
     export.add_argument("--results", type=Path, default=results.FILE)
     export.set_defaults(act=_export)
+
+    shown = commands.add_parser("tables", help="the tables of docs/study.md")
+    shown.add_argument("section", choices=grid.SECTIONS)
+    shown.add_argument("--by-rate", action="store_true", help="final success at each rate")
+    shown.add_argument("--results", type=Path, default=results.FILE)
+    shown.set_defaults(act=_tables)
 
     options = parser.parse_args(arguments)
     # Jobs in the background ignore the first, and the second would leave Ray's processes behind.

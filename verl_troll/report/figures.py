@@ -276,7 +276,7 @@ def _success_by_rate(comparison: Comparison) -> Picture | None:
             [0.0 if interval.high is None else max(interval.high - interval.mean, 0) for _, interval in found],
         ]
         # Arms side by side, so that bars of one rate do not cover each other.
-        shift = 1.03 ** (2 * list(comparison.best).index(arm) - len(comparison.best) + 1)
+        shift = 1.012 ** (2 * list(comparison.best).index(arm) - len(comparison.best) + 1)
         bars = canvas.axes.errorbar([rate * shift for rate in rates], means, errors, capsize=2, elinewidth=1, **style)
         canvas.entries.append((bars, printable(arm)))
         points = ", ".join(f"{with_interval(interval, share)} at {rate_text(rate)}" for rate, interval in found)
@@ -290,7 +290,7 @@ def _success_by_rate(comparison: Comparison) -> Picture | None:
     canvas.axes.xaxis.set_minor_locator(NullLocator())
     canvas.axes.set_xticks(rates, [rate_text(rate) for rate in rates])
     caption = (
-        f"{title}: mean over seeds with its 95 % interval, diverged runs included. Arms are set side by side at each "
+        f"{title}: mean over seeds with its 95 % interval, diverged runs included. Arms are set apart a little at each "
         "rate."
     )
     return Picture("success-by-rate", canvas.finished(), caption, f"{title}. {'; '.join(gist)}.")

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The study in an environment of its own: bash benchmarks/study.sh cell --task chain --loss union --lr 2e-4 --seed 0
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=.venv-study
+requirements=$(cksum <setup.cfg)
+if [[ ! -f $venv/installed || $(<"$venv/installed") != "$requirements" ]]; then
+  echo "creating $venv (a few minutes, once)"
+  "${PYTHON:-python3}" -m venv --clear "$venv"
+  "$venv/bin/pip" install --quiet --disable-pip-version-check --editable '.[cpu,report]' torch==2.13.0 verl==0.9.1
+  echo "$requirements" >"$venv/installed"
+fi
+exec "$venv/bin/python" -m benchmarks.study "$@"

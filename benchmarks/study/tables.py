@@ -1,0 +1,143 @@
+"""The tables of ``docs/study.md``, in Markdown, from the results: ``python -m benchmarks.study tables SECTION``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from benchmarks.study import results
+from benchmarks.study.results import Record
+from verl_troll.report.statistics import (
+    Interval,
+    area_under_curve,
+    mean_interval,
+    paired_difference,
+    stable_range,
+)
+
+BASELINE = "clip"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}".replace("0.", ".", 1)
+
+
+def _interval(interval: Interval, signed: bool = False) -> str:
+    form = (lambda value: f"{value:+.3f}") if signed else _number
+    text = form(interval.mean)
+    if interval.low is not None and interval.high is not None:
+        text += f" ({form(interval.low)} to {form(interval.high)})"
+    return f"**{text}**" if signed and interval.excludes() else text
+
+
+def _mean_over_steps(line: Record) -> float:
+    values = line["metrics"][results.held_out_key(line["run"]["task"])]
+    points = [(step, value) for step, value in zip(line["metrics"]["step"], values, strict=True) if value is not None]
+    return area_under_curve([step for step, _ in points], [value for _, value in points])
+
+
+def _last(name: str) -> Callable[[Record], float | None]:
+    return lambda line: next((v for v in reversed(line["metrics"].get(name, [])) if v is not None), None)
+
+
+def _over_steps(name: str) -> Callable[[Record], float | None]:
+    def mean(line: Record) -> float | None:
+        values = [value for value in line["metrics"].get(name, []) if value is not None]
+        return sum(values) / len(values) if values else None
+
+    return mean
+
+
+def _mean(lines: list[Record], measure: Callable[[Record], float | None], form: str) -> str:
+    values = [value for line in lines if (value := measure(line)) is not None]
+    return format(sum(values) / len(values), form) if values else "-"
+
+
+def arm(line: Record) -> str:
+    """Loss, estimator where it is not GRPO, and changed settings."""
+    run = line["run"]
+    changed = [f"{name}={value}" for name, value in run["settings"].items() if (name, value) != ("kl_bound", 0.05)]
+    estimator = [] if run["estimator"] == "grpo" else [run["estimator"]]
+    return ", ".join([run["arm"], *estimator, *changed])
+
+
+def _by(lines: Iterable[Record], key: Callable[[Record], object]) -> dict[object, list[Record]]:
+    groups: dict[object, list[Record]] = {}
+    for line in lines:
+        groups.setdefault(key(line), []).append(line)
+    return groups
+
+
+def _table(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(header)} |"
+    yield f"|{' --- |' * len(header)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def by_arm(lines: list[Record]) -> Iterator[str]:
+    """Success and its difference from clipping by seed, for each task, regime and arm, at the arm's rate."""
+    for (task, regime), group in _by(lines, lambda line: (line["run"]["task"], line["run"]["regime"])).items():
+        yield f"\n{task}, {regime}\n"
+        arms = _by(group, lambda line: (arm(line), line["run"]["lr"]))
+        baseline = {name[1]: _by_seed(runs) for name, runs in arms.items() if name[0] == BASELINE}
+        rows = []
+        for (name, lr), runs in arms.items():
+            # The baseline at the same rate where there is one, else at its own.
+            reference = baseline.get(lr) or next(iter(baseline.values()), {})
+            own = _by_seed(runs)
+            paired = name != BASELINE and bool(set(own) & set(reference))
+            differences = [
+                _interval(
+                    paired_difference(
+                        {seed: measure(line) for seed, line in own.items()},
+                        {seed: measure(line) for seed, line in reference.items()},
+                    ).interval,
+                    signed=True,
+                )
+                if paired
+                else ""
+                for measure in (results.final_success, _mean_over_steps)
+            ]
+            rows.append(
+                [
+                    name,
+                    f"{lr:g}",
+                    str(len(runs)),
+                    _interval(mean_interval([results.final_success(line) for line in runs])),
+                    differences[0],
+                    _interval(mean_interval([_mean_over_steps(line) for line in runs])),
+                    differences[1],
+                    str(sum(line["run"]["status"] == "diverged" for line in runs)),
+                    _mean(runs, _last("actor/entropy"), ".2f"),
+                    _mean(runs, _last("study/distinct_answers"), ".2f"),
+                    _mean(runs, _over_steps("troll/projected_share"), ".1%"),
+                ]
+            )
+        header = ["arm", "rate", "seeds", "final success", "minus clip", "mean over steps", "minus clip", "diverged"]
+        yield from _table([*header, "entropy", "distinct", "projected"], rows)
+
+
+def _by_seed(lines: list[Record]) -> dict[int, Record]:
+    return {line["run"]["seed"]: line for line in lines}
+
+
+def by_rate(lines: list[Record]) -> Iterator[str]:
+    """Final success at each rate and the stable range, for each task, regime and arm."""
+    for (task, regime), group in _by(lines, lambda line: (line["run"]["task"], line["run"]["regime"])).items():
+        yield f"\n{task}, {regime}\n"
+        rates = sorted({line["run"]["lr"] for line in group})
+        rows = []
+        for name, runs in _by(group, arm).items():
+            at = {lr: [line for line in runs if line["run"]["lr"] == lr] for lr in rates}
+            success = {lr: sum(map(results.final_success, found)) / len(found) for lr, found in at.items() if found}
+            stable = stable_range(success)
+            diverged = sum(line["run"]["status"] == "diverged" for line in runs)
+            rows.append(
+                [
+                    str(name),
+                    *(_number(success[lr]) if lr in success else "" for lr in rates),
+                    f"{len(stable.rates)} of {stable.tested}",
+                    f"{diverged} of {len(runs)}",
+                ]
+            )
+        yield from _table(["arm", *(f"{lr:g}" for lr in rates), "stable rates", "diverged"], rows)
