@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 import random
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
 from verl_troll import cli
+from verl_troll.plugin.settings import TrollConfig
 from verl_troll.report import read, statistics, tables
 from verl_troll.report.comparison import Comparison, compare, final_success
 from verl_troll.report.figures import PANELS, Picture, pictures, printable, rate_text
@@ -725,3 +727,8 @@ class TestPage:
 def test_final_success_is_the_last_finite_one() -> None:
     assert final_success(make_run(success=(0.2, 0.6, math.nan))) == 0.6
     assert statistics.CONFIDENCE == 0.95
+
+
+def test_every_setting_that_changes_what_is_learned_tells_arms_apart() -> None:
+    changes_nothing = {"_target_", "reuse_logits", "kernels", "host"}
+    assert {field.name for field in dataclasses.fields(TrollConfig)} - changes_nothing <= read._SETTINGS.keys()

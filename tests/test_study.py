@@ -9,12 +9,14 @@ import threading
 from pathlib import Path
 from typing import Any, ClassVar
 
+import orjson
 import pytest
 
 from benchmarks.study import grid, pool, results
 from benchmarks.study.__main__ import main
 from benchmarks.study.cells import Cell
 from benchmarks.study.pool import Pool, SessionError
+from benchmarks.study.tables import by_arm
 
 CELL = Cell("chain", "union", lr=2e-4, seed=0)
 
@@ -110,7 +112,8 @@ def metrics_file(path: Path, success: list[float], grad_norm: float = 1.0) -> Pa
         {"step": step, "data": {results.held_out_key("chain"): value, "actor/grad_norm": grad_norm, "unknown": 1}}
         for step, value in enumerate(success)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # As verl's file logger does, which writes what is not finite as null.
+    path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     return path
 
 
@@ -226,6 +229,23 @@ def test_a_failing_cell_is_tried_again_named_and_does_not_stop_the_others(
     assert sum("FAILED" in text and "no numbers" in text for text in said) == pool.ATTEMPTS
 
 
+def test_an_error_of_our_own_ends_the_run(
+    stand_in: type[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [Cell("chain", "clip", 1e-4, seed) for seed in range(50)]
+
+    def broken(cell: Cell, metrics: Path, seconds: float) -> results.Record:
+        if cell.seed == 1:
+            raise OSError("no space")
+        return record(cell, metrics, seconds)
+
+    record = results.record
+    monkeypatch.setattr(results, "record", broken)
+    with pytest.raises(OSError, match="no space"):
+        Pool(lambda done: cells, tmp_path / "results.jsonl", say=lambda text: None).run(2, math.inf)
+    assert len(stand_in.trained) < len(cells)
+
+
 def test_the_grid_grows_with_the_results(stand_in: type[StandIn], tmp_path: Path) -> None:
     def wanted(done: results.Results) -> list[Cell]:
         return [dataclasses.replace(CELL, seed=seed) for seed in range(len(done) + 1 if len(done) < 3 else 3)]
@@ -238,6 +258,27 @@ def test_the_grid_grows_with_the_results(stand_in: type[StandIn], tmp_path: Path
 def test_no_run_begins_when_time_is_up(stand_in: type[StandIn], tmp_path: Path) -> None:
     Pool(lambda done: [CELL], tmp_path / "results.jsonl", say=lambda text: None).run(1, 0.0)
     assert not stand_in.trained
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_arm_is_compared_with_clipping_under_its_own_estimator(tmp_path: Path) -> None:
+    success = {("grpo", "clip"): 0.5, ("grpo", "union"): 0.625, ("ppo", "clip"): 0.25, ("ppo", "union"): 0.75}
+    lines = [
+        results.record(
+            Cell("chain", loss, 1e-4, seed, estimator=estimator),
+            metrics_file(tmp_path / "m", [0.25, value, value]),
+            seconds=1.0,
+        )
+        for (estimator, loss), value in success.items()
+        for seed in range(3)
+    ]
+    text = "\n".join(by_arm(lines))
+    assert [part.split("|")[5].strip() for part in text.splitlines() if part.startswith("| union")] == [
+        "**+0.125 (+0.125 to +0.125)**",
+        "**+0.500 (+0.500 to +0.500)**",
+    ]
 
 
 # --- command line -----------------------------------------------------------------------------------------------------

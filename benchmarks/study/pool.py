@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +223,7 @@ class Pool:
         with ThreadPoolExecutor(workers) as threads:
             futures = [threads.submit(self._work, f"worker-{number}", until, workers) for number in range(workers)]
             try:
-                for future in futures:
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                     future.result()
             except BaseException:
                 self._stop.set()

@@ -7,13 +7,14 @@ the run and holds its cell, ``metrics`` its curves, null where a step has no val
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.study.cells import Cell
+from verl_troll.report.read import read_runs
+from verl_troll.report.statistics import diverged
 
 FILE = Path(__file__).with_name("results.jsonl")
 
@@ -66,17 +67,14 @@ def curves(task: str, metrics: Path) -> dict[str, list[float | None]]:
 
 
 def _rounded(value: float | None) -> float | None:
-    # JSON has no NaN; a run that lost its numbers is told by its status.
-    return float(f"{value:.5g}") if value is not None and math.isfinite(value) else None
+    # verl's logger writes what is not finite as null; the status tells such a run.
+    return None if value is None else float(f"{value:.5g}")
 
 
-def status(task: str, metrics: Path) -> str:
-    """``diverged`` where a number was lost, or where less than half of the success at the start is left."""
-    rows = [json.loads(line)["data"] for line in metrics.read_text(encoding="utf-8").splitlines()]
-    numbers = (row.get(name) for row in rows for name in ("actor/grad_norm", "actor/loss", "actor/entropy"))
-    success = [row[held_out_key(task)] for row in rows if held_out_key(task) in row]
-    lost = any(number is not None and not math.isfinite(number) for number in numbers)
-    return "diverged" if lost or success[-1] < success[0] / 2 else "finished"
+def status(metrics: Path) -> str:
+    """``diverged`` by the rule of ``verl-troll report``, else ``finished``."""
+    (run,) = read_runs([metrics])
+    return "diverged" if diverged(run) else "finished"
 
 
 def record(cell: Cell, metrics: Path, seconds: float) -> Record:
@@ -86,11 +84,10 @@ def record(cell: Cell, metrics: Path, seconds: float) -> Record:
         "task": cell.task,
         "arm": cell.loss,
         "estimator": cell.estimator,
-        "regime": cell.regime,
         "section": f"{cell.estimator}, {cell.regime}",
         "lr": cell.lr,
         "seed": cell.seed,
-        "status": status(cell.task, metrics),
+        "status": status(metrics),
         "seconds": seconds,
         "settings": _settings(cell),
         "cell": cell.to_json(),

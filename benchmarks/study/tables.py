@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import TypeVar
 
 from benchmarks.study import results
 from benchmarks.study.results import Record
@@ -15,6 +16,8 @@ from verl_troll.report.statistics import (
 )
 
 BASELINE = "clip"
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def _number(value: float) -> str:
@@ -53,15 +56,21 @@ def _mean(lines: list[Record], measure: Callable[[Record], float | None], form: 
 
 
 def arm(line: Record) -> str:
-    """Loss, estimator where it is not GRPO, and changed settings."""
+    """Loss and changed settings."""
     run = line["run"]
-    changed = [f"{name}={value}" for name, value in run["settings"].items() if (name, value) != ("kl_bound", 0.05)]
-    estimator = [] if run["estimator"] == "grpo" else [run["estimator"]]
-    return ", ".join([run["arm"], *estimator, *changed])
+    default = ("kl_bound", results.KL_BOUND)
+    return ", ".join(
+        [run["arm"], *(f"{name}={value}" for name, value in run["settings"].items() if (name, value) != default)]
+    )
 
 
-def _by(lines: Iterable[Record], key: Callable[[Record], object]) -> dict[object, list[Record]]:
-    groups: dict[object, list[Record]] = {}
+def _part(line: Record) -> tuple[str, str]:
+    """Task, and estimator and regime: what runs have in common that are compared."""
+    return line["run"]["task"], line["run"]["section"]
+
+
+def _by(lines: Iterable[Record], key: Callable[[Record], Key]) -> dict[Key, list[Record]]:
+    groups: dict[Key, list[Record]] = {}
     for line in lines:
         groups.setdefault(key(line), []).append(line)
     return groups
@@ -75,9 +84,9 @@ def _table(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
 
 
 def by_arm(lines: list[Record]) -> Iterator[str]:
-    """Success and its difference from clipping by seed, for each task, regime and arm, at the arm's rate."""
-    for (task, regime), group in _by(lines, lambda line: (line["run"]["task"], line["run"]["regime"])).items():
-        yield f"\n{task}, {regime}\n"
+    """Success and its difference from clipping by seed, for each task, estimator, regime and arm, at the arm's rate."""
+    for part, group in _by(lines, _part).items():
+        yield f"\n{', '.join(part)}\n"
         arms = _by(group, lambda line: (arm(line), line["run"]["lr"]))
         baseline = {name[1]: _by_seed(runs) for name, runs in arms.items() if name[0] == BASELINE}
         rows = []
@@ -122,9 +131,9 @@ def _by_seed(lines: list[Record]) -> dict[int, Record]:
 
 
 def by_rate(lines: list[Record]) -> Iterator[str]:
-    """Final success at each rate and the stable range, for each task, regime and arm."""
-    for (task, regime), group in _by(lines, lambda line: (line["run"]["task"], line["run"]["regime"])).items():
-        yield f"\n{task}, {regime}\n"
+    """Final success at each rate and the stable range, for each task, estimator, regime and arm."""
+    for part, group in _by(lines, _part).items():
+        yield f"\n{', '.join(part)}\n"
         rates = sorted({line["run"]["lr"] for line in group})
         rows = []
         for name, runs in _by(group, arm).items():
@@ -134,7 +143,7 @@ def by_rate(lines: list[Record]) -> Iterator[str]:
             diverged = sum(line["run"]["status"] == "diverged" for line in runs)
             rows.append(
                 [
-                    str(name),
+                    name,
                     *(_number(success[lr]) if lr in success else "" for lr in rates),
                     f"{len(stable.rates)} of {stable.tested}",
                     f"{diverged} of {len(runs)}",

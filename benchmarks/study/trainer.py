@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -282,9 +281,9 @@ class StudyRunner:
         self.trainer = StudyTrainer(config)
         self.trainer.init()
 
-    def run(self, config: DictConfig, metrics: Path) -> None:
+    def run(self, config: DictConfig, metrics: str) -> None:
         """Train by ``config``; verl's file logger writes ``metrics``, one line per step."""
-        os.environ["VERL_FILE_LOGGER_PATH"] = str(metrics)
+        os.environ["VERL_FILE_LOGGER_PATH"] = metrics
         self.trainer.begin(_resolved(config))
         try:
             self.trainer.fit(self.trainer.agent_loops)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,28 +12,18 @@ from typing import Any
 import pandas as pd
 import torch
 
+from benchmarks.study.pool import end_session
+from benchmarks.study.tasks.quickstart import quickstart
+
 ROOT = Path(__file__).resolve().parents[2]
 PROBE_MODULE = "tests.trainer.probe_loader"
-
-
-def _quickstart(name: str) -> Any:
-    """A module of the quickstart, whose tokenizer the tests share."""
-    folder = str(ROOT / "examples" / "quickstart")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(f"quickstart_{name}", Path(folder, f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def make_assets(folder: Path, hidden_size: int = 32) -> None:
     """A random Qwen2 model with peaked outputs, its tokenizer, and prompts; four heads share ``hidden_size``."""
     from tests.tiny_model import tiny_qwen2
 
-    tokenizer = _quickstart("prepare").make_tokenizer()
+    tokenizer = quickstart("prepare").make_tokenizer()
     model = tiny_qwen2(len(tokenizer), pad=tokenizer.pad_token_id, end=tokenizer.eos_token_id, hidden_size=hidden_size)
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
@@ -130,22 +118,11 @@ def run_trainer(
             code = -1
         finally:
             # Ray's processes stay in the trainer's session; none may outlive the test.
-            _end_session(process.pid)
+            end_session(process.pid)
     tail = log.read_text(errors="replace")[-6000:]
     assert code == 0, f"the trainer ended with {code} (-1: not within {timeout} s):\n{tail}"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [{"step": row["step"], **row["data"]} for row in rows]
-
-
-def _end_session(session: int) -> None:
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            if os.getsid(int(entry.name)) == session:
-                os.kill(int(entry.name), signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def probe_lines(out: Path) -> list[dict[str, Any]]:

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+from benchmarks.study.pool import end_session
 from tests.trainer.run import ROOT
-from tests.trainer.run import _end_session as end_session
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ _SETTINGS = {
     "dropped_mass": "actor_rollout_ref.actor.policy_loss.troll.dropped_mass",
     "importance_ratio": "actor_rollout_ref.actor.policy_loss.troll.importance_ratio",
     "step_size_gradient": "actor_rollout_ref.actor.policy_loss.troll.step_size_gradient",
+    "one_sided": "actor_rollout_ref.actor.policy_loss.troll.one_sided",
     "clip_ratio_low": "actor_rollout_ref.actor.clip_ratio_low",
     "clip_ratio_high": "actor_rollout_ref.actor.clip_ratio_high",
     "strategy": "actor_rollout_ref.actor.strategy",
@@ -96,7 +97,9 @@ class Series:
 
     def finite(self) -> Series:
         """The points whose value is finite."""
-        return _series({step: value for step, value in zip(self.steps, self.values, strict=True) if _finite(value)})
+        return _series(
+            {step: value for step, value in zip(self.steps, self.values, strict=True) if math.isfinite(value)}
+        )
 
 
 @dataclass(frozen=True)
@@ -444,10 +447,6 @@ def _series(points: Mapping[int, float]) -> Series:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _finite(value: float) -> bool:
-    return math.isfinite(value)
 
 
 def _as_float(value: Any) -> float | None:
