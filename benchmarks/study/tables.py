@@ -55,13 +55,22 @@ def _mean(lines: list[Record], measure: Callable[[Record], float | None], form: 
     return format(sum(values) / len(values), form) if values else "-"
 
 
+def _changed(line: Record) -> list[str]:
+    default = ("kl_bound", results.KL_BOUND)
+    return [f"{name}={value}" for name, value in line["run"]["settings"].items() if (name, value) != default]
+
+
 def arm(line: Record) -> str:
     """Loss and changed settings."""
-    run = line["run"]
-    default = ("kl_bound", results.KL_BOUND)
-    return ", ".join(
-        [run["arm"], *(f"{name}={value}" for name, value in run["settings"].items() if (name, value) != default)]
-    )
+    return ", ".join([line["run"]["arm"], *_changed(line)])
+
+
+def _reference(line: Record) -> str | None:
+    """The arm that this one is compared with: without its changed settings, else clipping."""
+    loss = line["run"]["arm"]
+    if _changed(line):
+        return str(loss)
+    return BASELINE if loss != BASELINE else None
 
 
 def _part(line: Record) -> tuple[str, str]:
@@ -84,17 +93,22 @@ def _table(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
 
 
 def by_arm(lines: list[Record]) -> Iterator[str]:
-    """Success and its difference from clipping by seed, for each task, estimator, regime and arm, at the arm's rate."""
+    """Success and its difference by seed, for each task, estimator, regime and arm, at the arm's rate.
+
+    Losses are compared with clipping, losses with changed settings with the same loss as published.
+    """
     for part, group in _by(lines, _part).items():
         yield f"\n{', '.join(part)}\n"
         arms = _by(group, lambda line: (arm(line), line["run"]["lr"]))
-        baseline = {name[1]: _by_seed(runs) for name, runs in arms.items() if name[0] == BASELINE}
         rows = []
         for (name, lr), runs in arms.items():
-            # The baseline at the same rate where there is one, else at its own.
-            reference = baseline.get(lr) or next(iter(baseline.values()), {})
+            candidates = {
+                rate: _by_seed(found) for (other, rate), found in arms.items() if other == _reference(runs[0])
+            }
+            # At the same rate where there is one, else at its own.
+            reference = candidates.get(lr) or next(iter(candidates.values()), {})
             own = _by_seed(runs)
-            paired = name != BASELINE and bool(set(own) & set(reference))
+            paired = bool(set(own) & set(reference))
             differences = [
                 _interval(
                     paired_difference(
@@ -122,7 +136,7 @@ def by_arm(lines: list[Record]) -> Iterator[str]:
                     _mean(runs, _over_steps("troll/projected_share"), ".1%"),
                 ]
             )
-        header = ["arm", "rate", "seeds", "final success", "minus clip", "mean over steps", "minus clip", "diverged"]
+        header = ["arm", "rate", "seeds", "final success", "difference", "mean over steps", "difference", "diverged"]
         yield from _table([*header, "entropy", "distinct", "projected"], rows)
 
 
