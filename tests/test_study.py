@@ -71,7 +71,7 @@ def test_runs_with_and_without_the_plugin_never_share_processes() -> None:
 def test_headline_seeds_took_no_part_in_the_choice() -> None:
     assert not set(grid.HEADLINE_SEEDS) & set(grid.SWEEP_SEEDS)
     assert len(grid.HEADLINE_SEEDS) >= 5
-    assert all(len(rates) >= 4 for rates in grid.RATES.values())
+    assert all(len(rates) >= 4 for rates in (*grid.RATES.values(), grid.OVERUSED_RATES))
 
 
 def test_no_rate_before_the_sweep_is_complete() -> None:
@@ -96,7 +96,7 @@ def test_the_rate_with_the_best_mean_is_chosen_and_trained_on_every_headline_see
 
 
 def test_every_cell_of_the_grid_can_be_built_and_sections_have_some() -> None:
-    done = {cell.key: line_of(cell, 0.5) for cell in grid.sweep({})}
+    done = {cell.key: line_of(cell, 0.5) for sweep in (grid.sweep, grid.overused, grid.rivals) for cell in sweep({})}
     for name, section in grid.SECTIONS.items():
         assert list(section.cells(done)), name
     assert {cell.key for cell in grid.in_order({}, ["headline", "sweep"], ["words"])} == {
@@ -279,6 +279,26 @@ def test_an_arm_is_compared_with_clipping_under_its_own_estimator(tmp_path: Path
         "**+0.125 (+0.125 to +0.125)**",
         "**+0.500 (+0.500 to +0.500)**",
     ]
+
+
+def test_a_changed_setting_is_compared_with_its_loss_and_a_loss_with_clipping(tmp_path: Path) -> None:
+    detached = ("troll.step_size_gradient=detached",)
+    arms: list[tuple[str, tuple[str, ...], float]] = [("clip", (), 0.25), ("union", (), 0.5), ("union", detached, 0.75)]
+    lines = [
+        results.record(
+            Cell("chain", loss, 1e-4, seed, settings=settings),
+            metrics_file(tmp_path / "m", [0.25, value, value]),
+            seconds=1.0,
+        )
+        for loss, settings, value in arms
+        for seed in range(3)
+    ]
+    rows = [row.split("|") for row in "\n".join(by_arm(lines)).splitlines() if row.startswith(("| clip", "| union"))]
+    assert {row[1].strip(): row[5].strip() for row in rows} == {
+        "clip": "",
+        "union": "**+0.250 (+0.250 to +0.250)**",
+        "union, step_size_gradient=detached": "**+0.250 (+0.250 to +0.250)**",
+    }
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
