@@ -31,7 +31,7 @@ OVERUSED: dict[str, Any] = {"mini_batches": 4, "epochs": 4}
 OVERUSED_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 
 STRESSED: dict[str, dict[str, Any]] = {"chain": {"lr": 4e-4, **OVERUSED}, "residues": {"lr": 1e-3}}
-"""Where settings of TROLL are compared: the bound acts on more than a tenth of the tokens."""
+"""Where settings of TROLL are compared: the bound acts on more than one token in twenty."""
 
 HEADLINE = ("clip", "none", "union", "anchored")
 RIVALS = ("clip_higher", "gspo", "cispo", "sapo", "dppo_kl")
