@@ -281,9 +281,15 @@ def test_an_arm_is_compared_with_clipping_under_its_own_estimator(tmp_path: Path
     ]
 
 
-def test_a_changed_setting_is_compared_with_its_loss_and_a_loss_with_clipping(tmp_path: Path) -> None:
+def test_a_changed_setting_is_compared_with_its_loss_and_a_loss_with_its_clipping(tmp_path: Path) -> None:
     detached = ("troll.step_size_gradient=detached",)
-    arms: list[tuple[str, tuple[str, ...], float]] = [("clip", (), 0.25), ("union", (), 0.5), ("union", detached, 0.75)]
+    arms: list[tuple[str, tuple[str, ...], float]] = [
+        ("clip", (), 0.25),
+        ("union", (), 0.5),
+        ("union", detached, 0.75),
+        ("gspo", (), 0.375),
+        ("union_sequence", (), 0.5),
+    ]
     lines = [
         results.record(
             Cell("chain", loss, 1e-4, seed, settings=settings),
@@ -293,11 +299,13 @@ def test_a_changed_setting_is_compared_with_its_loss_and_a_loss_with_clipping(tm
         for loss, settings, value in arms
         for seed in range(3)
     ]
-    rows = [row.split("|") for row in "\n".join(by_arm(lines)).splitlines() if row.startswith(("| clip", "| union"))]
+    rows = [row.split("|") for row in "\n".join(by_arm(lines)).splitlines() if row.startswith("| ")][2:]
     assert {row[1].strip(): row[5].strip() for row in rows} == {
         "clip": "",
         "union": "**+0.250 (+0.250 to +0.250)**",
         "union, step_size_gradient=detached": "**+0.250 (+0.250 to +0.250)**",
+        "gspo": "**+0.125 (+0.125 to +0.125)**",
+        "union_sequence": "**+0.125 (+0.125 to +0.125)**",
     }
 
 

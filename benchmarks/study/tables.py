@@ -16,6 +16,7 @@ from verl_troll.report.statistics import (
 )
 
 BASELINE = "clip"
+SEQUENCE_BASELINE = "gspo"
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -66,11 +67,12 @@ def arm(line: Record) -> str:
 
 
 def _reference(line: Record) -> str | None:
-    """The arm that this one is compared with: without its changed settings, else clipping."""
-    loss = line["run"]["arm"]
+    """The arm that this one is compared with: without its changed settings, else clipping of tokens or sequences."""
+    loss: str = line["run"]["arm"]
     if _changed(line):
-        return str(loss)
-    return BASELINE if loss != BASELINE else None
+        return loss
+    baseline = SEQUENCE_BASELINE if loss == "union_sequence" else BASELINE
+    return baseline if loss != baseline else None
 
 
 def _part(line: Record) -> tuple[str, str]:
