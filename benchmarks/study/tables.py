@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from benchmarks.study import results
 from benchmarks.study.results import Record
+from verl_troll.report.figures import rate_text
 from verl_troll.report.statistics import (
     Interval,
     area_under_curve,
@@ -95,7 +96,7 @@ def _table(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
 
 
 def by_arm(lines: list[Record]) -> Iterator[str]:
-    """Success and its difference by seed, for each task, estimator, regime and arm, at the arm's rate.
+    """Success and its difference by seed, for each task, estimator, regime, arm and rate.
 
     Losses are compared with clipping, losses with changed settings with the same loss as published.
     """
@@ -126,7 +127,7 @@ def by_arm(lines: list[Record]) -> Iterator[str]:
             rows.append(
                 [
                     name,
-                    f"{lr:g}",
+                    rate_text(lr),
                     str(len(runs)),
                     _interval(mean_interval([results.final_success(line) for line in runs])),
                     differences[0],
@@ -165,4 +166,4 @@ def by_rate(lines: list[Record]) -> Iterator[str]:
                     f"{diverged} of {len(runs)}",
                 ]
             )
-        yield from _table(["arm", *(f"{lr:g}" for lr in rates), "stable rates", "diverged"], rows)
+        yield from _table(["arm", *map(rate_text, rates), "stable rates", "diverged"], rows)
