@@ -118,9 +118,11 @@ def metrics_file(path: Path, success: list[float], grad_norm: float = 1.0) -> Pa
 
 
 def test_a_record_keeps_curves_and_leaves_the_rest(tmp_path: Path) -> None:
-    line = results.record(CELL, metrics_file(tmp_path / "m", [0.3, 0.123456789]), seconds=12.0)
+    line = results.record(CELL, metrics_file(tmp_path / "m", [0.3, 31 / 256], grad_norm=1.23456789), seconds=12.0)
     assert line["metrics"]["step"] == [0, 1]
-    assert results.held_out(line) == [0.3, 0.12346]
+    # Success is compared with half of the first: rounded, a tie would be a fall.
+    assert results.held_out(line) == [0.3, 31 / 256]
+    assert line["metrics"]["actor/grad_norm"] == [1.2346, 1.2346]
     assert "unknown" not in line["metrics"]
     assert Cell.from_json(line["run"]["cell"]) == CELL
     assert line["run"]["seconds"] == 12.0

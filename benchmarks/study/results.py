@@ -57,12 +57,14 @@ def held_out_key(task: str) -> str:
 
 
 def curves(task: str, metrics: Path) -> dict[str, list[float | None]]:
-    """Curves of a run from the lines of verl's file logger, to five digits."""
+    """Curves of a run from the lines of verl's file logger, to five digits; success as it is, for rules compare it."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     found: dict[str, list[float | None]] = {"step": [row["step"] for row in rows]}
-    for name in (held_out_key(task), *KEPT):
+    success = held_out_key(task)
+    for name in (success, *KEPT):
         if any(name in row["data"] for row in rows):
-            found[name] = [_rounded(row["data"].get(name)) for row in rows]
+            values = [row["data"].get(name) for row in rows]
+            found[name] = values if name == success else [_rounded(value) for value in values]
     return found
 
 
