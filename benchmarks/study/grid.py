@@ -1,4 +1,4 @@
-"""What the study compares, declared before it ran, and the rule by which rates are chosen.
+"""What the study compares, each section declared before it ran, and the rule by which rates are chosen.
 
 **Choice rule.** Every arm is trained at the same learning rates, at least four, on the two sweep seeds. Its rate is the
 one with the highest mean of :func:`benchmarks.study.results.final_success` over those seeds; of equal ones the lowest.
