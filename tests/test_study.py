@@ -311,6 +311,17 @@ def test_a_changed_setting_is_compared_with_its_loss_and_a_loss_with_its_clippin
     }
 
 
+def test_half_done_rates_are_not_compared_with_each_other(tmp_path: Path) -> None:
+    cells = [("clip", 1e-4), ("clip", 2e-4), ("union", 2e-4), ("union", 4e-4)]
+    lines = [
+        results.record(Cell("chain", loss, lr, seed), metrics_file(tmp_path / "m", [0.25, 0.5, 0.5]), seconds=1.0)
+        for loss, lr in cells
+        for seed in range(3)
+    ]
+    rows = [row.split("|") for row in "\n".join(by_arm(lines)).splitlines() if row.startswith("| union")]
+    assert [(row[2].strip(), bool(row[5].strip())) for row in rows] == [("2e-4", True), ("4e-4", False)]
+
+
 # --- command line -----------------------------------------------------------------------------------------------------
 
 

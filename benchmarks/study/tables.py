@@ -105,11 +105,10 @@ def by_arm(lines: list[Record]) -> Iterator[str]:
         arms = _by(group, lambda line: (arm(line), line["run"]["lr"]))
         rows = []
         for (name, lr), runs in arms.items():
-            candidates = {
-                rate: _by_seed(found) for (other, rate), found in arms.items() if other == _reference(runs[0])
-            }
-            # At the same rate where there is one, else at its own.
-            reference = candidates.get(lr) or next(iter(candidates.values()), {})
+            baseline = {rate: found for (other, rate), found in arms.items() if other == _reference(runs[0])}
+            # Another rate only where each arm has one, its own.
+            alone = len(baseline) == sum(other == name for other, _ in arms) == 1
+            reference = _by_seed(baseline.get(lr) or (next(iter(baseline.values())) if alone else []))
             own = _by_seed(runs)
             paired = bool(set(own) & set(reference))
             differences = [
