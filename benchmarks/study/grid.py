@@ -107,16 +107,16 @@ def rivals_headline(results: Results) -> Iterator[Cell]:
 
 def staleness(results: Results) -> Iterator[Cell]:
     """Samples 1, 2, 4 and 8 steps old, the old policy re-scored or the one that sampled."""
-    for stale, old_policy, loss in product((1, 2, 4, 8), ("rescored", "behaviour"), ("clip", "union")):
-        for seed in SEEDS:
-            yield Cell("chain", loss, 2e-4, seed, staleness=stale, old_policy=old_policy, steps=STEPS)
+    for seed, stale, old_policy, loss in product(SEEDS, (1, 2, 4, 8), ("rescored", "behaviour"), ("clip", "union")):
+        yield Cell("chain", loss, 2e-4, seed, staleness=stale, old_policy=old_policy, steps=STEPS)
 
 
 def estimators(results: Results) -> Iterator[Cell]:
     """Other advantages, with clipping and with the projection, every batch used four times over."""
-    pairs = [(e, loss) for e in ("grpo", "dr_grpo", "reinforce_plus_plus", "ppo") for loss in ("clip", "union")]
-    for lr, (estimator, loss) in product((1e-4, 2e-4), [("gspo", "gspo"), ("gspo", "union_sequence"), *pairs]):
-        for seed in SEEDS:
+    sequence = [("gspo", "gspo"), ("gspo", "union_sequence")]
+    token = list(product(("grpo", "dr_grpo", "reinforce_plus_plus", "ppo"), ("clip", "union")))
+    for lr, arms in ((1e-4, sequence + token), (2e-4, sequence)):
+        for (estimator, loss), seed in product(arms, SEEDS):
             yield Cell("chain", loss, lr, seed, estimator=estimator, steps=STEPS, **OVERUSED)
 
 
