@@ -29,7 +29,6 @@ RATES = {
 
 OVERUSED: dict[str, Any] = {"mini_batches": 4, "epochs": 4}
 OVERUSED_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
-"""Rivals leave out the highest, where all arms of the headline fail."""
 
 STRESSED: dict[str, dict[str, Any]] = {"chain": {"lr": 4e-4, **OVERUSED}, "residues": {"lr": 1e-3}}
 """Where settings of TROLL are compared: the bound acts on more than one token in twenty."""
@@ -41,9 +40,7 @@ STEPS = 40
 
 
 def _sweep(task: str, loss: str, **fields: Any) -> Iterator[Cell]:
-    rates = RATES[task]
-    if fields.get("epochs", 1) > 1:
-        rates = OVERUSED_RATES[:-1] if loss in RIVALS else OVERUSED_RATES
+    rates = OVERUSED_RATES if fields.get("epochs", 1) > 1 else RATES[task]
     for lr, seed in product(rates, SWEEP_SEEDS):
         yield Cell(task, loss, lr, seed, steps=STEPS, **fields)
 
