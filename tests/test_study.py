@@ -277,9 +277,10 @@ def test_an_arm_is_compared_with_clipping_under_its_own_estimator(tmp_path: Path
         for seed in range(3)
     ]
     text = "\n".join(by_arm(lines))
-    assert [part.split("|")[5].strip() for part in text.splitlines() if part.startswith("| union")] == [
-        "**+0.125 (+0.125 to +0.125)**",
-        "**+0.500 (+0.500 to +0.500)**",
+    rows = [row.split("|") for row in text.splitlines() if "| union |" in row]
+    assert [(row[1].strip(), row[6].strip()) for row in rows] == [
+        ("grpo, M8 E1", "**+0.125 (+0.125 to +0.125)**"),
+        ("ppo, M8 E1", "**+0.500 (+0.500 to +0.500)**"),
     ]
 
 

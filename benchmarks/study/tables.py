@@ -100,46 +100,52 @@ def by_arm(lines: list[Record]) -> Iterator[str]:
 
     Losses are compared with clipping, losses with changed settings with the same loss as published.
     """
-    for part, group in _by(lines, _part).items():
-        yield f"\n{', '.join(part)}\n"
-        arms = _by(group, lambda line: (arm(line), line["run"]["lr"]))
-        rows = []
-        for (name, lr), runs in arms.items():
-            baseline = {rate: found for (other, rate), found in arms.items() if other == _reference(runs[0])}
-            # Another rate only where each arm has one, its own.
-            alone = len(baseline) == sum(other == name for other, _ in arms) == 1
-            reference = _by_seed(baseline.get(lr) or (next(iter(baseline.values())) if alone else []))
-            own = _by_seed(runs)
-            paired = bool(set(own) & set(reference))
-            differences = [
-                _interval(
-                    paired_difference(
-                        {seed: measure(line) for seed, line in own.items()},
-                        {seed: measure(line) for seed, line in reference.items()},
-                    ).interval,
-                    signed=True,
-                )
-                if paired
-                else ""
-                for measure in (results.final_success, _mean_over_steps)
-            ]
-            rows.append(
-                [
-                    name,
-                    rate_text(lr),
-                    str(len(runs)),
-                    _interval(mean_interval([results.final_success(line) for line in runs])),
-                    differences[0],
-                    _interval(mean_interval([_mean_over_steps(line) for line in runs])),
-                    differences[1],
-                    str(sum(line["run"]["status"] == "diverged" for line in runs)),
-                    _mean(runs, _last("actor/entropy"), ".2f"),
-                    _mean(runs, _last("study/distinct_answers"), ".2f"),
-                    _mean(runs, _over_steps("troll/projected_share"), ".1%"),
-                ]
-            )
+    for task, group in _by(lines, lambda line: line["run"]["task"]).items():
+        sections = _by(group, lambda line: line["run"]["section"])
+        yield f"\n{task}, {next(iter(sections))}\n" if len(sections) == 1 else f"\n{task}\n"
         header = ["arm", "rate", "seeds", "final success", "difference", "mean over steps", "difference", "diverged"]
-        yield from _table([*header, "entropy", "distinct", "projected"], rows)
+        header += ["entropy", "distinct", "projected"]
+        if len(sections) == 1:
+            yield from _table(header, _arms(group))
+        else:
+            rows = ([section, *row] for section, found in sections.items() for row in _arms(found))
+            yield from _table(["estimator, regime", *header], rows)
+
+
+def _arms(lines: list[Record]) -> Iterator[list[str]]:
+    arms = _by(lines, lambda line: (arm(line), line["run"]["lr"]))
+    for (name, lr), runs in arms.items():
+        baseline = {rate: found for (other, rate), found in arms.items() if other == _reference(runs[0])}
+        # Another rate only where each arm has one, its own.
+        alone = len(baseline) == sum(other == name for other, _ in arms) == 1
+        reference = _by_seed(baseline.get(lr) or (next(iter(baseline.values())) if alone else []))
+        own = _by_seed(runs)
+        paired = bool(set(own) & set(reference))
+        differences = [
+            _interval(
+                paired_difference(
+                    {seed: measure(line) for seed, line in own.items()},
+                    {seed: measure(line) for seed, line in reference.items()},
+                ).interval,
+                signed=True,
+            )
+            if paired
+            else ""
+            for measure in (results.final_success, _mean_over_steps)
+        ]
+        yield [
+            name,
+            rate_text(lr),
+            str(len(runs)),
+            _interval(mean_interval([results.final_success(line) for line in runs])),
+            differences[0],
+            _interval(mean_interval([_mean_over_steps(line) for line in runs])),
+            differences[1],
+            str(sum(line["run"]["status"] == "diverged" for line in runs)),
+            _mean(runs, _last("actor/entropy"), ".2f"),
+            _mean(runs, _last("study/distinct_answers"), ".2f"),
+            _mean(runs, _over_steps("troll/projected_share"), ".1%"),
+        ]
 
 
 def _by_seed(lines: list[Record]) -> dict[int, Record]:
