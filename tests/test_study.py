@@ -99,8 +99,8 @@ def test_every_cell_of_the_grid_can_be_built_and_sections_have_some() -> None:
     done = {cell.key: line_of(cell, 0.5) for sweep in (grid.sweep, grid.overused, grid.rivals) for cell in sweep({})}
     for name, section in grid.SECTIONS.items():
         assert list(section.cells(done)), name
-    assert {cell.key for cell in grid.in_order({}, ["headline", "sweep"], ["words"])} == {
-        cell.key for cell in grid.sweep({}) if cell.task == "words"
+    assert {cell.key for cell in grid.in_order({}, ["headline", "sweep"], ["programs"])} == {
+        cell.key for cell in grid.sweep({}) if cell.task == "programs"
     }
 
 
