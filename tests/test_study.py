@@ -310,6 +310,11 @@ def test_a_changed_setting_is_compared_with_its_loss_and_a_loss_with_its_clippin
         "gspo": "**+0.125 (+0.125 to +0.125)**",
         "union_sequence": "**+0.125 (+0.125 to +0.125)**",
     }
+    rows = [row.split("|") for row in "\n".join(by_arm(lines, "union")).splitlines() if row.startswith("| ")][2:]
+    assert {row[1].strip(): row[5].strip() for row in rows if row[1].strip() in ("clip", "union")} == {
+        "clip": "**-0.250 (-0.250 to -0.250)**",
+        "union": "",
+    }
 
 
 def test_half_done_rates_are_not_compared_with_each_other(tmp_path: Path) -> None:

@@ -97,8 +97,8 @@ def _tables(options: argparse.Namespace) -> int:
 
     done = results.read(options.results)
     lines = [done[cell.key] for cell in grid.SECTIONS[options.section].cells(done) if cell.key in done]
-    form = tables.by_rate if options.by_rate else tables.by_arm
-    print("\n".join(form(lines)))
+    text = tables.by_rate(lines) if options.by_rate else tables.by_arm(lines, options.baseline)
+    print("\n".join(text))
     return 0
 
 
@@ -145,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shown = commands.add_parser("tables", help="the tables of docs/study.md")
     shown.add_argument("section", choices=grid.SECTIONS)
     shown.add_argument("--by-rate", action="store_true", help="final success at each rate")
+    shown.add_argument("--baseline", choices=LOSSES, default="clip", help="loss that the others are compared with")
     shown.add_argument("--results", type=Path, default=results.FILE)
     shown.set_defaults(act=_tables)
 

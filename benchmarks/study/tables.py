@@ -67,12 +67,13 @@ def arm(line: Record) -> str:
     return ", ".join([line["run"]["arm"], *_changed(line)])
 
 
-def _reference(line: Record) -> str | None:
-    """The arm that this one is compared with: without its changed settings, else clipping of tokens or sequences."""
+def _reference(line: Record, baseline: str) -> str | None:
+    """The arm that this one is compared with: without its changed settings, else the baseline or GSPO."""
     loss: str = line["run"]["arm"]
     if _changed(line):
         return loss
-    baseline = SEQUENCE_BASELINE if loss == "union_sequence" else BASELINE
+    if loss == "union_sequence":
+        return SEQUENCE_BASELINE
     return baseline if loss != baseline else None
 
 
@@ -95,10 +96,10 @@ def _table(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
         yield f"| {' | '.join(row)} |"
 
 
-def by_arm(lines: list[Record]) -> Iterator[str]:
+def by_arm(lines: list[Record], baseline: str = BASELINE) -> Iterator[str]:
     """Success and its difference by seed, for each task, estimator, regime, arm and rate.
 
-    Losses are compared with clipping, losses with changed settings with the same loss as published.
+    Losses are compared with ``baseline``, losses with changed settings with the same loss as published.
     """
     for task, group in _by(lines, lambda line: line["run"]["task"]).items():
         sections = _by(group, lambda line: line["run"]["section"])
@@ -106,19 +107,20 @@ def by_arm(lines: list[Record]) -> Iterator[str]:
         header = ["arm", "rate", "seeds", "final success", "difference", "mean over steps", "difference", "diverged"]
         header += ["entropy", "distinct", "projected"]
         if len(sections) == 1:
-            yield from _table(header, _arms(group))
+            yield from _table(header, _arms(group, baseline))
         else:
-            rows = ([section, *row] for section, found in sections.items() for row in _arms(found))
+            rows = ([section, *row] for section, found in sections.items() for row in _arms(found, baseline))
             yield from _table(["estimator, regime", *header], rows)
 
 
-def _arms(lines: list[Record]) -> Iterator[list[str]]:
+def _arms(lines: list[Record], baseline: str) -> Iterator[list[str]]:
     arms = _by(lines, lambda line: (arm(line), line["run"]["lr"]))
     for (name, lr), runs in arms.items():
-        baseline = {rate: found for (other, rate), found in arms.items() if other == _reference(runs[0])}
+        against = _reference(runs[0], baseline)
+        references = {rate: found for (other, rate), found in arms.items() if other == against}
         # Another rate only where each arm has one, its own.
-        alone = len(baseline) == sum(other == name for other, _ in arms) == 1
-        reference = _by_seed(baseline.get(lr) or (next(iter(baseline.values())) if alone else []))
+        alone = len(references) == sum(other == name for other, _ in arms) == 1
+        reference = _by_seed(references.get(lr) or (next(iter(references.values())) if alone else []))
         own = _by_seed(runs)
         paired = bool(set(own) & set(reference))
         differences = [
