@@ -333,11 +333,16 @@ def test_half_done_rates_are_not_compared_with_each_other(tmp_path: Path) -> Non
 
 def test_list_and_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "results.jsonl", tmp_path / "part.jsonl"
-    for cell in list(grid.sweep({}))[:2]:
-        results.append(line_of(cell, 0.5), file)
+    first, second = list(grid.sweep({}))[:2]
+    for cell, final in ((first, 0.5), (second, 0.5), (dataclasses.replace(first, loss="union"), 0.75)):
+        line = results.record(cell, metrics_file(tmp_path / "metrics.jsonl", [0.25, final, final]), seconds=1.0)
+        results.append(line, file)
     assert main(["list", "--results", str(file)]) == 0
-    assert "2 of" in capsys.readouterr().out
+    assert "3 of" in capsys.readouterr().out
+    for baseline, difference in (("clip", "+0.250"), ("union", "-0.250")):
+        assert main(["tables", "sweep", "--baseline", baseline, "--results", str(file)]) == 0
+        assert difference in capsys.readouterr().out
     assert main(["export", "sweep", str(out), "--results", str(file)]) == 0
-    assert len(out.read_text().splitlines()) == 2
+    assert len(out.read_text().splitlines()) == 3
     assert main(["export", "staleness", str(out), "--results", str(file)]) == 1
     assert "no run of the section staleness" in capsys.readouterr().err
