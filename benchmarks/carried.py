@@ -94,7 +94,7 @@ def _packed_row(case: Case, policy: SparsePolicy, sampled_ids: Tensor, repeat: i
     fields = carry.pack(policy.ids, policy.log_probs, tokens)
     for name, field in fields.items():
         data[name] = field
-    back = carry.unpack(data, tokens)
+    back = carry.unpack(data, tokens).policy
     sent = compact(policy)
     if not torch.equal(back.ids, sent.ids):
         raise RuntimeError("the carried support came back with other ids")

@@ -17,7 +17,7 @@ from benchmarks import troll, vanilla
 from benchmarks.measure import Contender, Spread, peak_bytes, take_turns
 from benchmarks.rows import Case, Floor, Row, parameters, phase_seconds, ratio
 from verl_troll.lm_head import LinearHead
-from verl_troll.support import SparsePolicy, SupportRule, compare, select
+from verl_troll.support import SparsePolicy, SupportRule, select
 
 NAME = "head"
 AXES = ("vocab", "tokens", "dtype", "hidden", "k")
@@ -85,8 +85,9 @@ class _Inputs:
 
     def projected(self, rule: SupportRule, *, fused: bool, reuse: bool = False) -> Tensor:
         source = LinearHead(self.hidden, self.weight) if fused else self.logits()
-        comparison = compare(rule, source, self.rows, self.old, reuse_logits=reuse, **self.settings)
-        loss, terms = troll.projected_loss(comparison, self.advantages)
+        loss, terms = troll.projected_loss(
+            rule, source, self.rows, self.old, self.advantages, k=self.settings["k"], reuse_logits=reuse
+        )
         self.last_terms[:] = [terms]
         return loss
 

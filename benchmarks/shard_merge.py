@@ -21,16 +21,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from torch import Tensor
 
-from verl_troll.logits import Normaliser, read_rows
+from verl_troll.logits import Normaliser, Reading, read_rows
 from verl_troll.vocab_parallel import VocabShard, _merge, _pack, _unpack
 
 
-def merge_everywhere(
-    normaliser: Normaliser, values: Tensor, ids: Tensor, sampled: Tensor, shard: VocabShard
-) -> tuple[Normaliser, Tensor, Tensor, Tensor]:
+def merge_everywhere(reading: Reading, shard: VocabShard) -> Reading:
     """As ``verl_troll.vocab_parallel._merge``, every row on every rank."""
+    normaliser, sampled, values, ids = reading
     width = ids.shape[-1]
     found = _pack(normaliser, values, ids, sampled)
     gathered = found.new_empty(shard.ranks, *found.shape)
@@ -38,12 +36,8 @@ def merge_everywhere(
     parts, values, ids, sampled = _unpack(gathered, width, values.dtype)
     best = values.transpose(0, 1).flatten(1).sort(dim=-1, descending=True, stable=True)
     ids = ids.transpose(0, 1).flatten(1).gather(-1, best.indices[:, :width]).long()
-    return (
-        Normaliser.combine(*(part for part in parts if part is not None)),
-        best.values[:, :width],
-        ids,
-        sampled.sum(0),
-    )
+    whole = Normaliser.combine(*(part for part in parts if part is not None))
+    return Reading(whole, sampled.sum(0), best.values[:, :width], ids)
 
 
 def _seconds(calls: list[Callable[[], object]], repeat: int) -> list[float]:
@@ -68,12 +62,12 @@ def _rank(rank: int, ranks: int, folder: str, arguments: argparse.Namespace) -> 
     tokens = arguments.tokens
     logits = 4 * torch.randn(tokens, columns, generator=torch.Generator().manual_seed(rank))
     rows, first = torch.arange(tokens), torch.zeros(tokens, 1, dtype=torch.int64)
-    normaliser, sampled, values, ids = read_rows(logits, rows, first, shard.columns, k=arguments.k)
-    local = (normaliser, values, ids + shard.start, sampled, shard)
+    reading = read_rows(logits, rows, first, shard.columns, k=arguments.k)
+    local = (reading._replace(top_ids=reading.top_ids + shard.start), shard)
     for one, other in zip(_merge(*local), merge_everywhere(*local), strict=True):
         for left, right in zip(one, other, strict=True):
             assert (left is None and right is None) or torch.equal(left, right)
-    reading, first, second = _seconds(
+    read, by_token, everywhere = _seconds(
         [
             lambda: read_rows(logits, rows, first, shard.columns, k=arguments.k),
             lambda: _merge(*local),
@@ -85,8 +79,8 @@ def _rank(rank: int, ranks: int, folder: str, arguments: argparse.Namespace) -> 
         message = 8 * arguments.k + 12
         received = 2 * (ranks - 1) / ranks * message, (ranks - 1) * message
         print(
-            f"{ranks:>5} {tokens:>7} {arguments.k:>4} {1e3 * reading:>14.1f} {1e3 * first:>9.1f} {1e3 * second:>11.1f} "
-            f"{first / second:>6.2f} {received[0]:>12.0f} {received[1]:>11.0f}"
+            f"{ranks:>5} {tokens:>7} {arguments.k:>4} {1e3 * read:>14.1f} {1e3 * by_token:>9.1f} "
+            f"{1e3 * everywhere:>11.1f} {by_token / everywhere:>6.2f} {received[0]:>12.0f} {received[1]:>11.0f}"
         )
     dist.destroy_process_group()
 

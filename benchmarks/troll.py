@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from verl_troll.objective import TokenTerms, importance_ratio, surrogate_losses, token_terms
+from verl_troll.logits import LogitsSource
+from verl_troll.objective import STATISTICS, PolicyTerms, importance_ratio, policy_terms, surrogate_losses
 from verl_troll.plugin.metrics import token_statistics
-from verl_troll.support import Comparison, SparsePolicy
+from verl_troll.support import SparsePolicy, SupportRule
 
 KL_BOUND, DROPPED_MASS, ALPHA = 0.05, 1e-5, 1.0
 
@@ -33,10 +36,20 @@ def loss_from_terms(log_ratio: Tensor, regression_kl: Tensor, advantages: Tensor
     return surrogate_losses(ratio, advantages).mean() + ALPHA * regression_kl.mean()
 
 
-def projected_loss(comparison: Comparison, advantages: Tensor) -> tuple[Tensor, TokenTerms]:
-    """The loss and its terms; the metrics are computed as well, as verl computes its own with its loss."""
-    terms = token_terms(comparison, KL_BOUND)
-    token_statistics(comparison, terms, KL_BOUND)
+def projected_loss(
+    rule: SupportRule,
+    logits: Tensor | LogitsSource,
+    rows: Tensor,
+    old: SparsePolicy,
+    advantages: Tensor,
+    **options: Any,
+) -> tuple[Tensor, PolicyTerms]:
+    """The loss and its terms; the metrics are computed as well, as verl computes its own with its loss.
+
+    ``options`` go to :func:`verl_troll.objective.policy_terms`.
+    """
+    terms = policy_terms(rule, logits, rows, old, kl_bound=KL_BOUND, dropped_mass=DROPPED_MASS, **options)
+    token_statistics(terms)
     return loss_from_terms(terms.log_ratio, terms.regression_kl, advantages), terms
 
 
@@ -46,10 +59,10 @@ def support_facts(old: SparsePolicy) -> dict[str, float]:
     return {"kept_ids": round(float(kept.mean()), 2), "kept_ids_max": int(kept.max())}
 
 
-def projection_facts(terms: TokenTerms) -> dict[str, float]:
+def projection_facts(terms: PolicyTerms) -> dict[str, float]:
     """Share of projected tokens and the evaluations that one of them took."""
-    projected = terms.projected
-    spent = terms.projection.evaluations[projected].float()
+    projected = terms.projected > 0
+    spent = terms.statistics[STATISTICS.index("solver_evaluations")][projected]
     return {
         "projected_share": round(float(projected.float().mean()), 4),
         "evaluations": round(float(spent.mean()), 2) if spent.numel() else 0.0,

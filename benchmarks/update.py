@@ -16,7 +16,7 @@ from benchmarks import published, troll, vanilla
 from benchmarks.inputs import make_batch
 from benchmarks.measure import Contender, Spread, bandwidth_contenders, peak_bytes, take_turns
 from benchmarks.rows import Case, Floor, Row, parameters, phase_seconds, ratio
-from verl_troll.support import SupportRule, compare, select
+from verl_troll.support import SupportRule, select
 from verl_troll.vocab_parallel import VocabShard
 
 NAME = "update"
@@ -54,8 +54,9 @@ def run(case: Case, repeat: int, shard: VocabShard | None = None) -> list[Row]:
 
     def projected(rule: SupportRule, reuse: bool) -> Callable[[Tensor], Tensor]:
         def loss(logits: Tensor) -> Tensor:
-            comparison = compare(rule, logits, rows, old, shard=shard, reuse_logits=reuse, **settings)
-            result, terms = troll.projected_loss(comparison, advantages)
+            result, terms = troll.projected_loss(
+                rule, logits, rows, old, advantages, k=case.k, shard=shard, reuse_logits=reuse
+            )
             last_terms[:] = [terms]
             return result
 

@@ -1,7 +1,7 @@
 """Patch: make verl find the embedded rollout's training-side class under the rollout name ``hf``.
 
 The serving side has a public registry (``RolloutReplicaRegistry``); the training side has only a private table.
-Applied in CPU mode only (``verl_troll.cpu``).
+Applied by ``verl_troll.hf_rollout`` only, which CPU mode includes.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""The whole suite runs in CPU mode, without hubs, one thread per process."""
+"""The whole suite runs in CPU mode unless tests.device says otherwise, without hubs, one thread per process."""
 
 from __future__ import annotations
 
 import os
 
+from tests import device
+
 os.environ.update(
-    VERL_PLATFORM="cpu",
-    VERL_USE_EXTERNAL_MODULES="verl_troll.cpu",
+    device.environment(),
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
     HF_HUB_OFFLINE="1",

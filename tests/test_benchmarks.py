@@ -133,8 +133,8 @@ def test_inputs_look_like_a_language_model_whatever_the_ranks() -> None:
     old = select(whole.old, whole.rows, whole.sampled_ids, k=64, dropped_mass=troll.DROPPED_MASS)
     facts = troll.support_facts(old)
     assert 4 < facts["kept_ids"] < 12 and facts["kept_ids_max"] >= 64
-    comparison = compare("anchored", whole.new, whole.rows, old, k=64, dropped_mass=troll.DROPPED_MASS)
-    assert 0.02 < troll.projection_facts(token_terms(comparison, troll.KL_BOUND))["projected_share"] < 0.3
+    _, terms = troll.projected_loss("anchored", whole.new, whole.rows, old, torch.ones(256), k=64)
+    assert 0.02 < troll.projection_facts(terms)["projected_share"] < 0.3
 
 
 def test_compacting_keeps_the_policy() -> None:

@@ -100,10 +100,17 @@ def old_policy(tokens: carry.ResponseTokens, k: int, columns: int = VOCAB) -> Sp
     return select(logits, torch.arange(count), tokens.ids[tokens.mask], k=k, dropped_mass=1e-3)
 
 
+def everywhere(values: Tensor, tokens: carry.ResponseTokens) -> Tensor:
+    """``values [M, W]`` at the tokens whose mask is set, something at the others."""
+    result = torch.ones(tokens.mask.shape[0], values.shape[1], dtype=values.dtype)
+    result[tokens.mask] = values
+    return result
+
+
 def packed(batch: TensorDict, k: int) -> tuple[SparsePolicy, carry.ResponseTokens, dict[str, Tensor]]:
     tokens = carry.response_tokens(batch)
     policy = old_policy(tokens, k)
-    return policy, tokens, carry.pack(policy.ids, policy.log_probs, tokens)
+    return policy, tokens, carry.pack(everywhere(policy.ids, tokens), everywhere(policy.log_probs, tokens), tokens)
 
 
 @pytest.mark.parametrize("k", [1, 5, 40])
@@ -111,7 +118,7 @@ def test_the_policy_comes_back_bit_for_bit(k: int) -> None:
     batch = make_batch()
     policy, tokens, fields = packed(batch, k)
     batch.update(fields)
-    back = carry.unpack(batch, tokens)
+    back = carry.unpack(batch, tokens).policy
     used = policy.ids >= 0
     assert torch.equal((back.ids >= 0).sum(-1), used.sum(-1))
     assert torch.equal(back.ids[back.ids >= 0], policy.ids[used])
@@ -137,7 +144,7 @@ def test_samples_may_change_places() -> None:
         batch_size=[8],
     )
     again = carry.response_tokens(shuffled)
-    back = carry.unpack(shuffled, again)
+    back = carry.unpack(shuffled, again).policy
     sample = torch.repeat_interleave(torch.arange(8), tokens.offsets.diff())[tokens.mask]
     expected = [policy.ids[sample == i] for i in order]
     assert torch.equal(back.ids[back.ids >= 0], torch.cat([ids[ids >= 0] for ids in expected]))
@@ -158,10 +165,33 @@ def test_a_batch_without_a_token_that_takes_part() -> None:
     mask = batch["response_mask"]
     batch["response_mask"] = torch.nested.nested_tensor_from_jagged(torch.zeros_like(mask.values()), mask.offsets())
     tokens = carry.response_tokens(batch)
-    fields = carry.pack(torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3), tokens)
+    responses = tokens.mask.shape[0]
+    fields = carry.pack(torch.zeros(responses, 3, dtype=torch.int64), torch.zeros(responses, 3), tokens)
     batch.update(fields)
-    back = carry.unpack(batch, tokens)
+    back = carry.unpack(batch, tokens).policy
     assert back.ids.shape[0] == back.log_probs.shape[0] == back.sampled.shape[0] == 0
+
+
+@pytest.mark.parametrize("width", [6, 9])
+def test_a_given_width_needs_no_reading_of_the_counts(width: int) -> None:
+    batch = make_batch()
+    _, tokens, fields = packed(batch, 5)
+    batch.update(fields)
+    free, given = carry.unpack(batch, tokens), carry.unpack(batch, tokens, width)
+    assert given.width == given.policy.ids.shape[1] == width
+    assert torch.equal(given.policy.ids[:, : free.width], free.policy.ids)
+    assert bool((given.policy.ids[:, free.width :] == -1).all())
+    assert torch.equal(given.policy.sampled, free.policy.sampled)
+    carry.check_counts(*given.counts.tolist(), width)
+
+
+def test_more_ids_than_a_given_width_holds_are_refused() -> None:
+    batch = make_batch()
+    _, tokens, fields = packed(batch, 5)
+    batch.update(fields)
+    unpacked = carry.unpack(batch, tokens, 3)
+    with pytest.raises(carry.MissingSupportError, match=r"has 6 ids in its support, but k allows 2"):
+        carry.check_counts(*unpacked.counts.tolist(), unpacked.width)
 
 
 @pytest.mark.parametrize("name", ["troll_old_counts", "troll_old_support"])

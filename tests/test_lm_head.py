@@ -39,8 +39,8 @@ def normal(*shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype = torc
 def cut(monkeypatch: pytest.MonkeyPatch, blocks: tuple[int, int, int]) -> None:
     elements, read, gradient = blocks
     monkeypatch.setattr(logits_module, "_HOST_BLOCK", elements)
-    monkeypatch.setattr(head_module, "_READ_TOKENS", {"cpu": read})
-    monkeypatch.setattr(head_module, "_GRADIENT_TOKENS", {"cpu": gradient})
+    monkeypatch.setattr(head_module, "_READ_BLOCK", {"cpu": (read, max(1, elements // read))})
+    monkeypatch.setattr(head_module, "_GRADIENT_BLOCK", {"cpu": (gradient, elements)})
 
 
 def problem(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -362,3 +362,24 @@ def test_logits_are_never_held(monkeypatch: pytest.MonkeyPatch, dtype: torch.dty
         torch.autograd.backward(loss_of(comparison))
     # The weight's gradient is the largest of what must be there.
     assert vocabulary * units <= allocations.largest <= tokens * vocabulary // 32
+
+
+@by_rule
+@pytest.mark.parametrize("blocks", [(128, 8192), (64, 700), (7, 2000)], ids=str)
+def test_equal_policies_have_ratio_one_however_the_tokens_are_cut(
+    monkeypatch: pytest.MonkeyPatch, rule: str, blocks: tuple[int, int]
+) -> None:
+    """Whole numbers of few bits: products are exact in any order, so that a difference would be the reading's own."""
+    monkeypatch.setattr(head_module, "_READ_BLOCK", {"cpu": blocks})
+    tokens, vocab, units = 133, 3000, 16
+    generator = torch.Generator().manual_seed(30)
+    hidden = torch.randint(-3, 4, (tokens, units), generator=generator).float()
+    weight = torch.randint(-3, 4, (vocab, units), generator=generator).float() / 8
+    rows, sampled = torch.arange(tokens), torch.randint(vocab, (tokens,), generator=generator)
+    old = select(LinearHead(hidden, weight), rows, sampled, k=8, dropped_mass=1e-5)
+    # Other tokens, and so other blocks: some are masked in the update.
+    some = rows[rows % 50 != 7]
+    part = SparsePolicy(old.ids[some], old.log_probs[some], old.sampled[some])
+    result = compare(rule, LinearHead(hidden, weight), some, part, k=8, dropped_mass=1e-5)  # type: ignore[arg-type]
+    live = result.new_log_probs > -math.inf
+    assert torch.equal(result.new_log_probs[live], result.old_log_probs[live])

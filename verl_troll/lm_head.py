@@ -17,13 +17,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from verl_troll.logits import Normaliser, Reading, block_elements, read_rows, slices, working_dtype, write_gradient
+from verl_troll.logits import Normaliser, Reading, read_rows, slices, working_dtype, write_gradient
 
-# Tokens per block: enough for a matrix product to run at its rate, and in the backward pass for the part of the
-# weight's gradient to be written seldom.
-_READ_TOKENS = {"cpu": 128}
-_GRADIENT_TOKENS = {"cpu": 1024}
-_DEVICE_TOKENS = 4096
+# Tokens and columns that are read at a time: on a host what its cache holds; on an accelerator so many columns that
+# most vocabularies need one search. Neither depends on how many tokens there are, so that a row's parts are added in
+# the same order whatever is read beside it.
+_READ_BLOCK = {"cpu": (128, 8192)}
+_DEVICE_READ_BLOCK = (1024, 1 << 18)
+# Tokens at a time in the backward pass, enough for the weight's gradient to be written seldom, and elements of a block.
+_GRADIENT_BLOCK = {"cpu": (1024, 1 << 20)}
+_DEVICE_GRADIENT_BLOCK = (8192, 1 << 27)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class LinearHead:
     def read(self, rows: Tensor, ids: Tensor, columns: int, *, k: int = 0, energy: bool = False) -> Reading:
         """As :func:`verl_troll.logits.read_rows`, on logits that are computed on the way."""
         with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
-            height = _READ_TOKENS.get(self.hidden.device.type, _DEVICE_TOKENS)
+            height, _ = _READ_BLOCK.get(self.hidden.device.type, _DEVICE_READ_BLOCK)
             blocks = [
                 self._read_tokens(self.hidden[rows[tokens]], ids[tokens], columns, k, energy)
                 for tokens in slices(rows.shape[0], height)
@@ -96,17 +99,19 @@ class LinearHead:
     def _read_tokens(self, hidden: Tensor, ids: Tensor, columns: int, k: int, energy: bool) -> Reading:
         everything = torch.arange(hidden.shape[0], device=hidden.device)
         found: Reading | None = None
-        for vocabulary in slices(columns, block_elements(hidden.device) // max(1, hidden.shape[0])):
+        _, width = _READ_BLOCK.get(hidden.device.type, _DEVICE_READ_BLOCK)
+        for vocabulary in slices(columns, width):
             weight = self.weight[vocabulary]
             part = read_rows(
                 self._logits(hidden, weight),
                 everything,
-                _within(ids, vocabulary),
+                _within(ids, vocabulary, columns),
                 weight.shape[0],
                 k=k,
                 energy=energy,
             )
-            part = part._replace(top_ids=torch.where(part.top_ids >= 0, part.top_ids + vocabulary.start, -1))
+            if vocabulary.start > 0:
+                part = part._replace(top_ids=torch.where(part.top_ids >= 0, part.top_ids + vocabulary.start, -1))
             found = part if found is None else _join(found, part, k)
         return read_rows(hidden[:, :0], everything, ids, 0, k=k, energy=energy) if found is None else found
 
@@ -134,26 +139,29 @@ class LinearHead:
         hidden = self.hidden[rows]
         grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if needed[0] else None
         grad_weight = torch.zeros_like(self.weight) if needed[1] else None
-        height = _GRADIENT_TOKENS.get(hidden.device.type, _DEVICE_TOKENS)
-        width = block_elements(hidden.device) // max(1, min(height, rows.shape[0]))
+        height, elements = _GRADIENT_BLOCK.get(hidden.device.type, _DEVICE_GRADIENT_BLOCK)
+        width = elements // max(1, min(height, rows.shape[0]))
+        everything = torch.arange(min(height, rows.shape[0]), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             # All tokens of a part of the vocabulary before the next part, so that each part of the weight's gradient
             # is summed in working precision and rounded once.
             for vocabulary in slices(columns, width):
                 weight = self.weight[vocabulary]
-                grad_part = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needed[1] else None
+                at_once = rows.shape[0] <= height and dtype != weight.dtype
+                grad_part = None
+                if grad_weight is not None and not at_once:
+                    grad_part = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
                 for tokens in slices(rows.shape[0], height):
                     block = self._logits(hidden[tokens], weight)
-                    everything = torch.arange(block.shape[0], device=hidden.device)
                     write_gradient(
                         block,
                         block,
-                        everything,
+                        everything[: block.shape[0]],
                         block.shape[1],
                         peak[tokens],
                         level[tokens],
                         None if slope is None else slope[tokens],
-                        _within(ids[tokens], vocabulary),
+                        _within(ids[tokens], vocabulary, columns),
                         corrections[tokens],
                     )
                     if self.temperature != 1:
@@ -162,6 +170,10 @@ class LinearHead:
                         _add_product(grad_hidden[tokens], block, weight)
                     if grad_part is not None:
                         _add_product(grad_part, block.T, hidden[tokens])
+                    elif grad_weight is not None:
+                        torch.mm(block.T, hidden[tokens], out=grad_weight[vocabulary])
+                    # Before the next one is computed.
+                    del block
                 if grad_weight is not None and grad_part is not None:
                     grad_weight[vocabulary] = grad_part.to(grad_weight.dtype)
         if grad_hidden is None:
@@ -176,8 +188,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
-def _within(ids: Tensor, vocabulary: slice) -> Tensor:
-    """``ids`` counted from the start of ``vocabulary``, -1 outside."""
+def _within(ids: Tensor, vocabulary: slice, columns: int) -> Tensor:
+    """``ids`` below ``columns`` counted from the start of ``vocabulary``, -1 outside."""
+    if vocabulary.start == 0 and vocabulary.stop >= columns:
+        return ids
     return torch.where((ids >= vocabulary.start) & (ids < vocabulary.stop), ids - vocabulary.start, -1)
 
 

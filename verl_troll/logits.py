@@ -218,6 +218,12 @@ def as_source(logits: Tensor | LogitsSource, *, reuse: bool = False) -> LogitsSo
     return DenseLogits(logits, reuse) if isinstance(logits, Tensor) else logits
 
 
+def fused(source: LogitsSource) -> bool:
+    """Whether the kernels take the place of the torch forms for these logits."""
+    tensor = source.tensors[0]
+    return working_dtype(tensor) == torch.float32 and kernels.available(tensor.device)
+
+
 def read_rows(logits: Tensor, rows: Tensor, ids: Tensor, columns: int, *, k: int = 0, energy: bool = False) -> Reading:
     """Read the first ``columns`` columns of ``logits [N, C]`` at ``rows [R]``, once, without gradient.
 
@@ -231,15 +237,15 @@ def read_rows(logits: Tensor, rows: Tensor, ids: Tensor, columns: int, *, k: int
     """
     dtype = working_dtype(logits)
     with torch.no_grad():
+        if kernels.available(logits.device) and dtype == torch.float32 and k <= kernels.MAX_K:
+            peak, mass, own_energy, *read = kernels.read_rows(logits, rows, ids, columns, k=k)
+            return Reading(Normaliser(peak, mass, own_energy if energy else None), *read)
         if columns == 0:
             values = torch.zeros(ids.shape, dtype=dtype, device=logits.device)
         else:
             values = torch.where(ids >= 0, logits[rows.unsqueeze(-1), ids.clamp_min(0)], 0.0).to(dtype)
-        if kernels.available(logits.device) and dtype == torch.float32 and k <= kernels.MAX_K:
-            peak, mass, own_energy, top_values, top_ids = kernels.read_rows(logits, rows, columns, k=k, energy=energy)
-        else:
-            peak, mass, own_energy, top_values, top_ids = _read_rows(logits, rows, columns, k, energy)
-    return Reading(Normaliser(peak, mass, own_energy), values, top_values, top_ids)
+        peak, mass, total_energy, *top = _read_rows(logits, rows, columns, k, energy)
+        return Reading(Normaliser(peak, mass, total_energy), values, *top)
 
 
 def _read_rows(

@@ -11,13 +11,26 @@ Shapes: R response tokens, B sequences of at most T response tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from verl_troll.projection import Projection, StepSizeGradient, project
-from verl_troll.support import Comparison
+from verl_troll import kernels
+from verl_troll.logits import LogitsSource, as_source, fused
+from verl_troll.projection import TOLERANCE, Projection, StepSizeGradient, check_projection_settings, project
+from verl_troll.support import (
+    Comparison,
+    SparsePolicy,
+    SupportRule,
+    at,
+    check_support_settings,
+    compare,
+    mass_to_keep,
+    select_with_normaliser,
+)
+from verl_troll.vocab_parallel import VocabShard, values_at
 
 ImportanceRatio = Literal["token", "sequence"]
 IMPORTANCE_RATIOS: tuple[str, ...] = get_args(ImportanceRatio)
@@ -61,6 +74,187 @@ def token_terms(
     gap = torch.where(live, new, 0.0) - torch.where(live, target, 0.0)
     regression_kl = (torch.where(live, new, -torch.inf).exp() * gap).sum(-1)
     return TokenTerms(log_ratio, regression_kl, projected, projection)
+
+
+# What :class:`PolicyTerms` keeps of each token for the metrics; the meaning of each is in ``plugin/metrics.py``.
+STATISTICS = (
+    "kl_before",
+    "kl_after",
+    "projected_share",
+    "fixed_share",
+    "step_size",
+    "regression_kl",
+    "support_size",
+    "old_kept_mass",
+    "new_kept_mass",
+    "cap_hit_share",
+    "solver_evaluations",
+    "unconverged",
+)
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """What R response tokens contribute to the loss and to the metrics; all float32, or the logits' float64.
+
+    Attributes:
+        log_ratio: ``[R]`` log pi(o) - log q(o), differentiable down to the logits.
+        regression_kl: ``[R]`` KL(p || stop_gradient(pi)) in nats, differentiable; 0 inside the region.
+        sampled_log_probs: ``[R]`` log p(o) over the full vocabulary, differentiable.
+        entropy: ``[R]`` of the whole new policy in nats, differentiable, where it was asked for.
+        statistics: ``[12, R]``, the rows of :data:`STATISTICS`.
+    """
+
+    log_ratio: Tensor
+    regression_kl: Tensor
+    sampled_log_probs: Tensor
+    entropy: Tensor | None
+    statistics: Tensor
+
+    @property
+    def projected(self) -> Tensor:
+        """``[R]``, 1 where p lies outside the region, 0 elsewhere."""
+        return self.statistics[STATISTICS.index("projected_share")]
+
+
+def policy_terms(
+    rule: SupportRule,
+    logits: Tensor | LogitsSource,
+    rows: Tensor,
+    old: SparsePolicy,
+    *,
+    kl_bound: float,
+    k: int,
+    dropped_mass: float,
+    step_size_gradient: StepSizeGradient = "implicit",
+    shard: VocabShard | None = None,
+    entropy: bool = False,
+    reuse_logits: bool = False,
+) -> PolicyTerms:
+    """The whole chain of one token, from the new policy's logits to the two terms of the objective.
+
+    The same as :func:`verl_troll.support.compare` followed by :func:`token_terms`, which is its torch form. On a GPU
+    it takes three kernels forward (``anchored``: two) and two backward, and the host waits for nothing. Collectives as
+    in :func:`~verl_troll.support.compare`.
+
+    Args:
+        rule, logits, rows, old, k, dropped_mass, shard, entropy, reuse_logits: as in
+            :func:`~verl_troll.support.compare`.
+        kl_bound, step_size_gradient: as in :func:`~verl_troll.projection.project`.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+    check_support_settings(k, dropped_mass, rule)
+    check_projection_settings(kl_bound, step_size_gradient)
+    source = as_source(logits, reuse=reuse_logits)
+    shard = shard or VocabShard.whole(source.columns)
+    if fused(source) and k <= kernels.MAX_K_OF_TERMS:
+        settings = _Settings(rule, kl_bound, k, dropped_mass, step_size_gradient == "implicit", entropy)
+        return PolicyTerms(*_PolicyTerms.apply(source, shard, rows, old, settings, *source.tensors))  # type: ignore[no-untyped-call]
+    comparison = compare(rule, source, rows, old, k=k, dropped_mass=dropped_mass, shard=shard, entropy=entropy)
+    terms = token_terms(comparison, kl_bound, step_size_gradient)
+    return PolicyTerms(
+        terms.log_ratio,
+        terms.regression_kl,
+        comparison.sampled_log_probs,
+        comparison.entropy,
+        _statistics(comparison, terms),
+    )
+
+
+@torch.no_grad()
+def _statistics(comparison: Comparison, terms: TokenTerms) -> Tensor:
+    projection = terms.projection
+    columns = (
+        projection.kl_before,
+        projection.kl,
+        terms.projected,
+        terms.projected & (comparison.outcomes == 2),
+        projection.step_size,
+        terms.regression_kl,
+        comparison.support_size,
+        comparison.old_kept_mass,
+        comparison.new_kept_mass,
+        comparison.cap_hit,
+        projection.evaluations,
+        ~projection.converged,
+    )
+    return torch.stack([column.to(terms.log_ratio.dtype) for column in columns])
+
+
+class _Settings(NamedTuple):
+    rule: str
+    kl_bound: float
+    k: int
+    dropped_mass: float
+    implicit: bool
+    entropy: bool
+
+
+class _PolicyTerms(torch.autograd.Function):
+    """The fields of :class:`PolicyTerms` through the kernels; gradients to the tensors of the source."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source: LogitsSource,
+        shard: VocabShard,
+        rows: Tensor,
+        old: SparsePolicy,
+        settings: _Settings,
+        *tensors: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        new_ids = None
+        if settings.rule == "anchored":
+            normaliser, new_values = values_at(source, rows, old.ids, shard, entropy=True)
+        else:
+            new, normaliser = select_with_normaliser(
+                source, rows, at(old.ids, old.sampled), settings.k, settings.dropped_mass, shard, True
+            )
+            new_ids, new_values = new.ids, new.log_probs
+        peak, mass, energy = normaliser
+        values, statistics, ids, *gradients = kernels.terms(
+            old.ids,
+            old.log_probs,
+            old.sampled,
+            new_ids,
+            new_values,
+            peak,
+            mass,
+            kl_bound=settings.kl_bound,
+            tolerance=TOLERANCE,
+            implicit=settings.implicit,
+            vocab_size=shard.vocab_size,
+            k=settings.k,
+            mass_to_keep=mass_to_keep(settings.dropped_mass),
+        )
+        ctx.save_for_backward(rows, ids, old.sampled, peak, mass, energy, *gradients, *tensors)
+        ctx.builder, ctx.shard, ctx.entropy = source.builder, shard, settings.entropy
+        ctx.mark_non_differentiable(statistics)
+        return *values.unbind(), normaliser.entropy() if settings.entropy else None, statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_ratio: Tensor, grad_regression: Tensor, grad_sampled: Tensor, grad_entropy: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        rows, ids, sampled, peak, mass, energy, ratio_gradient, regression_gradient, *tensors = ctx.saved_tensors
+        corrections, level, slope = kernels.combine(
+            (grad_ratio, grad_regression, grad_sampled),
+            grad_entropy if ctx.entropy else None,
+            ratio_gradient,
+            regression_gradient,
+            sampled,
+            mass,
+            energy,
+        )
+        source = ctx.builder(*tensors)
+        columns = ctx.shard.columns_of(ids, source)
+        gradients: tuple[Tensor | None, ...] = source.gradients(
+            rows, ctx.shard.columns, peak, level, slope, columns, corrections, ctx.needs_input_grad[5:]
+        )
+        return (None,) * 5 + gradients
 
 
 def importance_ratio(log_ratio: Tensor, response_mask: Tensor, kind: ImportanceRatio) -> Tensor:

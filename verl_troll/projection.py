@@ -32,6 +32,8 @@ StepSizeGradient = Literal["implicit", "detached"]
 STEP_SIZE_GRADIENTS: tuple[str, ...] = get_args(StepSizeGradient)
 
 MAX_EVALUATIONS = 20
+# Relative slack below the bound at which a step size is accepted.
+TOLERANCE = 1e-3
 # From this evaluation on, a step that does not halve the residual is replaced by a bisection.
 _PATIENCE = 5
 # Least and largest factor by which curvature may divide a Newton step: far from the root it says little.
@@ -94,7 +96,7 @@ def project(
     _check_arguments(new_log_probs, old_log_probs, kl_bound, step_size_gradient, tolerance)
     dtype = torch.promote_types(new_log_probs.dtype, torch.float32)
     if tolerance is None:
-        tolerance = 1e-10 if dtype == torch.float64 else 1e-3
+        tolerance = 1e-10 if dtype == torch.float64 else TOLERANCE
     n = new_log_probs.shape[-1]
     leading = new_log_probs.shape[:-1]
     form = kernels.project if kernels.available(new_log_probs.device) else _Project.apply
@@ -128,12 +130,17 @@ def _check_arguments(
             f"old_log_probs must have the shape of new_log_probs {tuple(new_log_probs.shape)}, "
             f"got {tuple(old_log_probs.shape)}"
         )
+    check_projection_settings(kl_bound, step_size_gradient)
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance!r}")
+
+
+def check_projection_settings(kl_bound: float, step_size_gradient: str) -> None:
+    """Raise ``ValueError`` naming the setting that is out of range."""
     if not (kl_bound > 0 and math.isfinite(kl_bound)):
         raise ValueError(f"kl_bound must be a finite number above 0 (nats), got {kl_bound!r}")
     if step_size_gradient not in STEP_SIZE_GRADIENTS:
         raise ValueError(f"step_size_gradient must be one of {STEP_SIZE_GRADIENTS}, got {step_size_gradient!r}")
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance!r}")
 
 
 class _Tilted(NamedTuple):

@@ -26,8 +26,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from verl_troll.logits import LogitsSource, Normaliser, as_source
-from verl_troll.vocab_parallel import VocabShard, log_probs_at, top_log_probs, with_gradient
+from verl_troll import kernels
+from verl_troll.logits import LogitsSource, Normaliser, as_source, fused
+from verl_troll.vocab_parallel import VocabShard, log_probs_at, top_log_probs, top_values, with_gradient
 
 SupportRule = Literal["union", "anchored"]
 SUPPORT_RULES: tuple[str, ...] = get_args(SupportRule)
@@ -85,8 +86,10 @@ class Comparison:
     entropy: Tensor | None = None
 
 
-def check_support_settings(k: int, dropped_mass: float) -> None:
-    """Raise ``ValueError`` naming the setting where K or the dropped mass is out of range."""
+def check_support_settings(k: int, dropped_mass: float, rule: str = "union") -> None:
+    """Raise ``ValueError`` naming the setting that is out of range."""
+    if rule not in SUPPORT_RULES:
+        raise ValueError(f"support must be one of {SUPPORT_RULES}, got {rule!r}")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k!r}")
     if not 0 <= dropped_mass < 1:
@@ -122,13 +125,13 @@ def select(
     """
     check_support_settings(k, dropped_mass)
     source = as_source(logits)
-    policy, normaliser = _select(
+    policy, normaliser = select_with_normaliser(
         source, rows, sampled_ids, k, dropped_mass, shard or VocabShard.whole(source.columns), entropy
     )
     return replace(policy, entropy=normaliser.entropy()) if entropy else policy
 
 
-def _select(
+def select_with_normaliser(
     logits: LogitsSource,
     rows: Tensor,
     sampled_ids: Tensor,
@@ -137,6 +140,12 @@ def _select(
     shard: VocabShard,
     entropy: bool,
 ) -> tuple[SparsePolicy, Normaliser]:
+    """:func:`select`, and the normaliser of the whole vocabulary; settings are not checked."""
+    if fused(logits):
+        with torch.no_grad():
+            normaliser, sampled, values, ids = top_values(logits, rows, sampled_ids, k, shard, entropy=entropy)
+            kept = kernels.keep(ids, values, sampled_ids, sampled, *normaliser[:2], mass_to_keep(dropped_mass))
+        return SparsePolicy(*kept), normaliser
     ids, log_probs, sampled_log_probs, normaliser = top_log_probs(logits, rows, sampled_ids, k, shard, entropy=entropy)
     return keep_most_probable(ids, log_probs, sampled_ids, sampled_log_probs, dropped_mass), normaliser
 
@@ -154,7 +163,7 @@ def keep_most_probable(
     """
     width = ids.shape[-1]
     before = log_probs.exp().cumsum(-1) - log_probs.exp()
-    keep = before < _mass_to_keep(dropped_mass)
+    keep = before < mass_to_keep(dropped_mass)
     keep &= log_probs > -math.inf
     keep[:, 0] = True
     ids = torch.where(keep, ids, -1)
@@ -198,14 +207,12 @@ def compare(
     Raises:
         ValueError: an unknown rule, or a setting out of range.
     """
-    check_support_settings(k, dropped_mass)
+    check_support_settings(k, dropped_mass, rule)
     source = as_source(logits, reuse=reuse_logits)
     shard = shard or VocabShard.whole(source.columns)
     if rule == "anchored":
         return _anchored(source, rows, old, k, dropped_mass, shard, entropy)
-    if rule == "union":
-        return _union(source, rows, old, k, dropped_mass, shard, entropy)
-    raise ValueError(f"support must be one of {SUPPORT_RULES}, got {rule!r}")
+    return _union(source, rows, old, k, dropped_mass, shard, entropy)
 
 
 def _anchored(
@@ -226,7 +233,7 @@ def _anchored(
         new_log_probs=torch.cat([new_log_probs, new_rest], dim=-1),
         old_log_probs=torch.cat([old.log_probs, old_rest], dim=-1),
         sampled=old.sampled,
-        sampled_log_probs=_at(new_log_probs, old.sampled),
+        sampled_log_probs=at(new_log_probs, old.sampled),
         outcomes=support_size + has_rest.long(),
         support_size=support_size,
         old_kept_mass=old_mass,
@@ -252,7 +259,9 @@ def _union(
     shard: VocabShard,
     want_entropy: bool,
 ) -> Comparison:
-    new, normaliser = _select(logits, rows, _at(old.ids, old.sampled), k, dropped_mass, shard, want_entropy)
+    new, normaliser = select_with_normaliser(
+        logits, rows, at(old.ids, old.sampled), k, dropped_mass, shard, want_entropy
+    )
     only_new = torch.where(_find(new.ids, old.ids) >= 0, -1, new.ids)
     ids = torch.cat([old.ids, only_new], dim=-1)
     used = ids >= 0
@@ -262,7 +271,7 @@ def _union(
     selected = torch.cat([new.log_probs.gather(-1, place.clamp_min(0)), new.log_probs], dim=-1)
     selected = torch.where(kept_by_new, selected, -math.inf)
     new_log_probs, entropy = with_gradient(selected, logits, rows, torch.where(kept_by_new, ids, -1), normaliser, shard)
-    sampled_log_probs = _at(new_log_probs, old.sampled)
+    sampled_log_probs = at(new_log_probs, old.sampled)
     new_log_probs = torch.where(used & ~kept_by_new, LOG_MISSING, new_log_probs)
     defaults = torch.full_like(new.log_probs, -math.inf).masked_fill(only_new >= 0, LOG_MISSING)
     old_log_probs = torch.cat([old.log_probs, defaults], dim=-1)
@@ -282,7 +291,8 @@ def _union(
     )
 
 
-def _at(values: Tensor, place: Tensor) -> Tensor:
+def at(values: Tensor, place: Tensor) -> Tensor:
+    """``[R]`` entries of ``values [R, W]`` at ``place [R]``."""
     return values.gather(-1, place.unsqueeze(-1)).squeeze(-1)
 
 
@@ -290,10 +300,11 @@ def _cap_hit(policy: SparsePolicy, k: int, dropped_mass: float, vocab_size: int)
     size = (policy.ids >= 0).sum(-1)
     # The sampled id, where it was added, comes after the k selected ones.
     selected_mass = policy.log_probs[:, :k].exp().sum(-1)
-    return (size >= k) & (size < vocab_size) & (selected_mass < _mass_to_keep(dropped_mass))
+    return (size >= k) & (size < vocab_size) & (selected_mass < mass_to_keep(dropped_mass))
 
 
-def _mass_to_keep(dropped_mass: float) -> float:
+def mass_to_keep(dropped_mass: float) -> float:
+    """Ids are kept while those before them have less mass than this."""
     # Without a mass to drop nothing but zero mass is dropped, however float32 rounds the sum.
     return 1 - dropped_mass if dropped_mass > 0 else math.inf
 

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from verl_troll.logits import LogitsSource, Normaliser, as_source
+from verl_troll.logits import LogitsSource, Normaliser, Reading, as_source, fused
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,10 @@ class VocabShard:
         columns = ids - self.start
         return torch.where((ids >= 0) & (columns >= 0) & (columns < self.columns), columns, -1)
 
+    def columns_of(self, ids: Tensor, logits: LogitsSource) -> Tensor:
+        """As :meth:`local`; the kernels pass over columns that ``logits`` have not, which saves these operations."""
+        return ids if self.start == 0 and fused(logits) else self.local(ids)
+
     def check(self, logits: LogitsSource) -> None:
         """Raise ``ValueError`` where ``logits`` has other columns than the shard says."""
         if logits.columns != self.stop - self.start:
@@ -156,20 +160,31 @@ def log_probs_at(
         Values in the working dtype (at least float32).
     """
     source = as_source(logits)
-    shard.check(source)
     with torch.no_grad():
-        normaliser, values, *_ = source.read(rows, shard.local(ids), shard.columns, energy=entropy)
-        if shard.ranks > 1 and rows.shape[0] > 0:
-            # A slot per rank for its normaliser, zero on all others.
-            parts = torch.stack([part for part in normaliser if part is not None], dim=-1)
-            slots = values.new_zeros(rows.shape[0], shard.ranks, parts.shape[-1])
-            slots[:, shard.rank] = parts
-            message = torch.cat([values, slots.flatten(1)], dim=-1)
-            dist.all_reduce(message, group=shard.group)
-            values, slots = message[:, : ids.shape[-1]], message[:, ids.shape[-1] :].view(slots.shape)
-            normaliser = Normaliser.combine(*slots.permute(2, 1, 0))
+        normaliser, values = values_at(source, rows, ids, shard, entropy=entropy)
         log_probs = torch.where(ids >= 0, normaliser.log_probs(values), -math.inf)
     return with_gradient(log_probs, source, rows, ids, normaliser, shard)
+
+
+def values_at(
+    logits: LogitsSource, rows: Tensor, ids: Tensor, shard: VocabShard, *, entropy: bool
+) -> tuple[Normaliser, Tensor]:
+    """The normaliser of the whole vocabulary and the logits ``[R, W]`` at ``ids``, 0 where negative; no gradient.
+
+    The one all-reduce of :func:`log_probs_at`.
+    """
+    shard.check(logits)
+    normaliser, values, *_ = logits.read(rows, shard.columns_of(ids, logits), shard.columns, energy=entropy)
+    if shard.ranks > 1 and rows.shape[0] > 0:
+        # A slot per rank for its normaliser, zero on all others.
+        parts = torch.stack([part for part in normaliser if part is not None], dim=-1)
+        slots = values.new_zeros(rows.shape[0], shard.ranks, parts.shape[-1])
+        slots[:, shard.rank] = parts
+        message = torch.cat([values, slots.flatten(1)], dim=-1)
+        dist.all_reduce(message, group=shard.group)
+        values, slots = message[:, : ids.shape[-1]], message[:, ids.shape[-1] :].view(slots.shape)
+        normaliser = Normaliser.combine(*slots.permute(2, 1, 0))
+    return normaliser, values
 
 
 def top_log_probs(
@@ -192,29 +207,35 @@ def top_log_probs(
         k: at least 1.
         entropy: whether the normaliser's entropy will be asked for.
     """
-    source = as_source(logits)
-    shard.check(source)
-    width = min(k, shard.vocab_size)
     with torch.no_grad():
-        normaliser, sampled, values, ids = source.read(
-            rows, shard.local(sampled_ids.unsqueeze(-1)), shard.columns, k=width, energy=entropy
-        )
-        ids = torch.where(ids >= 0, ids + shard.start, -1)
-        if shard.ranks > 1 and rows.shape[0] > 0:
-            normaliser, values, ids, sampled = _merge(normaliser, values, ids, sampled, shard)
+        normaliser, sampled, values, ids = top_values(as_source(logits), rows, sampled_ids, k, shard, entropy=entropy)
         log_probs = normaliser.log_probs(values)
         sampled_log_probs = normaliser.log_probs(sampled).squeeze(-1)
         return TopLogProbs(torch.where(log_probs > -math.inf, ids, -1), log_probs, sampled_log_probs, normaliser)
 
 
-def _merge(
-    normaliser: Normaliser, values: Tensor, ids: Tensor, sampled: Tensor, shard: VocabShard
-) -> tuple[Normaliser, Tensor, Tensor, Tensor]:
-    """Normaliser, k best ``values`` and ``ids [R, k]`` and ``sampled [R, 1]`` of the vocabulary from each rank's own.
+def top_values(
+    logits: LogitsSource, rows: Tensor, sampled_ids: Tensor, k: int, shard: VocabShard, *, entropy: bool
+) -> Reading:
+    """As :func:`top_log_probs`, but logits: of the sampled id ``[R, 1]``, and of the best ids; ids of the vocabulary.
+
+    The collectives of :func:`top_log_probs`.
+    """
+    shard.check(logits)
+    own = shard.columns_of(sampled_ids.unsqueeze(-1), logits)
+    reading = logits.read(rows, own, shard.columns, k=min(k, shard.vocab_size), energy=entropy)
+    if shard.start > 0:
+        reading = reading._replace(top_ids=torch.where(reading.top_ids >= 0, reading.top_ids + shard.start, -1))
+    return _merge(reading, shard) if shard.ranks > 1 and rows.shape[0] > 0 else reading
+
+
+def _merge(reading: Reading, shard: VocabShard) -> Reading:
+    """The reading of the vocabulary from each rank's own.
 
     Each rank merges its share of the rows: an all-to-all brings it what all ranks found there, an all-gather hands
     the results round.
     """
+    normaliser, sampled, values, ids = reading
     rows, width = ids.shape
     found = _pack(normaliser, values, ids, sampled)
     share = -(-rows // shard.ranks)
@@ -229,7 +250,7 @@ def _merge(
     own = _pack(Normaliser.combine(*parts), best.values[:, :width], ids, sampled.sum(0))
     dist.all_gather_into_tensor(received, own, group=shard.group)
     normaliser, values, ids, sampled = _unpack(received[:rows], width, values.dtype)
-    return normaliser, values, ids.long(), sampled
+    return Reading(normaliser, sampled, values, ids.long())
 
 
 def _pack(normaliser: Normaliser, values: Tensor, ids: Tensor, sampled: Tensor) -> Tensor:

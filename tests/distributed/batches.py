@@ -14,14 +14,21 @@ VOCAB = 61
 TEMPERATURE = 0.8
 
 
-def make_batch(seed: int = 0, samples: int = 8) -> TensorDict:
+def make_batch(
+    seed: int = 0,
+    samples: int = 8,
+    *,
+    vocab: int = VOCAB,
+    prompt_length: tuple[int, int] = (2, 7),
+    response_length: tuple[int, int] = (3, 12),
+) -> TensorDict:
     """Ragged prompts and responses; one response is empty, one fully masked, one has masked turns inside."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     prompts, responses, masks = [], [], []
     for index in range(samples):
-        prompt = torch.randint(2, VOCAB, (rng.randint(2, 7),), generator=generator)
-        response = torch.randint(2, VOCAB, (rng.randint(3, 12),), generator=generator)
+        prompt = torch.randint(2, vocab, (rng.randint(*prompt_length),), generator=generator)
+        response = torch.randint(2, vocab, (rng.randint(*response_length),), generator=generator)
         mask = torch.ones(len(response), dtype=torch.long)
         if index == 1:
             response, mask = response[:0], mask[:0]

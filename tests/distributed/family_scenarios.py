@@ -21,7 +21,7 @@ UPDATES = 3
 def _build(case: Setup | Layout, troll: dict[str, Any]) -> tuple[Any, Any]:
     """The engine of FSDP2 or of Megatron, and verl's loss function with TROLL's settings."""
     if isinstance(case, Setup):
-        return fsdp._build(case)[:2]
+        return fsdp.build(case)[:2]
     engine = megatron_stock.build(case)
     return engine, megatron._loss_function(engine, case, troll)
 

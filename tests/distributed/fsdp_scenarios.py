@@ -1,4 +1,4 @@
-"""Scenarios on verl's real FSDP2 engine that ranks run; results come back as plain tensors and floats."""
+"""Scenarios on verl's real FSDP engines that ranks run; results come back as plain tensors and floats."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class Setup:
 
     model_path: str
     troll: dict[str, Any] | None = field(default_factory=dict)
+    # fsdp needs an accelerator.
+    strategy: str = "fsdp2"
     loss_agg_mode: str = "token-mean"
     loss_scale_factor: int | None = None
     micro_batch_size: int = 4
@@ -64,21 +66,39 @@ def write_model(folder: Path, *, attention: bool = True) -> str:
     return str(folder)
 
 
-def _build(setup: Setup) -> tuple[Any, Any, Any]:
-    """Engine, verl's loss function and the actor's configuration, through verl's own registry and dataclasses."""
-    from verl.trainer.config import CheckpointConfig
-    from verl.workers.config import (
-        FSDPActorConfig,
-        FSDPEngineConfig,
-        FSDPOptimizerConfig,
-        HFModelConfig,
-        PolicyLossConfig,
-    )
-    from verl.workers.engine import EngineRegistry
-    from verl.workers.utils.losses import ppo_loss
+def actor_of(setup: Setup, engine_config: Any) -> Any:
+    """The actor's configuration; building it hands the settings of TROLL, if there are any, to the engine's."""
+    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
     from verl_troll.plugin.actor_config import TrollPolicyLossConfig, actor_config
     from verl_troll.plugin.settings import HostSettings, TrollConfig
+
+    common: dict[str, Any] = dict(
+        strategy=setup.strategy,
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=setup.micro_batch_size,
+        loss_agg_mode=setup.loss_agg_mode,
+        loss_scale_factor=setup.loss_scale_factor,
+        use_kl_loss=setup.use_kl_loss,
+        kl_loss_coef=setup.kl_loss_coef,
+        kl_loss_type="k2",
+        entropy_coeff=setup.entropy_coeff,
+        fsdp_config=engine_config,
+    )
+    if setup.troll is None:
+        return FSDPActorConfig(policy_loss=PolicyLossConfig(loss_mode="vanilla"), **common)
+    settings = TrollConfig(**setup.troll, host=HostSettings(external_lib="verl_troll.plugin"))
+    return actor_config(policy_loss=TrollPolicyLossConfig(loss_mode="troll", troll=settings), **common)
+
+
+def build(setup: Setup) -> tuple[Any, Any, Any]:
+    """Engine, verl's loss function and the actor's configuration, through verl's own registry and dataclasses."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+    from verl.workers.engine import EngineRegistry
+    from verl.workers.utils.losses import ppo_loss
+
+    import verl_troll.plugin  # noqa: F401
 
     torch.manual_seed(0)
     model = HFModelConfig(
@@ -93,7 +113,7 @@ def _build(setup: Setup) -> tuple[Any, Any, Any]:
         lora={"merge": setup.merge_lora},
     )
     engine_config = FSDPEngineConfig(
-        strategy="fsdp2",
+        strategy=setup.strategy,
         use_torch_compile=False,
         mixed_precision={"param_dtype": setup.param_dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
         use_dynamic_bsz=setup.use_dynamic_bsz,
@@ -104,26 +124,10 @@ def _build(setup: Setup) -> tuple[Any, Any, Any]:
         ulysses_sequence_parallel_size=setup.ulysses,
         use_remove_padding=setup.use_remove_padding,
     )
-    common: dict[str, Any] = dict(
-        strategy="fsdp2",
-        rollout_n=1,
-        ppo_micro_batch_size_per_gpu=setup.micro_batch_size,
-        loss_agg_mode=setup.loss_agg_mode,
-        loss_scale_factor=setup.loss_scale_factor,
-        use_kl_loss=setup.use_kl_loss,
-        kl_loss_coef=setup.kl_loss_coef,
-        kl_loss_type="k2",
-        entropy_coeff=setup.entropy_coeff,
-        fsdp_config=engine_config,
-    )
-    if setup.troll is None:
-        actor = FSDPActorConfig(policy_loss=PolicyLossConfig(loss_mode="vanilla"), **common)
-    else:
-        settings = TrollConfig(**setup.troll, host=HostSettings(external_lib="verl_troll.plugin"))
-        actor = actor_config(policy_loss=TrollPolicyLossConfig(loss_mode="troll", troll=settings), **common)
+    actor = actor_of(setup, engine_config)
     engine = EngineRegistry.new(
         "language_model",
-        "fsdp2",
+        setup.strategy,
         model_config=model,
         engine_config=engine_config,
         optimizer_config=FSDPOptimizerConfig(
@@ -136,10 +140,11 @@ def _build(setup: Setup) -> tuple[Any, Any, Any]:
 
 
 def old_pass(engine: Any, batch: TensorDict, setup: Setup, **extra: Any) -> dict[str, Tensor]:
-    """``compute_log_prob`` as verl's worker calls it; nested model outputs."""
+    """``compute_log_prob`` as verl's worker calls it; nested model outputs on the CPU."""
     data = with_settings(batch, setup, calculate_entropy=True, compute_loss=False, **extra)
     with engine.eval_mode():
-        return dict(engine.infer_batch(data, loss_function=None)["model_output"])
+        output = engine.infer_batch(data, loss_function=None)["model_output"]
+    return {name: value.cpu() for name, value in output.items()}
 
 
 def perturb(engine: Any, seed: int, scale: float) -> None:
@@ -150,8 +155,8 @@ def perturb(engine: Any, seed: int, scale: float) -> None:
         for index, (_, parameter) in enumerate(sorted(engine.module.named_parameters())):
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed + index)) * scale
             if isinstance(parameter, DTensor):
-                noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements)
-            parameter.add_(noise * (parameter != 0))
+                noise = distribute_tensor(noise.to(parameter.device), parameter.device_mesh, parameter.placements)
+            parameter.add_(noise.to(parameter.device) * (parameter != 0))
 
 
 def gradients(engine: Any) -> dict[str, Tensor]:
@@ -179,7 +184,7 @@ def _aggregate(metrics: dict[str, Any]) -> dict[str, float]:
 
 def loss_and_gradient(setup: Setup, batch: TensorDict, noise: float = 0.006) -> dict[str, Any]:
     """Old pass, a move of the policy, then loss, metrics and full gradients of one mini-batch."""
-    engine, loss_function, _ = _build(setup)
+    engine, loss_function, _ = build(setup)
     if not setup.rollout_weights:
         batch = batch.exclude("rollout_is_weights")
     shard = shard_of(batch, engine)
@@ -211,7 +216,7 @@ def old_policies(setups: list[Setup], batch: TensorDict) -> list[dict[str, list[
     """Model outputs of the old pass by name, one tensor per sample, for several setups."""
     results = []
     for setup in setups:
-        engine, _, _ = _build(setup)
+        engine, _, _ = build(setup)
         output = old_pass(engine, shard_of(batch, engine), setup)
         rows = by_sample(output)
         results.append({name: [row[name] for row in rows] for name in rows[0]})
@@ -220,7 +225,7 @@ def old_policies(setups: list[Setup], batch: TensorDict) -> list[dict[str, list[
 
 def lora_passes(setup: Setup, batch: TensorDict) -> dict[str, Any]:
     """Old pass and reference pass through one LoRA engine whose adapter is not zero, then an update."""
-    engine, loss_function, _ = _build(setup)
+    engine, loss_function, _ = build(setup)
     perturb(engine, seed=5, scale=0.1)
     batch = batch.exclude("rollout_is_weights")
     old = old_pass(engine, batch, setup)
@@ -245,7 +250,7 @@ def refused_heads(paths: dict[str, str], batch: TensorDict) -> dict[str, str]:
     found = {}
     for name, path in paths.items():
         setup = Setup(path, use_fused_kernels=True)
-        engine, _, _ = _build(setup)
+        engine, _, _ = build(setup)
         try:
             old_pass(engine, shard_of(batch, engine), setup)
             found[name] = "no error"
@@ -256,7 +261,7 @@ def refused_heads(paths: dict[str, str], batch: TensorDict) -> dict[str, str]:
 
 def update_without_support(setup: Setup, batch: TensorDict) -> str:
     """The error of an update whose batch lost the old policy's support."""
-    engine, loss_function, _ = _build(setup)
+    engine, loss_function, _ = build(setup)
     output = old_pass(engine, batch, setup)
     data = with_old_policy(batch, {name: v for name, v in output.items() if not name.startswith("troll_")})
     return _error(engine, with_settings(data, setup, calculate_entropy=False), loss_function)
@@ -268,7 +273,7 @@ def troll_loss_on_stock_engine(setup: Setup, batch: TensorDict) -> str:
     from verl.workers.engine import EngineRegistry
 
     registry = EngineRegistry._engines["language_model"]["fsdp2"]
-    engine, loss_function, _ = _build(setup)
+    engine, loss_function, _ = build(setup)
     output = old_pass(engine, batch, setup)
     data = with_settings(with_old_policy(batch, output), setup, calculate_entropy=False)
     engine.__class__ = stock.FSDPEngineWithLMHead
@@ -289,7 +294,7 @@ def snapshots(setup: Setup, batch: TensorDict) -> dict[str, Tensor]:
     """Log-probs before and after a move, and again from verl's snapshots of both, restored in turn."""
     from verl.utils import fsdp_utils
 
-    engine, _, _ = _build(setup)
+    engine, _, _ = build(setup)
     shard = shard_of(batch, engine)
 
     def log_probs() -> Tensor:
@@ -314,7 +319,7 @@ def train_steps_after_move(setup: Setup, batch: TensorDict, steps: int) -> list[
 
 def train_steps(setup: Setup, batch: TensorDict, steps: int, noise: float = 0.0) -> list[dict[str, float]]:
     """Optimizer steps on one mini-batch after one old pass; metrics by step."""
-    engine, loss_function, _ = _build(setup)
+    engine, loss_function, _ = build(setup)
     batch = batch.exclude("rollout_is_weights")
     shard = shard_of(batch, engine)
     shard = with_old_policy(shard, old_pass(engine, shard, setup))

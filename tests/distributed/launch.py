@@ -1,6 +1,7 @@
-"""Run a function on several gloo ranks and bring back its results, or the first traceback.
+"""Run a function on several ranks, on the CPU with gloo, and bring back its results, or the first traceback.
 
-Ranks start from a fork server that has imported the host packages once, so that a scenario costs tenths of a second.
+Ranks start from a fork server that has imported the host packages once, so that a scenario costs tenths of a second; on
+a GPU, which does not survive a fork, each imports them itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from tests.device import DEVICE, backend
+
 PRELOAD = ("torch", "torch.distributed", "tests.distributed.preload")
 
 
@@ -25,8 +28,9 @@ class RankFailedError(AssertionError):
 
 
 def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    context: Any = multiprocessing.get_context("forkserver" if DEVICE == "cpu" else "spawn")
+    if DEVICE == "cpu":
+        context.set_forkserver_preload(list(PRELOAD))
     return context
 
 
@@ -41,9 +45,11 @@ def _rank_main(
     os.dup2(log, 2)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     try:
         store = dist.FileStore(str(Path(folder) / "store"), world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+        dist.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
         result = (True, function(*arguments))
         dist.barrier()
         dist.destroy_process_group()

@@ -17,7 +17,7 @@ from tests.distributed.batches import by_sample, shard_of, with_old_policy, with
 from tests.distributed.megatron_stock import Layout
 
 
-def _loss_function(engine: Any, layout: Layout, troll: dict[str, Any], **actor_settings: Any) -> Any:
+def loss_function(engine: Any, layout: Layout, troll: dict[str, Any], **actor_settings: Any) -> Any:
     """verl's loss; building the actor's configuration around the engine's hands the settings to the engine."""
     from verl.workers.utils.losses import ppo_loss
 
@@ -62,7 +62,7 @@ def old_passes(layout: Layout, troll: dict[str, Any], batch: TensorDict) -> tupl
     """Output of the old pass by sample with TROLL and, from the same engine without settings, of verl's own."""
     engine = stock.build(layout)
     verls = _shared(engine, stock.old_pass(engine, batch, layout))
-    _loss_function(engine, layout, troll)
+    loss_function(engine, layout, troll)
     ours = _shared(engine, stock.old_pass(engine, batch, layout))
     return _by_sample(ours), _by_sample(verls)
 
@@ -83,7 +83,7 @@ def train(layout: Layout, troll: dict[str, Any], batch: TensorDict, steps: int =
 def _train(
     engine: Any, layout: Layout, troll: dict[str, Any], batch: TensorDict, steps: int, **actor: Any
 ) -> dict[str, Any]:
-    loss_function = _loss_function(engine, layout, troll, **actor)
+    loss = loss_function(engine, layout, troll, **actor)
     replay = {"enable_routing_replay": True} if layout.router_replay != "disabled" else {}
     part = shard_of(batch, engine)
     output = _shared(engine, stock.old_pass(engine, part, layout, **replay))
@@ -95,7 +95,7 @@ def _train(
     for _ in range(steps):
         data = with_settings(part, layout, calculate_entropy=bool(actor.get("entropy_coeff")), **replay)
         with engine.train_mode():
-            result = engine.train_batch(data, loss_function)
+            result = engine.train_batch(data, loss)
         history.append(_metrics(engine, result))
     # verl 0.9.1 reads a buffer here that only the distributed optimizer has.
     exports = layout.use_distributed_optimizer

@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from tests.device import DEVICE
 from tests.distributed import batches
 from tests.distributed.batches import TEMPERATURE, shard_of, with_settings
 from tests.model_families import VOCAB, save
@@ -116,14 +117,26 @@ def transformers_log_probs(model_path: str, batch: TensorDict, temperature: floa
     return results
 
 
+def _engine_config() -> Any:
+    """The engine's configuration on this device; on a GPU verl's own, with layers that need no TransformerEngine."""
+    if DEVICE == "cpu":
+        from verl_troll.cpu.megatron.config import CpuMcoreEngineConfig
+
+        return CpuMcoreEngineConfig
+    from verl.workers.config import McoreEngineConfig
+
+    from verl_troll.cpu.megatron import bridges
+
+    bridges.register()
+    return McoreEngineConfig
+
+
 def build(layout: Layout, *, forward_only: bool = False) -> Any:
     """The engine that verl's registry gives for ``layout``; ends what an earlier engine of this process set up."""
     from megatron.core import parallel_state
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import EngineRouterReplayConfig, HFModelConfig, McoreOptimizerConfig
     from verl.workers.engine import EngineRegistry
-
-    from verl_troll.cpu.megatron.config import CpuMcoreEngineConfig
 
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
@@ -132,7 +145,8 @@ def build(layout: Layout, *, forward_only: bool = False) -> Any:
         "language_model",
         "megatron",
         model_config=HFModelConfig(path=layout.model_path, use_remove_padding=layout.use_remove_padding),
-        engine_config=CpuMcoreEngineConfig(
+        engine_config=_engine_config()(
+            vanilla_mbridge=True,
             forward_only=forward_only,
             use_fused_kernels=layout.use_fused_kernels,
             tensor_model_parallel_size=layout.tensor,
@@ -170,11 +184,13 @@ def build(layout: Layout, *, forward_only: bool = False) -> Any:
 
 
 def old_pass(engine: Any, batch: TensorDict, layout: Any, **extra: Any) -> dict[str, Tensor]:
-    """``compute_log_prob`` as verl's worker calls it; nested outputs, empty but on ranks that have them."""
+    """``compute_log_prob`` as verl's worker calls it; nested outputs on the CPU, empty but on ranks that have them."""
     data = with_settings(batch, layout, calculate_entropy=True, compute_loss=False, **extra)
     with engine.eval_mode():
         output = engine.infer_batch(data, loss_function=None)
-    return dict(output["model_output"]) if engine.is_mp_src_rank_with_outputs() else {}
+    if not engine.is_mp_src_rank_with_outputs():
+        return {}
+    return {name: value.cpu() for name, value in output["model_output"].items()}
 
 
 def vanilla_update(engine: Any, batch: TensorDict, layout: Layout) -> dict[str, Any]:

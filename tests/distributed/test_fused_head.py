@@ -65,6 +65,8 @@ def test_loss_gradient_and_metrics_are_those_without_fused_kernels(
         {"use_remove_padding": False, "micro_batch_size": 4},
         # Its own kernel needs a GPU; TROLL's reading in its place does not.
         {"fused_backend": "triton", "micro_batch_size": 2},
+        # verl's own falls back to torch where liger_kernel is missing; TROLL's reading comes before either.
+        {"fused_backend": "liger", "micro_batch_size": 2},
     ]
     for ranks in (1, 2):
         chosen = [replace(setup, **cut) for cut in cuts for setup in fused]

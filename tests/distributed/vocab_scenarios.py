@@ -636,13 +636,14 @@ def local_column_0(notes: Notes) -> None:
 @contextmanager
 def small_head_blocks(elements: int, read: int, gradient: int) -> Iterator[None]:
     """Many blocks of the vocabulary and of tokens."""
-    before = head_module._READ_TOKENS, head_module._GRADIENT_TOKENS
-    head_module._READ_TOKENS, head_module._GRADIENT_TOKENS = {"cpu": read}, {"cpu": gradient}
+    before = head_module._READ_BLOCK, head_module._GRADIENT_BLOCK
+    head_module._READ_BLOCK = {"cpu": (read, max(1, elements // read))}
+    head_module._GRADIENT_BLOCK = {"cpu": (gradient, elements)}
     try:
         with small_blocks(elements):
             yield
     finally:
-        head_module._READ_TOKENS, head_module._GRADIENT_TOKENS = before
+        head_module._READ_BLOCK, head_module._GRADIENT_BLOCK = before
 
 
 def check_head(notes: Notes, split: Split, dtype: torch.dtype, temperature: float) -> None:

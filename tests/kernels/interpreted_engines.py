@@ -27,7 +27,7 @@ from tests.distributed.test_megatron_engine import assert_same as assert_same_tr
 from tests.kernels import interpreter
 from verl_troll import kernels
 
-FORMS = ("read_rows", "write_gradient", "project")
+FORMS = ("read_rows", "write_gradient", "keep", "terms", "combine")
 # Few ids, which the interpreter sorts sooner; without a mass to drop, rounding cannot move an id across the edge.
 SUPPORT = {"k": 8, "dropped_mass": 0.0}
 

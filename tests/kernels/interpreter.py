@@ -9,4 +9,5 @@ def shrink() -> None:
     """Give the kernels of this process as few lanes as a tiny vocabulary needs."""
     from verl_troll.kernels import logits
 
-    logits.READ_LANES = logits.READ_TABLE = logits.WRITE_COLUMNS = LANES
+    logits.READ_WIDE, logits.READ_TILE_BYTES, logits.WRITE_COLUMNS = 8, 4 * LANES, LANES
+    logits.GROUP_COLUMNS = ((1024, 8),)

@@ -14,6 +14,8 @@ import torch
 
 from benchmarks.study.pool import end_session
 from benchmarks.study.tasks.quickstart import quickstart
+from tests.device import DEVICE
+from tests.device import environment as platform_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE_MODULE = "tests.trainer.probe_loader"
@@ -52,22 +54,25 @@ def run_trainer(
     probe: bool = False,
     timeout: float = 280,
     group: str = "default",
+    device: str = DEVICE,
 ) -> list[dict[str, Any]]:
     """Run ``verl.trainer.main_ppo`` and return one row of metrics per logged step (``step`` among the keys).
 
     Args:
-        group: of the configuration groups ``cpu``.
+        group: of the configuration groups ``cpu``, unless the device is another.
+        device: as in :mod:`tests.device`.
 
     Raises:
         AssertionError: the trainer failed or hung; the message ends with its log.
     """
     out.mkdir(parents=True, exist_ok=True)
     metrics = out / "metrics.jsonl"
-    modules = "verl_troll.cpu" + (f",{PROBE_MODULE}" if probe else "")
+    verls = platform_variables(device)
+    if probe:
+        verls["VERL_USE_EXTERNAL_MODULES"] += f",{PROBE_MODULE}"
     environment = {
         **os.environ,
-        "VERL_PLATFORM": "cpu",
-        "VERL_USE_EXTERNAL_MODULES": modules,
+        **verls,
         "VERL_FILE_LOGGER_PATH": str(metrics),
         "TROLL_TEST_PROBE": str(out),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
@@ -84,7 +89,7 @@ def run_trainer(
         "verl.trainer.main_ppo",
         "hydra.searchpath=[pkg://verl_troll.configs]",
         f"hydra.run.dir={out}/hydra",
-        f"+cpu={group}",
+        f"+cpu={group}" if device == "cpu" else "+embedded=default",
         "algorithm.adv_estimator=grpo",
         f"data.train_files={assets}/train.parquet",
         f"data.val_files={assets}/val.parquet",

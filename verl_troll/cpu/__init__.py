@@ -5,8 +5,9 @@ Two environment variables switch it on, in every process of a run::
     VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=verl_troll.cpu
 
 verl then imports this package at the end of ``import verl``. It registers the platform ``cpu``
-(:mod:`verl_troll.cpu.platform`), the rollout ``hf`` (:mod:`verl_troll.cpu.rollout`), and applies the three CPU patches
-of :mod:`verl_troll.patches`. The configuration group ``+cpu=default`` sets what verl needs besides.
+(:mod:`verl_troll.cpu.platform`) and the rollout ``hf`` (:mod:`verl_troll.hf_rollout`, which runs on accelerators too),
+and applies the three CPU patches of :mod:`verl_troll.patches`. The configuration group ``+cpu=default`` sets what verl
+needs besides.
 
 Training engines are verl's own: ``VERL_ENGINE_DEVICE=cuda`` (verl's public override, set here unless it is set
 already) selects the engines that verl registers for ``cuda``, and those run on CPU tensors. The platform's vendor is
@@ -19,7 +20,6 @@ Without ``VERL_PLATFORM=cpu`` an import changes nothing.
 from __future__ import annotations
 
 import os
-from typing import Any
 
 __all__ = ["activate", "is_active"]
 
@@ -27,12 +27,6 @@ __all__ = ["activate", "is_active"]
 def is_active() -> bool:
     """Whether this process runs in CPU mode (``VERL_PLATFORM=cpu``)."""
     return os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
-
-
-def _load_replica() -> type[Any]:
-    from verl_troll.cpu.rollout import EmbeddedReplica
-
-    return EmbeddedReplica
 
 
 def activate() -> None:
@@ -43,17 +37,15 @@ def activate() -> None:
     """
     from verl.plugin.platform import PlatformRegistry
 
+    from verl_troll import hf_rollout
     from verl_troll.cpu.platform import CpuPlatform
-    from verl_troll.patches import registry, verl_fsdp2_cpu_offload, verl_gloo_backend, verl_rollout_table
+    from verl_troll.patches import registry, verl_fsdp2_cpu_offload, verl_gloo_backend
 
     PlatformRegistry.register(platform="cpu")(CpuPlatform)
     os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
-    for patch in (verl_gloo_backend.PATCH, verl_fsdp2_cpu_offload.PATCH, verl_rollout_table.PATCH):
+    for patch in (verl_gloo_backend.PATCH, verl_fsdp2_cpu_offload.PATCH):
         registry.apply(patch)
-
-    from verl.workers.rollout.replica import RolloutReplicaRegistry
-
-    RolloutReplicaRegistry.register("hf", _load_replica)
+    hf_rollout.register()
 
 
 if is_active():

@@ -87,7 +87,7 @@ def token_log_probs(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: T
     mass = torch.where(greedy, torch.ones_like(top_p), top_p)
     if bool((limit < size).any()) or bool((mass < 1).any()):
         ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-        ordered = ordered.masked_fill(torch.arange(size) >= limit[:, None], float("-inf"))
+        ordered = ordered.masked_fill(torch.arange(size, device=logits.device) >= limit[:, None], float("-inf"))
         probs = ordered.softmax(-1)
         before = probs.cumsum(-1) - probs
         # The most probable token stays even where rounding makes the mass before it positive.
@@ -125,7 +125,7 @@ def generate(
     """Continue every request, as one padded batch with a key-value cache.
 
     Args:
-        model: a transformers causal language model in evaluation mode.
+        model: a transformers causal language model in evaluation mode, on any device.
         requests: may differ in every setting.
         logprobs_mode: ``processed_logprobs`` reports the distribution that was sampled from (after temperature, top_k
             and top_p); ``raw_logprobs`` the model's own at temperature 1.
@@ -137,17 +137,18 @@ def generate(
     if not requests:
         return []
     completions = [Completion([], [], "aborted") for _ in requests]
+    device = next(model.parameters()).device
     draws = torch.from_numpy(
         np.stack(
             [np.random.default_rng(request.noise).random(max(r.max_tokens for r in requests)) for request in requests]
         )
-    )
-    temperature = torch.tensor([r.temperature for r in requests], dtype=torch.float32)
-    top_p = torch.tensor([r.top_p for r in requests], dtype=torch.float32)
-    top_k = torch.tensor([r.top_k for r in requests])
-    ids, mask = _left_pad([r.prompt for r in requests])
+    ).to(device)
+    temperature = torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=device)
+    top_p = torch.tensor([r.top_p for r in requests], dtype=torch.float32, device=device)
+    top_k = torch.tensor([r.top_k for r in requests], device=device)
+    ids, mask = (part.to(device) for part in _left_pad([r.prompt for r in requests]))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    rows = torch.arange(len(requests))  # which request each row of the running batch belongs to
+    rows = torch.arange(len(requests), device=device)  # which request each row of the running batch belongs to
     cache: Any = None
     step = 0
     while len(rows) and not aborted():
@@ -178,7 +179,7 @@ def generate(
             else:
                 keep.append(row)
         if len(keep) < len(rows):
-            running = torch.tensor(keep, dtype=torch.long)
+            running = torch.tensor(keep, dtype=torch.long, device=device)
             rows, tokens, mask, positions = rows[running], tokens[running], mask[running], positions[running]
             if keep:
                 cache.batch_select_indices(running)

@@ -1,4 +1,7 @@
-"""The rollout ``hf``: a transformers model behind verl's rollout interface, for machines without an accelerator.
+"""The rollout ``hf``: a transformers model behind verl's rollout interface, for tests and for small models.
+
+It runs on verl's device: in CPU mode on the CPU, elsewhere (:mod:`verl_troll.hf_rollout`) on the accelerator of the
+replica's first worker, which it shares.
 
 One Ray actor per replica (:class:`EmbeddedServer`) answers ``generate`` calls. Requests that arrive together run as
 one batch; a batch runs alone, and neither a weight update nor another batch overlaps it. The training side
@@ -23,7 +26,9 @@ from typing import Any, get_args
 import numpy as np
 import ray
 import torch
+from verl.plugin.platform import get_platform
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.device import get_device_name
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutput
@@ -99,7 +104,7 @@ class EmbeddedServer:
             )
         else:
             self.model = AutoModelForCausalLM.from_config(model_config.hf_config, **kwargs)
-        self.model.eval().requires_grad_(False)
+        self.model.eval().requires_grad_(False).to(get_device_name())
         self.has_weights = config.load_format == "auto"
         self.stop_ids = stop_token_ids(model_config)
         self.max_model_len = int(
@@ -281,7 +286,7 @@ class EmbeddedServer:
         """Nothing was released."""
 
     async def sleep(self) -> None:
-        """Weights stay in host memory."""
+        """Weights stay where they are."""
 
     async def clear_kv_cache(self) -> None:
         """No cache outlives a batch."""
@@ -313,7 +318,16 @@ class EmbeddedReplica(RolloutReplica):  # type: ignore[misc, unused-ignore]
                 f"rollout mode {self.rollout_mode}: the rollout 'hf' serves only the policy that is trained. "
                 "Use another rollout for reward and teacher models."
             )
-        node_id = await self.workers[0].__ray_call__.remote(lambda self: ray.get_runtime_context().get_node_id())
+        first = self.workers[0].__ray_call__
+        node_id = await first.remote(lambda self: ray.get_runtime_context().get_node_id())
+        platform = get_platform()
+        options: dict[str, Any] = {}
+        if platform.device_name != "cpu":
+            # The server claims no accelerator, and Ray would hide them all from it.
+            held = await first.remote(lambda self: ray.get_runtime_context().get_accelerator_ids())
+            variables = dict.fromkeys(platform.ray_noset_envvars(), "1")
+            variables[platform.visible_devices_envvar()] = held[platform.ray_resource_name()][0]
+            options["runtime_env"] = {"env_vars": variables}
         server = (
             ray.remote(EmbeddedServer)
             .options(
@@ -321,6 +335,7 @@ class EmbeddedReplica(RolloutReplica):  # type: ignore[misc, unused-ignore]
                 num_cpus=0,
                 max_concurrency=self.max_concurrency,
                 scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False),
+                **options,
             )
             .remote(self.config, self.model_config, self.replica_rank)
         )
@@ -357,7 +372,7 @@ class EmbeddedRollout(BaseRollout):  # type: ignore[misc, unused-ignore]
         """Nothing was released."""
 
     async def release(self) -> None:
-        """Weights stay in host memory."""
+        """Weights stay where they are."""
 
     async def update_weights(
         self,

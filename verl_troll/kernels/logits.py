@@ -1,15 +1,16 @@
 # mypy: disable-error-code="no-untyped-def"
 """Reading and writing ``[tokens, columns]`` logits once. See :mod:`verl_troll.kernels` for the contracts.
 
-**Reading.** One program per row streams its columns in steps of L lanes; lane i sees columns i, i + L, i + 2 L and so
-on. A lane keeps its own peak, mass and the step of its peak, so that nothing crosses lanes before the row ends. The k
-largest entries are found from the lanes: order all entries of the row by (value, lower column). If an entry is among
-the k first, fewer than k lanes have a peak before it, so its lane is among the k lanes with the first peaks. Only these
-lanes are read again, and what does not beat the k-th entry so far is dropped without sorting. Of random columns, about
-k^2 / (2 L) entries beat it.
+**Reading.** One program per row streams its columns in tiles of ``lanes x wide``. A lane keeps its own peak, mass and
+energy, and rescales them once per tile, so that nothing crosses lanes before the row ends. Where the largest entries
+are wanted, the largest of every group of neighbouring columns is kept as well.
 
-**Writing.** The corrected entries are computed before and stored after the dense pass, in kernels of their own: the
-boundaries between kernels order them where the gradient is written over the logits.
+**Searching.** The k largest entries, by value and then by lower column, lie in the k groups whose own largest entries
+are largest. A second kernel finds these groups by bisection on the values' bits, then in the same way the k largest
+entries of these groups: 1 to 3 % of the row is read again.
+
+**Writing.** One program per row. The corrected entries are read before the dense pass may write over them, and stored
+after it; barriers inside the program order the three.
 """
 
 from __future__ import annotations
@@ -24,58 +25,102 @@ from torch import Tensor
 
 from verl_troll.kernels import MAX_K
 
-# Lanes of a reading program and its warps. 16 lanes per thread keep 32 bytes of bfloat16 in flight each, and leave
-# registers for several programs per multiprocessor. More lanes mean fewer entries to sort, and more registers.
-READ_LANES = 2048
+# Bytes of a tile, and the columns of it that one lane holds: 16 bytes of half precision, what a thread loads at once.
+READ_TILE_BYTES = 8192
+READ_WIDE = 8
 # Sums must have the same bits whatever else is read along: without fusion their arithmetic does not depend on it.
 READ_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-# Entries, at least 2 k, that are sorted at a time when the best lanes are read again.
-READ_TABLE = 1024
-# Columns per program and warps of the dense pass: 16 columns per thread.
-WRITE_COLUMNS = 2048
-WRITE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-# Corrected entries per program.
-CORRECT_ENTRIES = 512
+READ_STAGES = 3
+# Columns per group: fewer where more entries are wanted, so that groups and candidates are about as many.
+GROUP_COLUMNS = ((64, 64), (256, 32), (MAX_K, 16))
+# Groups or candidates per warp of a searching program.
+SEARCHED_PER_WARP = 1024
+SEARCH_OPTIONS: dict[str, int | bool] = {"enable_fp_fusion": False}
+if torch.version.hip is None:
+    # More programs per multiprocessor are worth a few spilled registers: 7 % of the time on an H200.
+    SEARCH_OPTIONS["maxnreg"] = 96
+# Columns that a writing program holds at a time, and its warps.
+WRITE_COLUMNS = 8192
+WRITE_OPTIONS = {"num_warps": 16, "enable_fp_fusion": True}
 
-# A key orders entries: the value's bits, made to rise with it, then the inverted column. This one is below them all.
-_NO_KEY = tl.constexpr(-(2**63))
+_LOG2_E = tl.constexpr(math.log2(math.e))
+# The least float32: the peak of a lane that has seen nothing yet. Of -inf by -inf no difference could be taken.
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Below this shift a weight is 0 in float32; the product of both stays 0.
+_LEAST_SHIFT = tl.constexpr(-1e4)
+# Keys of what is no entry: below all others.
+_NO_KEY = tl.constexpr(-(2**31))
+_NO_ENTRY = tl.constexpr(-(2**63))
+# Bits of a float32's key that are alike for all numbers of the dtype.
+_IDLE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
 def read_rows(
-    logits: Tensor, rows: Tensor, columns: int, k: int, energy: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    logits: Tensor, rows: Tensor, ids: Tensor, columns: int, k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_logits(logits, columns)
     if not 0 <= k <= MAX_K:
         raise ValueError(f"k must lie between 0 and {MAX_K}, got {k!r}")
-    if k > 0 and logits.dtype == torch.float64:
-        raise ValueError("logits must not be float64 where k > 0: use the torch form")
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    count = rows.shape[0]
-    peak, mass = (torch.empty(count, dtype=dtype, device=logits.device) for _ in range(2))
-    total_energy = torch.empty_like(peak) if energy else None
-    values = torch.empty(count, k, dtype=dtype, device=logits.device)
-    ids = torch.empty(count, k, dtype=torch.int64, device=logits.device)
-    width = max(2, triton.next_power_of_2(k)) if k > 0 else 0
-    if count > 0:
-        with on_device(logits):
-            _read[(count,)](
+    count, width = ids.shape
+    device = logits.device
+    peak, mass, energy = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(3))
+    values = torch.empty(count, width, dtype=torch.float32, device=device)
+    top_values = torch.empty(count, k, dtype=torch.float32, device=device)
+    top_ids = torch.empty(count, k, dtype=torch.int64, device=device)
+    if count == 0:
+        return peak, mass, energy, values, top_values, top_ids
+    group = group_columns(k)
+    groups = triton.cdiv(max(columns, 1), group)
+    maxima = torch.empty(count, groups if k > 0 else 0, dtype=logits.dtype, device=device)
+    rows, ids = rows.contiguous(), ids.contiguous()
+    lanes = max(group // READ_WIDE, READ_TILE_BYTES // (READ_WIDE * logits.element_size()))
+    with on_device(logits):
+        _read[(count,)](
+            logits,
+            logits.stride(0),
+            rows,
+            columns,
+            ids,
+            width,
+            peak,
+            mass,
+            energy,
+            values,
+            maxima,
+            groups,
+            TOP=k > 0,
+            LANES=lanes,
+            WIDE=READ_WIDE,
+            GROUP=group,
+            IDS=triton.next_power_of_2(max(width, 1)),
+            STAGES=READ_STAGES,
+            **READ_OPTIONS,
+        )
+        if k > 0:
+            searched = triton.next_power_of_2(max(groups, k * group))
+            _search[(count,)](
                 logits,
                 logits.stride(0),
-                rows.contiguous(),
+                rows,
                 columns,
-                peak,
-                mass,
-                peak if total_energy is None else total_energy,
-                values,
-                ids,
+                maxima,
+                groups,
+                top_values,
+                top_ids,
                 k,
-                ENERGY=energy,
-                K=width,
-                LANES=max(READ_LANES, width),
-                TABLE=max(2, READ_TABLE // max(width, 1)),
-                **READ_OPTIONS,
+                K=triton.next_power_of_2(k),
+                GROUP=group,
+                GROUPS=triton.next_power_of_2(groups),
+                IDLE_BITS=_IDLE_BITS[logits.dtype],
+                num_warps=min(16, max(1, searched // SEARCHED_PER_WARP)),
+                **SEARCH_OPTIONS,
             )
-    return peak, mass, total_energy, values, ids
+    return peak, mass, energy, values, top_values, top_ids
+
+
+def group_columns(k: int) -> int:
+    """Columns per group where the ``k`` largest entries are wanted."""
+    return next(columns for most, columns in GROUP_COLUMNS if k <= most)
 
 
 def write_gradient(
@@ -98,15 +143,12 @@ def write_gradient(
     if out.numel() == 0:
         return
     count, width = ids.shape
+    # Which of ``rows`` each token is.
     place = torch.full((logits.shape[0],), -1, dtype=torch.int32, device=logits.device)
     place[rows] = torch.arange(count, dtype=torch.int32, device=logits.device)
-    rows, peak, a, ids, corrections = (x.contiguous() for x in (rows, peak, a, ids, corrections))
-    slope = a if b is None else b.contiguous()
-    correct = count * width > 0 and columns > 0
+    peak, a, ids, corrections = (x.contiguous() for x in (peak, a, ids, corrections))
     with on_device(logits):
-        # Before the dense pass, which may write over them.
-        values = logits[rows.unsqueeze(-1), ids.clamp_min(0)] if correct else ids
-        _write_dense[(logits.shape[0], triton.cdiv(logits.shape[1], WRITE_COLUMNS))](
+        _write[(logits.shape[0],)](
             out,
             out.stride(0),
             logits,
@@ -116,35 +158,23 @@ def write_gradient(
             columns,
             peak,
             a,
-            slope,
+            a if b is None else b.contiguous(),
+            ids,
+            corrections,
+            width,
             SLOPE=b is not None,
+            IDS=triton.next_power_of_2(max(width, 1)),
             BLOCK=WRITE_COLUMNS,
             **WRITE_OPTIONS,
         )
-        if correct:
-            _write_corrected[(triton.cdiv(count * width, CORRECT_ENTRIES),)](
-                out,
-                out.stride(0),
-                values,
-                rows,
-                ids,
-                corrections,
-                count * width,
-                width,
-                columns,
-                peak,
-                a,
-                slope,
-                SLOPE=b is not None,
-                BLOCK=CORRECT_ENTRIES,
-                **WRITE_OPTIONS,
-            )
+    # autograd does not see what a kernel writes: whoever kept the logits for a backward pass must hear of it.
+    torch.autograd.graph.increment_version(out)
 
 
 def _check_logits(logits: Tensor, columns: int) -> None:
-    if logits.ndim != 2 or not logits.is_floating_point() or (logits.shape[1] > 1 and logits.stride(1) != 1):
+    if logits.ndim != 2 or logits.dtype not in _IDLE_BITS or (logits.shape[1] > 1 and logits.stride(1) != 1):
         raise ValueError(
-            "logits must be a floating-point matrix that is contiguous in the last dimension, got "
+            "logits must be a float32, bfloat16 or float16 matrix that is contiguous in the last dimension, got "
             f"{tuple(logits.shape)}, strides {logits.stride()}, {logits.dtype}"
         )
     if not 0 <= columns <= logits.shape[1]:
@@ -157,44 +187,18 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 @triton.jit
-def _keys(x, columns):
-    """int64 keys of float32 ``x`` at int32 ``columns``."""
-    bits = x.to(tl.int32, bitcast=True)
-    # -0.0 counts as 0.0.
-    bits = tl.where(x == 0.0, 0, bits)
-    rising = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (rising.to(tl.int64) << 32) | (0x7FFFFFFF - columns).to(tl.int64)
-
-
-@triton.jit
-def _key_values(keys):
-    bits = (keys >> 32).to(tl.int32)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _key_columns(keys):
-    return (0x7FFFFFFF - (keys & 0x7FFFFFFF)).to(tl.int32)
-
-
-@triton.jit
-def _absorb(x, step, peak, mass, energy, peak_step, ENERGY: tl.constexpr, TOP: tl.constexpr):  # noqa: N803
-    """Each lane's state after one more entry ``x``."""
-    empty = x == -math.inf
-    shift = tl.where(empty, 0.0, x - peak)
-    # The exponential by which the larger of the two outweighs the smaller; of -inf by -inf, none.
-    weight = tl.where(empty, 0.0, tl.exp(-tl.abs(shift)))
-    rises = shift > 0
-    if ENERGY:
-        # What weighs nothing may have an infinite energy.
-        moved = tl.where(weight > 0, weight * (energy - shift * mass), 0.0)
-        energy = tl.where(rises, moved, energy + weight * tl.where(weight > 0, shift, 0.0))
-    mass = tl.where(rises, mass * weight + 1, mass + weight)
-    peak = tl.where(rises, x, peak)
-    if TOP:
-        peak_step = tl.where(rises, step, peak_step)
-    return peak, mass, energy, peak_step
+def _absorb(x, peak, mass, energy):
+    """Each lane's state after one more tile ``x [lanes, wide]``, and the lane's largest entry of it."""
+    best = tl.max(x, 1)
+    new = tl.maximum(peak, best)
+    moved = peak - new
+    scale = tl.exp2(moved * _LOG2_E)
+    shift = x - new[:, None]
+    weight = tl.exp2(shift * _LOG2_E)
+    energy = scale * (energy + tl.maximum(moved, _LEAST_SHIFT) * mass)
+    energy += tl.sum(weight * tl.maximum(shift, _LEAST_SHIFT), 1)
+    mass = mass * scale + tl.sum(weight, 1)
+    return best, new, mass, energy
 
 
 @triton.jit
@@ -203,77 +207,181 @@ def _read(
     stride,
     rows,
     columns,
+    ids,
+    width,
     peak_out,
     mass_out,
     energy_out,
     values_out,
-    ids_out,
-    k,
-    ENERGY: tl.constexpr,  # noqa: N803
-    K: tl.constexpr,  # noqa: N803
+    maxima_out,
+    groups,
+    TOP: tl.constexpr,  # noqa: N803
     LANES: tl.constexpr,  # noqa: N803
-    TABLE: tl.constexpr,  # noqa: N803
+    WIDE: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,  # noqa: N803
+    IDS: tl.constexpr,  # noqa: N803
+    STAGES: tl.constexpr,  # noqa: N803
 ):
     index = tl.program_id(0).to(tl.int64)
     row = logits + tl.load(rows + index) * stride
-    dtype: tl.constexpr = peak_out.dtype.element_ty
     lane = tl.arange(0, LANES)
-    peak = tl.full((LANES,), -math.inf, dtype)
-    mass = tl.zeros((LANES,), dtype)
-    energy = tl.zeros((LANES,), dtype)
-    peak_step = tl.zeros((LANES,), tl.int32)
-    full_steps = columns // LANES
-    for step in range(full_steps):
-        x = tl.load(row + step * LANES + lane).to(dtype)
-        peak, mass, energy, peak_step = _absorb(x, step, peak, mass, energy, peak_step, ENERGY, K > 0)
-    tail = full_steps * LANES + lane
-    x = tl.load(row + tail, mask=tail < columns, other=-math.inf).to(dtype)
-    peak, mass, energy, peak_step = _absorb(x, full_steps, peak, mass, energy, peak_step, ENERGY, K > 0)
+    column = lane[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    peak = tl.full((LANES,), _LOWEST, tl.float32)
+    mass = tl.zeros((LANES,), tl.float32)
+    energy = tl.zeros((LANES,), tl.float32)
+    LANES_PER_GROUP: tl.constexpr = GROUP // WIDE  # noqa: N806
+    GROUPS_PER_TILE: tl.constexpr = LANES // LANES_PER_GROUP  # noqa: N806
+    maxima = maxima_out + index * groups
+    group = tl.arange(0, GROUPS_PER_TILE)
+    full_tiles = columns // (LANES * WIDE)
+    for tile in tl.range(full_tiles, num_stages=STAGES):
+        x = tl.load(row + tile * (LANES * WIDE) + column).to(tl.float32)
+        best, peak, mass, energy = _absorb(x, peak, mass, energy)
+        if TOP:
+            largest = tl.max(tl.reshape(best, (GROUPS_PER_TILE, LANES_PER_GROUP)), 1)
+            tl.store(maxima + tile * GROUPS_PER_TILE + group, largest.to(maxima_out.dtype.element_ty))
+    rest = full_tiles * (LANES * WIDE) + column
+    x = tl.load(row + rest, mask=rest < columns, other=-math.inf).to(tl.float32)
+    best, peak, mass, energy = _absorb(x, peak, mass, energy)
+    if TOP:
+        largest = tl.max(tl.reshape(best, (GROUPS_PER_TILE, LANES_PER_GROUP)), 1)
+        group += full_tiles * GROUPS_PER_TILE
+        tl.store(maxima + group, largest.to(maxima_out.dtype.element_ty), mask=group < groups)
 
     highest = tl.max(peak, 0)
-    shift = peak - highest
-    weight = tl.where(peak == -math.inf, 0.0, tl.exp(shift))
-    tl.store(peak_out + index, highest)
-    tl.store(mass_out + index, tl.sum(mass * weight, 0))
-    if ENERGY:
-        part = tl.where(weight > 0, weight * (energy + shift * mass), 0.0)
-        tl.store(energy_out + index, tl.sum(part, 0))
+    moved = peak - highest
+    scale = tl.exp2(moved * _LOG2_E)
+    total = tl.sum(mass * scale, 0)
+    # A lane that saw no number has the least one as its peak, and no mass.
+    tl.store(peak_out + index, tl.where((highest == _LOWEST) & (total == 0), -math.inf, highest))
+    tl.store(mass_out + index, total)
+    tl.store(energy_out + index, tl.sum(scale * (energy + tl.maximum(moved, _LEAST_SHIFT) * mass), 0))
 
-    if K > 0:
-        first = peak_step * LANES + lane
-        best = tl.topk(tl.where(first < columns, _keys(peak, first), _NO_KEY), K)
-        worst = tl.min(best, 0)
-        # The best lanes, and the columns of theirs that are among the best already.
-        known = tl.where(best > _NO_KEY, _key_columns(best), columns)
-        best_lane = known % LANES
-        # A table of the best entries so far, and of some steps of the best lanes below them.
-        line = tl.arange(0, TABLE)[:, None]
-        for start in range(0, full_steps + 1, TABLE - 1):
-            again = (start + line - 1) * LANES + best_lane[None, :]
-            wanted = (line > 0) & (again < columns) & (again != known[None, :]) & (known < columns)[None, :]
-            entry = tl.load(row + again, mask=wanted, other=-math.inf).to(dtype)
-            keys = tl.where(wanted, _keys(entry, again), _NO_KEY)
-            if tl.max(tl.max(keys, 1), 0) > worst:
-                keys = tl.where(line > 0, keys, best[None, :])
-                best = tl.topk(tl.reshape(keys, (TABLE * K,)), K)
-                worst = tl.min(best, 0)
-        place = tl.arange(0, K)
-        exists = best > _NO_KEY
-        tl.store(values_out + index * k + place, tl.where(exists, _key_values(best), -math.inf), mask=place < k)
-        tl.store(ids_out + index * k + place, tl.where(exists, _key_columns(best), -1).to(tl.int64), mask=place < k)
+    place = tl.arange(0, IDS)
+    wanted = tl.load(ids + index * width + place, mask=place < width, other=-1)
+    value = tl.load(row + wanted, mask=(wanted >= 0) & (wanted < columns), other=0.0).to(tl.float32)
+    tl.store(values_out + index * width + place, value, mask=place < width)
+
+
+@triton.jit
+def _keys(x):
+    """int32 that order float32 ``x``; -0.0 counts as 0.0, and what is not a number comes first."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _threshold(keys, wanted, low, high):
+    """The largest key that at least ``wanted`` of ``keys`` reach, or one that exactly so many reach.
+
+    ``low`` is one that so many reach, ``high`` one that none exceeds; both int64.
+    """
+    while low < high:
+        middle = (low + high + 1) >> 1
+        reached = tl.sum((keys >= middle.to(tl.int32)).to(tl.int32))
+        low = tl.where(reached >= wanted, middle, low)
+        high = tl.where(reached > wanted, high, tl.where(reached == wanted, middle, middle - 1))
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _counts(keys, threshold):
+    """Of each key, whether it exceeds the threshold, and in the upper half whether it equals it."""
+    return (keys > threshold).to(tl.int32) + ((keys == threshold).to(tl.int32) << 16)
+
+
+@triton.jit
+def _choose(keys, threshold, wanted, seen):
+    """Which keys are the ``wanted`` largest, the first of equal ones, and how many of them stand before each.
+
+    ``seen`` are the :func:`_counts` summed up to each key.
+    """
+    missing = wanted - tl.sum((keys > threshold).to(tl.int32))
+    equal_seen = seen >> 16
+    chosen = (keys > threshold) | ((keys == threshold) & (equal_seen <= missing))
+    return chosen, (seen & 0xFFFF) + tl.minimum(equal_seen, missing) - 1
+
+
+@triton.jit
+def _search(
+    logits,
+    stride,
+    rows,
+    columns,
+    maxima,
+    groups,
+    values_out,
+    ids_out,
+    k,
+    K: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,  # noqa: N803
+    GROUPS: tl.constexpr,  # noqa: N803
+    IDLE_BITS: tl.constexpr,  # noqa: N803
+):
+    index = tl.program_id(0).to(tl.int64)
+    row = logits + tl.load(rows + index) * stride
+    ids = ids_out + index * k
+    # Before the result is there, the same memory holds the chosen groups, then the chosen columns.
+    chosen_out = ids.to(tl.pointer_type(tl.int32), bitcast=True)
+
+    group = tl.arange(0, GROUPS)
+    real = group < groups
+    largest = tl.load(maxima + index * groups + group, mask=real, other=-math.inf).to(tl.float32)
+    keys = tl.where(real, _keys(largest) >> IDLE_BITS, _NO_KEY)
+    wanted = tl.minimum(k, groups)
+    lowest = tl.min(tl.where(real, keys, 0x7FFFFFFF)).to(tl.int64)
+    threshold = _threshold(keys, wanted, lowest, tl.max(keys).to(tl.int64))
+    chosen, before = _choose(keys, threshold, wanted, tl.cumsum(_counts(keys, threshold), 0))
+    tl.store(chosen_out + before, group, mask=chosen)
+    tl.debug_barrier()
+
+    place = tl.arange(0, K)
+    own_group = tl.load(chosen_out + place, mask=place < wanted, other=0)
+    column = own_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    real = (place < wanted)[:, None] & (column < columns)
+    x = tl.load(row + column, mask=real, other=-math.inf).to(tl.float32)
+    keys = tl.where(real, _keys(x) >> IDLE_BITS, _NO_KEY)
+    # Each of k groups has an entry that reaches their threshold, and few others do: these are sorted. Where more do
+    # than there is room for, the threshold rises to that of the entries.
+    found = tl.minimum(k, columns)
+    lowest = tl.min(tl.where(real, keys, 0x7FFFFFFF)).to(tl.int64)
+    low = tl.where(wanted == k, threshold.to(tl.int64), lowest)
+    reached = tl.sum((keys >= low.to(tl.int32)).to(tl.int32))
+    few = reached <= 2 * k
+    threshold = _threshold(keys, found, low, tl.where(few, low, tl.max(keys).to(tl.int64)))
+    taken = tl.where(few, reached, found)
+    counts = _counts(keys, threshold)
+    in_group = tl.sum(counts, 1)
+    seen = tl.cumsum(counts, 1) + (tl.cumsum(in_group, 0) - in_group)[:, None]
+    chosen, before = _choose(keys, threshold, taken, seen)
+    tl.debug_barrier()
+    tl.store(chosen_out + before, column, mask=chosen)
+    tl.debug_barrier()
+
+    place = tl.arange(0, 2 * K)
+    column = tl.load(chosen_out + place, mask=place < taken, other=0)
+    x = tl.load(row + column, mask=place < taken, other=-math.inf).to(tl.float32)
+    # An entry is its key, then its inverted column.
+    entry = (_keys(x).to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
+    best = tl.sort(tl.where(place < taken, entry, _NO_ENTRY), descending=True)
+    bits = (best >> 32).to(tl.int32)
+    value = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+    tl.debug_barrier()
+    tl.store(values_out + index * k + place, tl.where(place < found, value, -math.inf), mask=place < k)
+    tl.store(ids + place, tl.where(place < found, 0x7FFFFFFF - (best & 0x7FFFFFFF), -1), mask=place < k)
 
 
 @triton.jit
 def _gradient(x, peak, a, b, SLOPE: tl.constexpr):  # noqa: N803
-    shift = x - peak
-    factor = a
+    shift = tl.maximum(x - peak, _LEAST_SHIFT)
+    weight = tl.exp2(shift * _LOG2_E)
     if SLOPE:
-        factor = a + b * shift
-    return tl.where(x == -math.inf, 0.0, tl.exp(shift) * factor)
+        return weight * (a + b * shift)
+    return weight * a
 
 
 @triton.jit
-def _write_dense(
+def _write(
     out,
     out_stride,
     logits,
@@ -284,50 +392,39 @@ def _write_dense(
     peak_in,
     a_in,
     b_in,
+    ids,
+    corrections,
+    width,
     SLOPE: tl.constexpr,  # noqa: N803
+    IDS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    index = tl.load(place + token)
-    target = out + token * out_stride + column
+    index = tl.load(place + token).to(tl.int64)
+    row = logits + token * stride
+    target = out + token * out_stride
+    dtype: tl.constexpr = out.dtype.element_ty
+    lane = tl.arange(0, BLOCK)
     if index < 0:
-        tl.store(target, tl.zeros((BLOCK,), out.dtype.element_ty), mask=column < all_columns)
+        for start in range(0, all_columns, BLOCK):
+            tl.store(target + start + lane, tl.zeros((BLOCK,), dtype), mask=start + lane < all_columns)
     else:
-        dtype: tl.constexpr = peak_in.dtype.element_ty
-        real = column < columns
-        x = tl.load(logits + token * stride + column, mask=real, other=-math.inf).to(dtype)
-        gradient = _gradient(x, tl.load(peak_in + index), tl.load(a_in + index), tl.load(b_in + index), SLOPE)
-        tl.store(target, gradient.to(out.dtype.element_ty), mask=column < all_columns)
-
-
-@triton.jit
-def _write_corrected(
-    out,
-    out_stride,
-    values,
-    rows,
-    ids,
-    corrections,
-    entries,
-    width,
-    columns,
-    peak_in,
-    a_in,
-    b_in,
-    SLOPE: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-):
-    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    real = entry < entries
-    column = tl.load(ids + entry, mask=real, other=-1)
-    real &= (column >= 0) & (column < columns)
-    index = entry // width
-    token = tl.load(rows + index, mask=real, other=0)
-    dtype: tl.constexpr = peak_in.dtype.element_ty
-    x = tl.load(values + entry, mask=real, other=-math.inf).to(dtype)
-    peak = tl.load(peak_in + index, mask=real, other=0.0)
-    a = tl.load(a_in + index, mask=real, other=0.0)
-    b = tl.load(b_in + index, mask=real, other=0.0)
-    gradient = _gradient(x, peak, a, b, SLOPE) + tl.load(corrections + entry, mask=real, other=0.0).to(dtype)
-    tl.store(out + token * out_stride + column, gradient.to(out.dtype.element_ty), mask=real)
+        peak = tl.load(peak_in + index)
+        peak = tl.where(peak == -math.inf, 0.0, peak)
+        a = tl.load(a_in + index)
+        b = tl.load(b_in + index)
+        entry = tl.arange(0, IDS)
+        corrected = tl.load(ids + index * width + entry, mask=entry < width, other=-1)
+        mine = (corrected >= 0) & (corrected < columns)
+        there = tl.load(row + corrected, mask=mine, other=-math.inf).to(tl.float32)
+        correction = tl.load(corrections + index * width + entry, mask=mine, other=0.0)
+        total = _gradient(there, peak, a, b, SLOPE) + correction
+        tl.debug_barrier()
+        for start in range(0, columns, BLOCK):
+            here = start + lane < columns
+            x = tl.load(row + start + lane, mask=here, other=-math.inf).to(tl.float32)
+            tl.store(target + start + lane, _gradient(x, peak, a, b, SLOPE).to(dtype), mask=here)
+        for start in range(columns, all_columns, BLOCK):
+            tl.store(target + start + lane, tl.zeros((BLOCK,), dtype), mask=start + lane < all_columns)
+        tl.debug_barrier()
+        tl.store(target + corrected, total.to(dtype), mask=mine)

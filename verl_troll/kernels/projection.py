@@ -61,7 +61,7 @@ def project_rows(new: Tensor, old: Tensor, kl_bound: float, tolerance: float) ->
                 new.stride(0),
                 old,
                 old.stride(0),
-                _limits(kl_bound, tolerance, new.device),
+                solver_limits(kl_bound, tolerance, new.device),
                 n,
                 log_probs,
                 step_size,
@@ -71,11 +71,7 @@ def project_rows(new: Tensor, old: Tensor, kl_bound: float, tolerance: float) ->
                 evaluations,
                 moments,
                 flags,
-                MAX_EVALUATIONS=reference.MAX_EVALUATIONS,
-                PATIENCE=reference._PATIENCE,
-                LEAST_DIVISOR=reference._CURVATURE_RANGE[0],
-                LARGEST_DIVISOR=reference._CURVATURE_RANGE[1],
-                LOG_RATIO_OF_ZERO=reference._LOG_RATIO_OF_ZERO,
+                **solver_constants(),
                 **_shape(n),
             )
     return (log_probs, step_size, kl_before, kl, converged, evaluations), Saved(moments, flags)
@@ -125,13 +121,24 @@ class ProjectKernel(torch.autograd.Function):
         return project_gradient(grad, new, old, Saved(*saved), ctx.implicit), None, None, None, None
 
 
+def solver_constants() -> dict[str, float]:
+    """The constants of :func:`prepare_pair` and :func:`solve`."""
+    return {
+        "MAX_EVALUATIONS": reference.MAX_EVALUATIONS,
+        "PATIENCE": reference._PATIENCE,
+        "LEAST_DIVISOR": reference._CURVATURE_RANGE[0],
+        "LARGEST_DIVISOR": reference._CURVATURE_RANGE[1],
+        "LOG_RATIO_OF_ZERO": reference._LOG_RATIO_OF_ZERO,
+    }
+
+
 def _shape(n: int) -> dict[str, int]:
     width = triton.next_power_of_2(n)
     return {"WIDTH": width, "num_warps": max(1, width // OUTCOMES_PER_WARP), "enable_fp_fusion": True}
 
 
 @functools.lru_cache(maxsize=16)
-def _limits(kl_bound: float, tolerance: float, device: torch.device) -> Tensor:
+def solver_limits(kl_bound: float, tolerance: float, device: torch.device) -> Tensor:
     """The solver's numbers in float64, which Triton would round to float32 if they were passed by value."""
     # The window ends short of the bound, so that rounding the result to float32 cannot carry it across.
     upper = math.log(kl_bound) + math.log1p(-0.1 * tolerance)
@@ -152,11 +159,17 @@ def _read_pair(
     LOG_RATIO_OF_ZERO: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
 ):
-    """Normalised log q and ``s = log p - log q``, harmless where the row cannot be solved; what kind of row it is."""
+    """:func:`prepare_pair` of a row in memory."""
     place = tl.arange(0, WIDTH)
     here = place < n
     log_p = tl.load(new + row * new_stride + place, mask=here, other=-math.inf).to(tl.float64)
     log_q = tl.load(old + row * old_stride + place, mask=here, other=-math.inf).to(tl.float64)
+    return prepare_pair(log_p, log_q, here, LOG_RATIO_OF_ZERO)
+
+
+@triton.jit
+def prepare_pair(log_p, log_q, here, LOG_RATIO_OF_ZERO: tl.constexpr):  # noqa: N803
+    """Normalised log q and ``s = log p - log q``, harmless where the row cannot be solved; what kind of row it is."""
     outcome = log_q > -math.inf
     has_mass = log_p > -math.inf
     live = outcome & has_mass
@@ -209,33 +222,19 @@ def _tilt(log_q, q, s, t):
 
 
 @triton.jit
-def _project(
-    new,
-    new_stride,
-    old,
-    old_stride,
+def solve(
+    log_q,
+    s,
+    broken,
+    escaped,
+    skipped,
     limits,
-    n,
-    log_probs_out,
-    step_size_out,
-    kl_before_out,
-    kl_out,
-    converged_out,
-    evaluations_out,
-    moments_out,
-    flags_out,
     MAX_EVALUATIONS: tl.constexpr,  # noqa: N803
     PATIENCE: tl.constexpr,  # noqa: N803
     LEAST_DIVISOR: tl.constexpr,  # noqa: N803
     LARGEST_DIVISOR: tl.constexpr,  # noqa: N803
-    LOG_RATIO_OF_ZERO: tl.constexpr,  # noqa: N803
-    WIDTH: tl.constexpr,  # noqa: N803
 ):
-    row = tl.program_id(0).to(tl.int64)
-    rows = tl.num_programs(0).to(tl.int64)
-    log_q, s, _live, broken, escaped, skipped = _read_pair(
-        new, new_stride, old, old_stride, row, n, LOG_RATIO_OF_ZERO, WIDTH
-    )
+    """Step size of one row of :func:`prepare_pair`, the KL on both ends of the step, and the moments of s there."""
     q = tl.exp(log_q)
     kl_bound = tl.load(limits)
     upper = tl.load(limits + 1)
@@ -284,7 +283,67 @@ def _project(
         found = tl.log(kl)
         done = (found <= upper) & (found >= lower)
         running = ~done & (evaluations < MAX_EVALUATIONS)
+    return t, kl_before, kl, outside, done, evaluations, mean, variance, log_normaliser
 
+
+@triton.jit
+def pull_back(
+    g,
+    log_q,
+    s,
+    live,
+    t,
+    mean,
+    variance,
+    log_normaliser,
+    on_bound,
+    IMPLICIT: tl.constexpr,  # noqa: N803
+    VARIANCE_FLOOR: tl.constexpr,  # noqa: N803
+):
+    """From ``g``, the gradient to log pi of a row that was moved, to the gradient to log p."""
+    pi = tl.exp(log_q + t * s - log_normaliser)
+    # d log pi_j / d s_i at a fixed step size.
+    grad_s = t * (g - pi * tl.sum(g, 0))
+    if IMPLICIT:
+        # dt / ds_i = -t pi_i (s_i - m) / v   and   d log pi_j / dt = s_j - m
+        centred = s - mean
+        curved = (variance > VARIANCE_FLOOR) & on_bound
+        inverse = tl.where(curved, 1.0 / tl.where(curved, variance, 1.0), 0.0)
+        grad_s = grad_s - t * pi * centred * inverse * tl.sum(g * centred, 0)
+    return tl.where(live, grad_s, 0.0)
+
+
+@triton.jit
+def _project(
+    new,
+    new_stride,
+    old,
+    old_stride,
+    limits,
+    n,
+    log_probs_out,
+    step_size_out,
+    kl_before_out,
+    kl_out,
+    converged_out,
+    evaluations_out,
+    moments_out,
+    flags_out,
+    MAX_EVALUATIONS: tl.constexpr,  # noqa: N803
+    PATIENCE: tl.constexpr,  # noqa: N803
+    LEAST_DIVISOR: tl.constexpr,  # noqa: N803
+    LARGEST_DIVISOR: tl.constexpr,  # noqa: N803
+    LOG_RATIO_OF_ZERO: tl.constexpr,  # noqa: N803
+    WIDTH: tl.constexpr,  # noqa: N803
+):
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0).to(tl.int64)
+    log_q, s, _live, broken, escaped, skipped = _read_pair(
+        new, new_stride, old, old_stride, row, n, LOG_RATIO_OF_ZERO, WIDTH
+    )
+    t, kl_before, kl, outside, done, evaluations, mean, variance, log_normaliser = solve(
+        log_q, s, broken, escaped, skipped, limits, MAX_EVALUATIONS, PATIENCE, LEAST_DIVISOR, LARGEST_DIVISOR
+    )
     moved = (escaped & ~broken) | outside
     place = tl.arange(0, WIDTH)
     here = place < n
@@ -336,15 +395,10 @@ def _project_gradient(
     here = place < n
     g = tl.load(grad + row * n + place, mask=here, other=0.0).to(tl.float64)
     g = tl.where(live, g, 0.0)
-    pi = tl.exp(log_q + t * s - log_normaliser)
-    # d log pi_j / d s_i at a fixed step size.
-    grad_s = t * (g - pi * tl.sum(g, 0))
-    if IMPLICIT:
-        # dt / ds_i = -t pi_i (s_i - m) / v   and   d log pi_j / dt = s_j - m
-        centred = s - mean
-        curved = (variance > VARIANCE_FLOOR) & ((flags & _ON_BOUND) != 0)
-        inverse = tl.where(curved, 1.0 / tl.where(curved, variance, 1.0), 0.0)
-        grad_s = grad_s - t * pi * centred * inverse * tl.sum(g * centred, 0)
-    gradient = tl.where((flags & _MOVED) != 0, tl.where(live, grad_s, 0.0), g)
+    on_bound = (flags & _ON_BOUND) != 0
+    grad_s = pull_back(
+        g, log_q, s, live, t, mean, variance, log_normaliser, on_bound, IMPLICIT=IMPLICIT, VARIANCE_FLOOR=VARIANCE_FLOOR
+    )
+    gradient = tl.where((flags & _MOVED) != 0, grad_s, g)
     gradient = tl.where((flags & _BROKEN) != 0, math.nan, gradient)
     tl.store(result + row * n + place, gradient.to(result.dtype.element_ty), mask=here)

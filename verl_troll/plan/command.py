@@ -100,12 +100,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     rates = parser.add_argument_group(
         "rates",
-        "The defaults are nominal: NVIDIA's data sheets of the H100 SXM and the DGX H100; latencies are assumed.",
+        "The defaults are nominal: NVIDIA's data sheets of the H100 SXM and the DGX H100; latencies are assumed. What "
+        "kernels reach of the memory's rate was measured on one NVIDIA H200, see --explain.",
     )
     nominal = Hardware()
     for field, words in (
         ("flops", "dense bfloat16 flop/s"),
-        ("memory_bandwidth", "GPU memory, bytes/s"),
+        ("memory_bandwidth", "GPU memory, bytes/s by its data sheet"),
         ("link_bandwidth", "inside a node, bytes/s in one direction"),
         ("network_bandwidth", "between nodes, bytes/s per GPU"),
         ("latency", "seconds per collective"),
@@ -138,13 +139,14 @@ def setting_from(arguments: argparse.Namespace) -> Setting:
         PlanError: an option is missing, out of range or contradicts another; the message names it.
     """
     backend: Backend = arguments.backend or ("megatron" if arguments.tp > 1 or arguments.pp > 1 else "fsdp")
-    tokens, prompt_tokens = _tokens(arguments)
+    tokens, prompt_tokens, sequences = _tokens(arguments)
     dtype = arguments.dtype or ("float32" if backend == "megatron" and not arguments.fused else "bfloat16")
     return Setting(
         model=_model(arguments),
         backend=backend,
         tokens=tokens,
         prompt_tokens=prompt_tokens,
+        sequences=sequences,
         dp=_data_parallel(arguments),
         reuse_logits=not arguments.no_reuse_logits,
         form=arguments.kernels,
@@ -189,14 +191,15 @@ def _model(arguments: argparse.Namespace) -> Model:
     )
 
 
-def _tokens(arguments: argparse.Namespace) -> tuple[int, int]:
+def _tokens(arguments: argparse.Namespace) -> tuple[int, int, int]:
+    """Response tokens, prompt tokens and samples of a step; 0 samples where they are not known."""
     parts = ("prompts", "samples", "response_length")
     given = [name for name in parts if getattr(arguments, name) is not None]
     if arguments.tokens is not None:
         if given or arguments.prompt_length:
             name = (given or ["prompt_length"])[0].replace("_", "-")
             raise PlanError(f"--{name} and --tokens exclude each other")
-        return arguments.tokens, arguments.prompt_tokens or 0
+        return arguments.tokens, arguments.prompt_tokens or 0, 0
     if arguments.prompt_tokens is not None:
         raise PlanError("--prompt-tokens goes with --tokens; with --prompts give --prompt-length")
     for name in parts:
@@ -210,7 +213,7 @@ def _tokens(arguments: argparse.Namespace) -> tuple[int, int]:
     if arguments.prompt_length < 0:
         raise PlanError(f"--prompt-length must be at least 0, got {arguments.prompt_length}")
     samples = arguments.prompts * arguments.samples
-    return samples * arguments.response_length, samples * arguments.prompt_length
+    return samples * arguments.response_length, samples * arguments.prompt_length, samples
 
 
 def _data_parallel(arguments: argparse.Namespace) -> int:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from verl_troll import lm_head
 from verl_troll.logits import block_elements
 from verl_troll.plan.setting import Setting
 
 _MEMORY = "test_memory_of_the_update"
 _SMALL = "test_small_tensors"
+_KERNELS = "test_kernels_in_the_interpreter"
 _VANILLA = "test_vanillas_own_memory"
 _FUSED = "test_memory_of_fused_heads"
 _CARRIED = "test_carried_bytes"
@@ -83,6 +85,13 @@ SECTIONS: dict[str, tuple[Formula, ...]] = {
             "",
             "anchored adds one rest outcome; union may add as many ids of the new policy",
         ),
+        Formula(
+            "group",
+            {"k <= 64": "64", "k <= 256": "32", "True": "16"},
+            "columns",
+            "the Triton kernels search the groups of columns whose largest logits are largest",
+            {"triton": _KERNELS, "True": ""},
+        ),
     ),
     "Memory of the update, bytes per GPU": (
         Formula(
@@ -128,63 +137,96 @@ SECTIONS: dict[str, tuple[Formula, ...]] = {
             _MEMORY,
         ),
         Formula(
-            "block",
+            "read_block",
             {
-                "triton and not fused": "0",
-                "triton": "min(rows * columns, block_elements) * dtype_bytes",
-                "fused": "min(rows * columns, block_elements) * (dtype_bytes + 4)",
+                "fused": "min(rows, read_tokens) * (min(columns, read_columns) + hidden) * dtype_bytes + "
+                "(min(rows, read_tokens) * ceil(min(columns, read_columns) / group) * dtype_bytes if triton else "
+                "4 * min(block_elements, min(rows, read_tokens) * min(columns, read_columns)))",
+                "triton": "rows * ceil(columns / group) * dtype_bytes",
                 "half": "min(rows, floor(block_elements / columns)) * columns * 6",
                 "True": "min(rows, floor(block_elements / columns)) * columns * 12",
             },
             "bytes",
-            "the torch forms copy some rows in float32, the Triton kernels none; a fused head computes a block of "
-            "logits",
-            {"triton": "", "fused": _FUSED, "True": _MEMORY},
+            "the torch forms copy some rows in float32, the Triton kernels write each group's largest logit; a fused "
+            "head computes a block of logits",
+            {"triton": _KERNELS, "fused": _FUSED, "True": _MEMORY},
+        ),
+        Formula(
+            "update_block",
+            {"triton and anchored and not fused": "0", "True": "read_block"},
+            "bytes",
+            "anchored searches nothing in the update: its ids are the old ones",
+            {"triton": _KERNELS, "fused": _FUSED, "True": _MEMORY},
+        ),
+        Formula(
+            "write_columns",
+            "min(columns, floor(write_elements / min(rows, write_tokens)))",
+            "columns",
+            "of a block whose gradient a fused head makes",
+        ),
+        Formula(
+            "write_block",
+            {
+                "fused": "min(rows, write_tokens) * write_columns * dtype_bytes "
+                "+ (0 if triton else 4 * min(block_elements, min(rows, write_tokens) * write_columns))",
+                "triton": "0",
+                "True": "read_block",
+            },
+            "bytes",
+            "the Triton kernels write in place; a fused head has a block of logits",
+            {"triton": _KERNELS, "fused": _FUSED, "True": _MEMORY},
+        ),
+        Formula(
+            "small_reading",
+            "rows * (80 + 12 * width * (1 if cp == 1 else 2) + (12 if union else 4) * width * (2 if fused else 1))",
+            "bytes",
+            "the old ids, unpacked and then this GPU's picked out, and what was read; a fused head joins its blocks",
+            {"triton": _KERNELS, "True": _SMALL},
         ),
         Formula(
             "small",
             {
-                "triton and anchored": "rows * outcomes * 37",
-                "triton": "rows * outcomes * 58",
-                "anchored": "rows * outcomes * 115",
-                "union": "rows * outcomes * 122",
+                "triton and anchored": "rows * (80 + (26 if tp * cp == 1 else 36) * width + 12 * kept_ids)",
+                "triton": "rows * (140 + (77 if tp > 1 else 56 if cp == 1 else 68) * width)",
+                "True": "rows * outcomes * 130",
             },
             "bytes",
-            "ids, log-probabilities and the projection's float64, per token and outcome, at their peak",
-            _SMALL,
+            "ids, log-probabilities, gradients and the torch form's float64, per token and outcome, at their peak",
+            {"triton": _KERNELS, "True": _SMALL},
         ),
         Formula(
             "small_kept",
             {
-                "triton and anchored": "rows * outcomes * 17",
-                "triton": "rows * outcomes * 26",
-                "anchored": "rows * outcomes * 35",
-                "union": "rows * outcomes * 43",
+                "triton and anchored": "rows * (100 + (20 if tp == 1 else 37) * width)",
+                "triton": "rows * (100 + (40 if tp == 1 else 78) * width)",
+                "True": "rows * outcomes * 43",
             },
             "bytes",
-            "those among them that wait for the backward pass",
-            _SMALL,
+            "those among them that wait for the backward pass; with the kernels also those from which it is written",
+            {"triton": _KERNELS, "True": _SMALL},
         ),
         Formula(
             "fused_gradients",
             {
-                "fused": "block + head_gradient + min(columns, block_elements / min(rows, block_tokens)) * hidden * 4 "
-                "+ rows * hidden * (4 + 2 * dtype_bytes)",
+                "fused": "write_block + head_gradient + rows * hidden * (4 + 2 * dtype_bytes) "
+                "+ (0 if half and rows <= write_tokens else write_columns * hidden * (6 if half else 4))",
                 "True": "0",
             },
             "bytes",
-            "a block of logits, the weight's gradient with one part in float32, and the hidden states' gradient",
-            {"fused and not triton": _FUSED, "True": ""},
+            "blocks of logits, the gradients of the weight and of the hidden states, and of the weight a part in "
+            "float32 where it is summed",
+            {"fused and triton": _KERNELS, "fused": _FUSED, "True": ""},
         ),
         Formula(
             "troll_update",
             {
-                "fused": "max(block + small, small_kept + fused_gradients)",
-                "True": "max(block, small, small_kept + block + troll_gradient)",
+                "fused": "max(update_block + small_reading, small, small_kept + fused_gradients)",
+                "triton": "max(update_block + small_reading, small, small_kept + troll_gradient)",
+                "True": "max(update_block, small, small_kept + write_block + troll_gradient)",
             },
             "bytes",
             "reading, projection and backward pass have their peaks one after the other",
-            {"triton": "", "fused": _FUSED, "True": _MEMORY},
+            {"triton": _KERNELS, "fused": _FUSED, "True": _MEMORY},
         ),
         Formula("vanilla_peak", "logits + vanilla_update", "bytes", "logits and all that comes beside them"),
         Formula("vanilla_peak_torch", "logits + vanilla_update_torch", "bytes", "the same without flash-attention"),
@@ -205,10 +247,14 @@ SECTIONS: dict[str, tuple[Formula, ...]] = {
         ),
         Formula(
             "troll_old",
-            "block + rows * width * 40",
+            {
+                "triton": "max(read_block + rows * (100 + 12 * width * (2 if fused else 1)), "
+                "rows * (80 + 24 * width if tp == 1 else 90 + 60 * width))",
+                "True": "read_block + rows * width * 40",
+            },
             "bytes",
             "the block, and the candidates of every token",
-            _SMALL,
+            {"triton": _KERNELS, "True": _SMALL},
         ),
     ),
     "Carried with the batch": (
@@ -286,12 +332,13 @@ SECTIONS: dict[str, tuple[Formula, ...]] = {
             "troll_sent",
             {
                 "tp == 1": "0",
-                "anchored": "4 * (width + (3 if entropy else 2) * tp)",
-                "union": "8 * min(k, vocab) + (16 if entropy else 12)",
+                "anchored": "4 * (width + (3 if entropy or triton else 2) * tp)",
+                "union": "8 * min(k, vocab) + (16 if entropy or triton else 12)",
             },
             "bytes/token",
-            "anchored: the logits at the old ids, and a slot per rank for its normaliser; union: as the old pass",
-            _SENT,
+            "anchored: the logits at the old ids, and a slot per rank for its normaliser; union: as the old pass. The "
+            "kernels read the entropy always",
+            {"triton": _KERNELS, "True": _SENT},
         ),
         Formula(
             "troll_calls",
@@ -353,6 +400,49 @@ SECTIONS: dict[str, tuple[Formula, ...]] = {
             "so; with context parallelism two small ones for the metrics among them",
         ),
     ),
+    "Kernels, timed on one NVIDIA H200: 8,192 tokens x 151,936 bfloat16 logits, K 64": (
+        Formula("timed_bytes", "8192 * 151936 * 2", "bytes", "the logits that were read"),
+        Formula("timed_bandwidth", "4.8e12", "bytes/s", "its data sheet's; passes are scaled to other cards by theirs"),
+        Formula(
+            "copy_pass",
+            "1.17e-3 * timed_bandwidth / (2 * timed_bytes)",
+            "",
+            "a copy reads and writes them in 1.17 ms, a pass so many times what the data sheet's rate would take. Used "
+            "for all that was not timed: torch's, verl's and Megatron's operations, and products on logits",
+        ),
+        Formula(
+            "torch_pass",
+            "3.5 * copy_pass",
+            "",
+            "TROLL's torch forms took 111 to 122 ms for old pass and update, where passes at a copy's rate and small "
+            "operations come to 40",
+        ),
+        Formula(
+            "flash_pass", "2.12e-3 * timed_bandwidth / (3 * timed_bytes)", "", "flash-attention, 2.12 ms for three"
+        ),
+        Formula(
+            "old_pass",
+            "6.28e-3 * timed_bandwidth / timed_bytes",
+            "",
+            "flash-attention's cross-entropy and torch's compiled entropy, 6.28 ms",
+        ),
+        Formula("read_pass", "0.58e-3 * timed_bandwidth / timed_bytes", "", "the reading kernel, 0.58 ms"),
+        Formula("write_pass", "1.26e-3 * timed_bandwidth / (2 * timed_bytes)", "", "the writing kernel, 1.26 ms"),
+        Formula(
+            "search_seconds",
+            "0.38e-3 / 8192 * (ceil(columns / group) + k * group) / (ceil(151936 / 64) + 64 * 64)",
+            "s",
+            "per token, of 0.38 ms; in proportion to the groups and to the columns of those that are chosen. Not bound "
+            "by the memory: taken as it is on other cards",
+        ),
+        Formula(
+            "terms_seconds",
+            "(0.37e-3 + 0.007e-3 + 0.006e-3) / 8192 * outcomes / 130",
+            "s",
+            "per token: the projection (0.37 ms; 0.04 with every token inside the region), the choice of ids and the "
+            "gradient's corrections, in proportion to the outcomes. Not bound by the memory either",
+        ),
+    ),
     "Time, seconds per step on a GPU that holds the head": (
         Formula(
             "trunk_parameters",
@@ -370,18 +460,23 @@ SECTIONS: dict[str, tuple[Formula, ...]] = {
         Formula("row_bytes", "columns * dtype_bytes", "bytes", "the logits of one token on one GPU"),
         Formula(
             "vanilla_old_passes",
-            {"fused and megatron": "0", "fused": "26 if half else 13", "megatron": "20", "True": "4"},
+            {
+                "fused and megatron": "0",
+                "fused": "(26 if half else 13) * copy_pass",
+                "megatron": "20 * copy_pass",
+                "True": "old_pass",
+            },
             "",
-            "FSDP: 1 by flash-attention, 3 by the compiled entropy. Megatron: copy 2, largest 1, subtract 2, exp 2, "
-            "sum 1, divide 2, product 2; then 8 of the cross-entropy. Fused, FSDP: torch's operations",
+            "FSDP: flash-attention's cross-entropy and the compiled entropy. Megatron: copy 2, largest 1, subtract 2, "
+            "exp 2, sum 1, divide 2, product 2; then 8 of the cross-entropy. Fused, FSDP: torch's operations",
         ),
         Formula(
             "vanilla_passes",
             {
-                "fused and megatron": "3",
-                "fused": "66 if half else 34",
-                "megatron": "10 + (26 if entropy else 0)",
-                "True": "3 + (8 if entropy else 0)",
+                "fused and megatron": "3 * copy_pass",
+                "fused": "(66 if half else 34) * copy_pass",
+                "megatron": "(10 + (26 if entropy else 0)) * copy_pass",
+                "True": "3 * flash_pass + (8 * copy_pass if entropy else 0)",
             },
             "",
             "FSDP: flash-attention reads, reads and writes. Megatron: largest 1, subtract 2, exp 2, sum 1, divide 2, "
@@ -389,15 +484,21 @@ SECTIONS: dict[str, tuple[Formula, ...]] = {
         ),
         Formula(
             "troll_old_passes",
-            {"fused": "2 if triton else 18", "triton": "1", "half": "17", "True": "8"},
+            {
+                "triton": "read_pass + (copy_pass if fused else 0)",
+                "True": "(18 if fused else 17 if half else 8) * torch_pass",
+            },
             "",
             "one reading; a fused head first writes the block; the torch forms copy, group, subtract, exp and sum",
         ),
         Formula(
             "troll_passes",
-            {"fused": "7 if triton else 40", "triton": "3", "half": "39", "True": "18"},
+            {
+                "triton": "read_pass + 2 * write_pass + (4 * copy_pass if fused else 0)",
+                "True": "(40 if fused else 39 if half else 18) * torch_pass",
+            },
             "",
-            "read; read and write; a fused head writes two blocks more and reads one twice for its gradients",
+            "read; read and write; a fused head writes the block twice more and reads it twice for its gradients",
         ),
         Formula(
             "vanilla_reading",
@@ -408,34 +509,77 @@ SECTIONS: dict[str, tuple[Formula, ...]] = {
         Formula(
             "troll_reading",
             "(gpu_responses * row_bytes * (troll_old_passes + epochs * troll_passes) "
-            "+ (0 if fused else epochs * (gpu_rows - gpu_responses) * row_bytes)) / memory_bandwidth",
+            "+ (0 if fused else epochs * (gpu_rows - gpu_responses) * row_bytes * "
+            "(write_pass if triton else copy_pass))) / memory_bandwidth",
             "s",
             "passes over the logits of response tokens; the gradient of the others is filled with 0",
         ),
         Formula(
-            "troll_small",
-            {
-                "triton and anchored": "gpu_responses * epochs * outcomes * 500 / memory_bandwidth",
-                "triton": "gpu_responses * epochs * outcomes * 800 / memory_bandwidth",
-                "anchored": "gpu_responses * epochs * outcomes * 2900 / memory_bandwidth",
-                "union": "gpu_responses * epochs * outcomes * 5300 / memory_bandwidth",
-            },
+            "troll_searching",
+            {"triton": "gpu_responses * search_seconds * (1 + (epochs if union else 0))", "True": "0"},
             "s",
-            "support and projection: bytes that their operations read and write, if most tokens are projected",
-            _SMALL,
+            "in the old pass, and in the update under union; the torch forms search in the passes above",
         ),
         Formula(
-            "small_launches",
-            {"triton and anchored": "115", "triton": "174", "anchored": "464", "union": "834"},
+            "small_bytes",
+            {
+                "triton": "1600 + 95 * width + 110 * kept_ids + (0 if tp == 1 else 160 if anchored else 330) * width",
+                "anchored": "2900 * outcomes",
+                "union": "4900 * outcomes",
+            },
+            "bytes/token",
+            "what torch's operations on ids and log-probabilities read and write in the update, beside the kernels",
+            {"triton": _KERNELS, "True": _SMALL},
+        ),
+        Formula(
+            "old_small_bytes",
+            {
+                "triton": "900 + 25 * width + 130 * kept_ids + (0 if tp == 1 else 190) * width",
+                "True": "390 * width",
+            },
+            "bytes/token",
+            "and in the old pass",
+            {"triton": _KERNELS, "True": _SMALL},
+        ),
+        Formula(
+            "troll_small",
+            "gpu_responses * (old_small_bytes + epochs * small_bytes) * copy_pass / memory_bandwidth "
+            "+ (gpu_responses * epochs * terms_seconds if triton else 0)",
+            "s",
+            "support and projection of response tokens, as if all were projected",
+        ),
+        Formula(
+            "update_launches",
+            {
+                "triton and anchored": "125 if tp == 1 else 170",
+                "triton": "125 if tp == 1 else 190",
+                "anchored": "560",
+                "union": "900",
+            },
             "",
-            "operations of support and projection per micro-batch, forward and backward",
-            _SMALL,
+            "operations of unpacking, support, projection and metrics per micro-batch, both ways; more where ranks "
+            "merge what they found",
+            {"triton": _KERNELS, "True": _SMALL},
+        ),
+        Formula(
+            "sequence_launches",
+            "21",
+            "",
+            "and of each sample: verl pads three tensors more",
+            {"triton": _KERNELS, "True": _SMALL},
+        ),
+        Formula(
+            "old_launches",
+            {"triton": "56 if tp == 1 else 110", "True": "95"},
+            "",
+            "operations of the old pass per micro-batch: candidates and packing",
+            {"triton": _KERNELS, "True": _SMALL},
         ),
         Formula(
             "troll_launches",
-            "(cuts * (small_launches + 95) + old_cuts * 95) * launch",
+            "(cuts * update_launches + epochs * sequences / dp * sequence_launches + old_cuts * old_launches) * launch",
             "s",
-            "and of unpacking, packing and metrics, had the GPU to wait for each; vanilla's few are left out",
+            "had the GPU to wait for each; vanilla's few are left out",
         ),
         Formula(
             "group_bandwidth",
@@ -460,7 +604,7 @@ SECTIONS: dict[str, tuple[Formula, ...]] = {
         ),
         Formula(
             "troll_seconds",
-            "troll_reading + troll_small + troll_launches + troll_collectives + troll_carrying",
+            "troll_reading + troll_searching + troll_small + troll_launches + troll_collectives + troll_carrying",
             "s",
             "what TROLL does in its place",
         ),
@@ -478,12 +622,12 @@ FORMULAS: tuple[Formula, ...] = tuple(formula for section in SECTIONS.values() f
 _FUNCTIONS = {"ceil": math.ceil, "floor": math.floor, "min": min, "max": max}
 
 
-def inputs(setting: Setting, *, block: int | None = None, block_tokens: int = 4096) -> dict[str, float]:
+def inputs(setting: Setting, *, device: str = "cuda", block: int | None = None) -> dict[str, float]:
     """Names and numbers that the formulas start from.
 
     Args:
-        block: elements of logits that are worked on at a time; those of a GPU by default.
-        block_tokens: tokens of a fused head's block.
+        device: type of the device whose blocks are worked on at a time.
+        block: elements of logits that the torch forms work on at a time; those of ``device`` by default.
     """
     numbers: dict[str, float] = {
         name: value
@@ -491,14 +635,19 @@ def inputs(setting: Setting, *, block: int | None = None, block_tokens: int = 40
         for name, value in ((field.name, getattr(part, field.name)) for field in dataclasses.fields(part))
         if isinstance(value, int | float)
     }
+    read_tokens, read_columns = lm_head._READ_BLOCK.get(device, lm_head._DEVICE_READ_BLOCK)
+    write_tokens, write_elements = lm_head._GRADIENT_BLOCK.get(device, lm_head._DEVICE_GRADIENT_BLOCK)
     return numbers | {
         "megatron": setting.backend == "megatron",
         "anchored": setting.support == "anchored",
         "union": setting.support == "union",
         "triton": setting.form == "triton",
         "half": setting.dtype_bytes == 2,
-        "block_elements": block_elements(torch.device("cuda")) if block is None else block,
-        "block_tokens": block_tokens,
+        "block_elements": block_elements(torch.device(device)) if block is None else block,
+        "read_tokens": read_tokens,
+        "read_columns": read_columns,
+        "write_tokens": write_tokens,
+        "write_elements": write_elements,
     }
 
 

@@ -46,7 +46,7 @@ def tables(setting: Setting) -> tuple[Table, ...]:
     else:
         memory += [
             Line("gradient of the logits, where not written over them", "vanilla_update", "troll_gradient"),
-            Line("working block of rows", "0", "block"),
+            Line("working rows, or the largest logits of groups of columns", "0", "update_block"),
             Line("ids, log-probabilities and projection of each token, at their peak", "0", "small"),
             Line("peak (the items above do not all fall together)", "vanilla_peak", "troll_peak", total=True),
         ]
@@ -68,6 +68,7 @@ def tables(setting: Setting) -> tuple[Table, ...]:
     time = (
         Line("actor: matrix products of old pass and updates", "actor_seconds", "actor_seconds"),
         Line("passes over the logits", "vanilla_reading", "troll_reading"),
+        Line("search for the most probable ids", "0", "troll_searching"),
         Line("support and projection of each token", "0", "troll_small"),
         Line("launches of small operations", "0", "troll_launches"),
         *([Line("collectives", "vanilla_collectives", "troll_collectives")] if both else []),
@@ -126,8 +127,10 @@ def text(setting: Setting) -> str:
         "rollout, alike for both, are left out: the share of a whole step is smaller."
     )
     notes = (
-        f"{_baseline(setting)} Times are the least certain: passes are counted by hand, rates are nominal unless you "
-        "give measured ones. --explain prints every formula, its reason, and the test that measures it."
+        f"{_baseline(setting)} Times are the least certain. TROLL's kernels and flash-attention were timed on one "
+        "NVIDIA H200; for other cards their passes are scaled by the memory's rate, search and projection are not. All "
+        "other passes are counted by hand and taken at a copy's rate on that card; the remaining rates are nominal "
+        "unless you give measured ones. --explain prints every formula, its reason, and the test that measures it."
     )
     lines += textwrap.wrap(verdict, _WIDTH)
     lines += textwrap.wrap(notes, _WIDTH)

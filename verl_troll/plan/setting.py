@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from verl_troll.kernels import MAX_K_OF_TERMS
 from verl_troll.support import SUPPORT_RULES
 
 Backend = Literal["fsdp", "megatron"]
@@ -47,7 +48,7 @@ class Hardware:
 
     Attributes:
         flops: dense bfloat16 matrix products; the data sheet's 1,979e12 are with sparsity.
-        memory_bandwidth: bytes of the GPU's memory.
+        memory_bandwidth: bytes of the GPU's memory by its data sheet; what is reached of it is in the formulas.
         link_bandwidth: bytes in one direction inside a node; the data sheet's 900e9 count both directions.
         network_bandwidth: bytes of one 400 Gb/s port per GPU between nodes.
         latency: seconds per collective, an assumption.
@@ -74,6 +75,7 @@ class Setting:
         micro_batch_tokens: tokens, prompts included, of one micro-batch of one data-parallel rank.
         cp: ranks that share the tokens of a micro-batch (Megatron's context parallel, FSDP's Ulysses).
         mini_batches: optimizer steps per epoch.
+        sequences: samples per step; 0 where they are not known, and their padding is left out.
         kept_ids: mean number of ids kept of a token.
         fused: ``use_fused_kernels``, the head fused with what reads its logits.
         entropy: the update needs the entropy (a bonus, or ``calculate_entropy``).
@@ -92,6 +94,7 @@ class Setting:
     dp: int = 1
     epochs: int = 1
     mini_batches: int = 1
+    sequences: int = 0
     k: int = 64
     kept_ids: float = 10.0
     support: str = "union"
@@ -107,7 +110,8 @@ class Setting:
         counts = ("tokens", "micro_batch_tokens", "tp", "pp", "cp", "dp", "epochs", "mini_batches")
         for name in counts:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.prompt_tokens >= 0, "prompt_tokens", self.prompt_tokens, "at least 0")
+        for name in ("prompt_tokens", "sequences"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _require(2 <= model.vocab <= MAX_VOCAB, "vocab", model.vocab, f"between 2 and {MAX_VOCAB}")
         _require(model.hidden >= 1, "hidden", model.hidden, "at least 1")
         embeddings = model.vocab * model.hidden * (1 if model.tied else 2)
@@ -121,6 +125,8 @@ class Setting:
             f"at most --parameters, {model.parameters:g}",
         )
         _require(1 <= self.k <= MAX_K, "k", self.k, f"between 1 and {MAX_K}")
+        kernels_hold = self.form != "triton" or self.k <= MAX_K_OF_TERMS
+        _require(kernels_hold, "k", self.k, f"at most {MAX_K_OF_TERMS}, or --kernels torch must be given")
         most = min(self.k + 1, model.vocab)
         _require(1 <= self.kept_ids <= most, "kept_ids", self.kept_ids, f"between 1 and {most} (k and the sampled id)")
         for name, allowed in (("backend", BACKENDS), ("support", SUPPORT_RULES), ("form", FORMS)):

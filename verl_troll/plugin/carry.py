@@ -17,6 +17,7 @@ stays NaN.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from tensordict import TensorDict
@@ -48,15 +49,18 @@ class ResponseTokens:
         rows: int64, position in the packed sequence whose logits predict the token.
         ids: int64, the token itself.
         mask: bool, ``response_mask``.
-        kept: ``[M]`` int64, places of the M tokens whose mask is set.
         offsets: ``[B + 1]`` int64, where each sample's tokens start.
     """
 
     rows: Tensor
     ids: Tensor
     mask: Tensor
-    kept: Tensor
     offsets: Tensor
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """``[M]`` int64, places of the M tokens whose mask is set. One host synchronisation, the first time."""
+        return self.mask.nonzero().squeeze(-1)
 
 
 def response_tokens(data: TensorDict) -> ResponseTokens:
@@ -77,7 +81,7 @@ def response_tokens(data: TensorDict) -> ResponseTokens:
     sample = torch.repeat_interleave(sample, lengths, output_size=mask.shape[0])
     place = torch.arange(mask.shape[0], device=lengths.device) - offsets[sample]
     rows = input_ids.offsets().long()[1:][sample] - lengths[sample] - 1 + place
-    return ResponseTokens(rows, input_ids.values()[rows + 1].long(), mask, mask.nonzero().squeeze(-1), offsets)
+    return ResponseTokens(rows, input_ids.values()[rows + 1].long(), mask, offsets)
 
 
 def encode(ids: Tensor, log_probs: Tensor) -> Tensor:
@@ -100,10 +104,12 @@ def decode(words: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(ids: Tensor, log_probs: Tensor, tokens: ResponseTokens) -> dict[str, Tensor]:
-    """Nested fields for the support ``ids, log_probs [M, W]`` of the tokens whose mask is set."""
-    used = ids >= 0
-    counts = torch.zeros_like(tokens.rows)
-    counts[tokens.kept] = used.sum(-1)
+    """Nested fields for the support ``ids, log_probs [R, W]`` of all response tokens.
+
+    That of masked ones is left out. One host synchronisation.
+    """
+    used = (ids >= 0) & tokens.mask.unsqueeze(-1)
+    counts = used.sum(-1)
     before = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     starts = before[tokens.offsets]
     return {
@@ -112,8 +118,27 @@ def pack(ids: Tensor, log_probs: Tensor, tokens: ResponseTokens) -> dict[str, Te
     }
 
 
-def unpack(data: TensorDict, tokens: ResponseTokens) -> SparsePolicy:
-    """Support ``[M, W]`` of the M response tokens whose mask is set, W the largest count among them.
+@dataclass(frozen=True)
+class Unpacked:
+    """What arrived in the update.
+
+    Attributes:
+        policy: the support ``[M, W]`` of the M tokens whose mask is set.
+        counts: ``[2]`` int64 on the device, the smallest and the largest number of ids, for :func:`check_counts`.
+        width: W.
+    """
+
+    policy: SparsePolicy
+    counts: Tensor
+    width: int
+
+
+def unpack(data: TensorDict, tokens: ResponseTokens, width: int | None = None) -> Unpacked:
+    """Support of the response tokens whose mask is set.
+
+    Args:
+        width: number of places; by default as many as there are ids, for which the host waits. With a width given,
+            :func:`check_counts` must be called once the host waits anyway.
 
     Raises:
         MissingSupportError: the fields, or the support of a token that takes part in the loss, are missing.
@@ -130,18 +155,35 @@ def unpack(data: TensorDict, tokens: ResponseTokens) -> SparsePolicy:
     counts, starts, sampled_ids = counts[tokens.kept], starts[tokens.kept], tokens.ids[tokens.kept]
     if counts.numel() == 0:
         empty = counts.new_zeros(0, 1)
-        return SparsePolicy(empty, empty.float(), counts)
-    fewest, most = torch.stack([counts.min(), counts.max()]).tolist()
-    if fewest == 0:
-        raise MissingSupportError(
-            "a response token takes part in the loss but had no support in the old-log-prob pass: response_mask "
-            "gained tokens in between"
-        )
-    place = torch.arange(most, device=counts.device)
+        return Unpacked(SparsePolicy(empty, empty.float(), counts), counts.new_ones(2), 1)
+    extremes = torch.stack(counts.aminmax())
+    if width is None:
+        fewest, most = extremes.tolist()
+        check_counts(fewest, most, most)
+        width = most
+    place = torch.arange(width, device=counts.device)
     used = place < counts.unsqueeze(-1)
     index = torch.where(used, starts.unsqueeze(-1) + place, 0)
     kept_ids, kept_log_probs = decode(data[SUPPORT].values())
     ids = torch.where(used, kept_ids[index], -1)
     log_probs = torch.where(used, kept_log_probs[index], -torch.inf)
     sampled = (ids == sampled_ids.unsqueeze(-1)).int().argmax(-1)
-    return SparsePolicy(ids, log_probs, sampled)
+    return Unpacked(SparsePolicy(ids, log_probs, sampled), extremes, width)
+
+
+def check_counts(fewest: int, most: int, width: int) -> None:
+    """Refuse a support that lacks a token, or that was unpacked into too few places.
+
+    Raises:
+        MissingSupportError: saying which of the two.
+    """
+    if fewest == 0:
+        raise MissingSupportError(
+            "a response token takes part in the loss but had no support in the old-log-prob pass: response_mask "
+            "gained tokens in between"
+        )
+    if most > width:
+        raise MissingSupportError(
+            f"a response token has {most} ids in its support, but k allows {width - 1} and the sampled one: the "
+            f"support was computed with another actor_rollout_ref.actor.policy_loss.troll.k"
+        )

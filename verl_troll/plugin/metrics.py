@@ -25,58 +25,30 @@ import torch
 from torch import Tensor
 from verl.utils.metric import AggregationType, Metric
 
-from verl_troll.objective import TokenTerms
-from verl_troll.support import Comparison
+from verl_troll.objective import STATISTICS, PolicyTerms
 
-_MEANS = (
-    "kl_before",
-    "kl_after",
-    "projected_share",
-    "fixed_share",
-    "step_size",
-    "regression_kl",
-    "support_size",
-    "old_kept_mass",
-    "new_kept_mass",
-    "cap_hit_share",
-    "solver_evaluations",
-)
-_MAXIMA = ("kl_before_max", "kl_after_max", "violation_max")
+_MAXIMA = ("kl_before", "kl_after")
 
 
 @torch.no_grad()
-def token_statistics(comparison: Comparison, terms: TokenTerms, kl_bound: float) -> tuple[Tensor, Tensor]:
-    """Sums ``[12]`` over the given tokens (means in the order above, then unconverged) and maxima ``[3]``."""
-    projection = terms.projection
-    fixed = terms.projected & (comparison.outcomes == 2)
-    columns = (
-        projection.kl_before,
-        projection.kl,
-        terms.projected,
-        fixed,
-        projection.step_size,
-        terms.regression_kl,
-        comparison.support_size,
-        comparison.old_kept_mass,
-        comparison.new_kept_mass,
-        comparison.cap_hit,
-        projection.evaluations,
-        ~projection.converged,
-    )
-    sums = torch.stack([column.float().sum() for column in columns])
-    extremes = torch.stack([projection.kl_before, projection.kl, projection.kl / kl_bound - 1]).float()
-    floor = extremes.new_zeros(3, 1)
-    return sums, torch.cat([extremes, floor], dim=-1).amax(-1)
+def token_statistics(terms: PolicyTerms) -> tuple[Tensor, Tensor]:
+    """Sums ``[12]`` over the tokens in the order of :data:`~verl_troll.objective.STATISTICS`, and maxima ``[2]``."""
+    statistics = terms.statistics
+    if statistics.shape[1] == 0:
+        return statistics.sum(-1), statistics.new_zeros(len(_MAXIMA))
+    return statistics.sum(-1), statistics[: len(_MAXIMA)].amax(-1)
 
 
-def as_metrics(sums: Tensor, maxima: Tensor, batch_num_tokens: int, dp_size: int) -> dict[str, Metric]:
-    """verl metrics of one micro-batch from :func:`token_statistics`."""
-    values = torch.cat([sums, maxima]).tolist()
+def as_metrics(values: list[float], batch_num_tokens: int, dp_size: int, kl_bound: float) -> dict[str, Metric]:
+    """verl metrics of one micro-batch from the sums and maxima of :func:`token_statistics`, in one list."""
     scale = dp_size / max(batch_num_tokens, 1)
     metrics = {
-        f"troll/{name}": Metric(AggregationType.SUM, value * scale) for name, value in zip(_MEANS, values, strict=False)
+        f"troll/{name}": Metric(AggregationType.SUM, value * (dp_size if name == "unconverged" else scale))
+        for name, value in zip(STATISTICS, values, strict=False)
     }
-    metrics["troll/unconverged"] = Metric(AggregationType.SUM, values[len(_MEANS)] * dp_size)
-    for name, value in zip(_MAXIMA, values[len(_MEANS) + 1 :], strict=True):
-        metrics[f"troll/{name}"] = Metric(AggregationType.MAX, value)
+    for name, value in zip(_MAXIMA, values[len(STATISTICS) :], strict=True):
+        metrics[f"troll/{name}_max"] = Metric(AggregationType.MAX, value)
+    violation = values[-1] / kl_bound - 1
+    # What is not a number stays visible.
+    metrics["troll/violation_max"] = Metric(AggregationType.MAX, 0.0 if violation < 0 else violation)
     return metrics

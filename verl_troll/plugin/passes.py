@@ -26,15 +26,16 @@ from torch import Tensor
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
+from verl_troll import kernels
 from verl_troll.lm_head import LinearHead
 from verl_troll.logits import DenseLogits, LogitsSource
-from verl_troll.objective import token_terms
+from verl_troll.objective import policy_terms
 from verl_troll.plugin import carry
 from verl_troll.plugin.layout import TokenLayout
 from verl_troll.plugin.metrics import as_metrics, token_statistics
 from verl_troll.plugin.policy_loss import ProjectedTerms, projected_terms
 from verl_troll.plugin.settings import TrollConfig
-from verl_troll.support import SparsePolicy, compare, select
+from verl_troll.support import SparsePolicy, at, select
 from verl_troll.vocab_parallel import VocabShard
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Any]]]
@@ -42,6 +43,8 @@ LossFunction = Callable[..., tuple[Tensor, dict[str, Any]]]
 _LOG_RATIO = "troll_log_ratio"
 _REGRESSION_KL = "troll_regression_kl"
 _PROJECTED = "troll_projected"
+# verl's own metrics of a policy loss.
+_SHIFT = ("actor/ppo_kl", "actor/pg_clipfrac", "actor/pg_clipfrac_lower")
 
 
 class LogitsOwner(Protocol):
@@ -145,10 +148,8 @@ class OldPolicyPass(_LogitsPass):
             shard=shard,
             entropy=self.entropy,
         )
-        log_probs = policy.log_probs.gather(-1, policy.sampled.unsqueeze(-1)).squeeze(-1)
-        kept = tokens.mask[here].nonzero().squeeze(-1)
-        order = tokens.mask.cumsum(0) - 1
-        self._support = (layout, tokens, order[here[kept]], policy.ids[kept], policy.log_probs[kept])
+        log_probs = at(policy.log_probs, policy.sampled)
+        self._support = (layout, tokens, here, policy.ids, policy.log_probs)
         return rows, {"log_probs": log_probs, "entropy": policy.entropy}
 
     def _loss(
@@ -165,7 +166,7 @@ class OldPolicyPass(_LogitsPass):
         self._support = None
         if layout.group is not None:
             bits = log_probs.float().view(torch.int32)
-            support = layout.gather(here, torch.stack([ids.to(torch.int32), bits], dim=-1), tokens.kept.shape[0])
+            support = layout.gather(here, torch.stack([ids.to(torch.int32), bits], dim=-1), tokens.rows.shape[0])
             ids, log_probs = support[..., 0], support[..., 1].contiguous().view(torch.float32)
         return carry.pack(ids, log_probs, tokens)
 
@@ -177,41 +178,49 @@ class UpdatePass(_LogitsPass):
         super().__init__(settings, owner, entropy=entropy)
         self.inner = inner
         self._statistics: tuple[TokenLayout, Tensor, Tensor] | None = None
+        self._unpacked: carry.Unpacked | None = None
 
     def _read_logits(
         self, logits: LogitsSource, data: TensorDict, layout: TokenLayout, shard: VocabShard
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         settings = self.settings
         tokens = carry.response_tokens(data)
-        old = carry.unpack(data, tokens)
+        # Kernels are compiled for a width, and the host need not wait for the widest row.
+        width = settings.k + 1 if kernels.available(tokens.rows.device) else None
+        self._unpacked = carry.unpack(data, tokens, width)
+        old = self._unpacked.policy
         here, rows = layout.local(tokens.rows[tokens.kept])
-        comparison = compare(
+        if layout.group is not None:
+            old = SparsePolicy(old.ids[here], old.log_probs[here], old.sampled[here])
+        terms = policy_terms(
             settings.support,  # type: ignore[arg-type]
             logits,
             rows,
-            SparsePolicy(old.ids[here], old.log_probs[here], old.sampled[here]),
+            old,
+            kl_bound=settings.kl_bound,
             k=settings.k,
             dropped_mass=settings.dropped_mass,
+            step_size_gradient=settings.step_size_gradient,  # type: ignore[arg-type]
             shard=shard,
             entropy=self.entropy,
         )
-        terms = token_terms(comparison, settings.kl_bound, settings.step_size_gradient)  # type: ignore[arg-type]
-        self._statistics = (layout, *token_statistics(comparison, terms, settings.kl_bound))
+        self._statistics = (layout, *token_statistics(terms))
         return rows, {
-            "log_probs": comparison.sampled_log_probs,
-            "entropy": comparison.entropy,
+            "log_probs": terms.sampled_log_probs,
+            "entropy": terms.entropy,
             _LOG_RATIO: terms.log_ratio,
             _REGRESSION_KL: terms.regression_kl,
-            _PROJECTED: terms.projected.to(terms.log_ratio.dtype),
+            _PROJECTED: terms.projected,
         }
 
     def _loss(
         self, model_output: dict[str, Tensor], data: TensorDict, dp_group: dist.ProcessGroup | None
     ) -> tuple[Tensor, dict[str, Any]]:
-        if self._statistics is None:
+        if self._statistics is None or self._unpacked is None:
             raise RuntimeError("the engine never showed its logits: this verl no longer calls the logits hook")
         layout, sums, maxima = self._statistics
-        self._statistics = None
+        unpacked = self._unpacked
+        self._statistics = self._unpacked = None
         terms = ProjectedTerms(
             settings=self.settings,
             log_ratio=no_padding_2_padding(model_output.pop(_LOG_RATIO), data),
@@ -220,7 +229,7 @@ class UpdatePass(_LogitsPass):
         )
         with projected_terms(terms):
             loss, metrics = self.inner(model_output=model_output, data=data, dp_group=dp_group)
-        if terms.regression_loss is None:
+        if terms.regression_loss is None or terms.shift is None:
             raise RuntimeError(
                 "the engine projected the policy, but the loss function did not use it: "
                 "actor_rollout_ref.actor.policy_loss.loss_mode must be 'troll'"
@@ -228,6 +237,14 @@ class UpdatePass(_LogitsPass):
         if layout.group is not None:
             dist.all_reduce(sums, group=layout.group)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=layout.group)
-        metrics.update(as_metrics(sums, maxima, data["batch_num_tokens"], data["dp_size"]))
+        # All that the host reads of the micro-batch, at once.
+        *values, fewest, most = torch.cat(
+            [terms.shift.to(sums.dtype), sums, maxima, unpacked.counts.to(sums.dtype)]
+        ).tolist()
+        carry.check_counts(int(fewest), int(most), unpacked.width)
+        # Dashboards read pg_clipfrac: the projected share is what takes its place.
+        for name, value in zip(_SHIFT, (*values[:2], 0.0), strict=True):
+            metrics[name] = Metric(AggregationType.MEAN, value)
+        metrics.update(as_metrics(values[2:], data["batch_num_tokens"], data["dp_size"], self.settings.kl_bound))
         metrics["troll/regression_loss"] = Metric(AggregationType.SUM, terms.regression_loss)
         return loss + terms.regression_loss, metrics

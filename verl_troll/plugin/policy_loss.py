@@ -24,13 +24,19 @@ from verl_troll.plugin.settings import LOSS_MODE, TrollConfig
 
 @dataclass
 class ProjectedTerms:
-    """Projected terms of one micro-batch, ``[B, T]``, and what the policy loss leaves for the engine to add."""
+    """Projected terms of one micro-batch, ``[B, T]``, and what the policy loss leaves for the engine.
+
+    Attributes:
+        regression_loss: scalar, to be added to the loss.
+        shift: ``[2]``, mean of log q(o) - log p(o) and share of projected tokens, over the micro-batch.
+    """
 
     settings: TrollConfig
     log_ratio: Tensor
     regression_kl: Tensor
     projected: Tensor
     regression_loss: Tensor | None = None
+    shift: Tensor | None = None
 
 
 _terms: contextvars.ContextVar[ProjectedTerms | None] = contextvars.ContextVar("verl_troll_terms", default=None)
@@ -85,13 +91,8 @@ def troll_policy_loss(
         tokens = mask.sum().clamp_min(1)
         shift = torch.where(mask, old_log_prob - log_prob, 0.0).sum() / tokens
         projected = torch.where(mask, terms.projected, 0.0).sum() / tokens
-        ppo_kl, projected_share = torch.stack([shift, projected.to(shift.dtype)]).tolist()
-    # Dashboards read pg_clipfrac: the projected share is what takes its place.
-    return pg_loss, {
-        "actor/ppo_kl": ppo_kl,
-        "actor/pg_clipfrac": projected_share,
-        "actor/pg_clipfrac_lower": 0.0,
-    }
+        terms.shift = torch.stack([shift, projected.to(shift.dtype)])
+    return pg_loss, {}
 
 
 def register() -> None:

@@ -92,7 +92,8 @@ class CausalAttention(MegatronModule):  # type: ignore[misc, unused-ignore]
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """``[s, b, h * d]`` of ``[s, b, h, d]`` and two ``[s, b, g, d]``."""
         key, value = _whole(key), _whole(value)
-        visible = torch.arange(len(key)) <= _positions(len(query))[:, None]
+        places = torch.arange(len(key), device=key.device)
+        visible = places <= _positions(len(query)).to(key.device)[:, None]
         query, key, value = (rows.permute(1, 2, 0, 3) for rows in (query, key, value))
         mixed = scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=self.scale, enable_gqa=True)
         return mixed.permute(2, 0, 1, 3).flatten(2)

@@ -1,0 +1,1 @@
+"""The check that needs a GPU: ``python -m benchmarks.gpu``."""
