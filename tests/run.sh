@@ -49,7 +49,7 @@ with_verls_triton() {
         mv "$site.part" "$site"
     fi
     PYTHONPATH=$site python -m pytest tests/test_kernels.py --numprocesses 2 \
-        -k 'costs_on or launches_compiles and sm_90 or interpreter and (logits or tokens or counts)'
+        -k 'costs_on or launches_compiles and sm_90 or interpreter and (logits or rough or tokens or counts)'
 }
 
 with_vllm() {

@@ -84,6 +84,15 @@ SEAMS = (
         ),
     ),
     Seam(
+        "Kernels at start",
+        (f"{ENGINES}/mixin.py",),
+        "is the model on its device, and _autocast_dtype set on FSDP, when initialize returns; is nothing trained "
+        "before?",
+        overrides=tuple(f"{host}.initialize" for host in (BASE, FSDP, MEGATRON)),
+        uses=("verl.utils.device:get_device_name",),
+        callers=(),
+    ),
+    Seam(
         "Fused head",
         (f"{ENGINES}/mixin.py", f"{ENGINES}/megatron.py", "verl_troll/plugin/passes.py"),
         "is prepare_model_inputs called with each micro-batch before its forward pass, in the same thread; do the "
@@ -335,6 +344,10 @@ FINGERPRINTS: dict[str, str] = {
     "verl.workers.engine.base:BaseEngine.disable_adapter": "e502c926992b4503",
     "verl.workers.engine.base:BaseEngine.forward_backward_batch": "a3d79858823ce727",
     "verl.workers.engine.base:EngineRegistry": "54452eee12791cda",
+    "verl.utils.device:get_device_name": "988490435e4a4d23",
+    "verl.workers.engine.base:BaseEngine.initialize": "96ad1d9753b998af",
+    f"{FSDP}.initialize": "0264a3806e8bc03a",
+    f"{MEGATRON}.initialize": "56dd8bbd2044d536",
     f"{FSDP}.disable_adapter": "2b882ad9bee16dcc",
     f"{FSDP}.forward_backward_batch": "097af0bab5e69f68",
     f"{FSDP}WithLMHead.forward_step": "dc1a472be40ea7b8",

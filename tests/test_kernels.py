@@ -68,7 +68,7 @@ REGISTERS = {"_read": 64, "_search": 96, "_write": 48, "_keep": 64, "_terms": 17
 
 # Slow as the interpreter is, no limit here should mistake a busy machine for a hung one.
 @pytest.mark.timeout(1600)
-@pytest.mark.parametrize("name", ["logits", "projection", "tokens", "counts", "engines"])
+@pytest.mark.parametrize("name", ["logits", "projection", "rough", "tokens", "counts", "engines"])
 def test_in_the_interpreter(name: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
     environment["TRITON_INTERPRET"] = "1"

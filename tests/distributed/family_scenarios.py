@@ -23,7 +23,7 @@ def _build(case: Setup | Layout, troll: dict[str, Any]) -> tuple[Any, Any]:
     if isinstance(case, Setup):
         return fsdp.build(case)[:2]
     engine = megatron_stock.build(case)
-    return engine, megatron._loss_function(engine, case, troll)
+    return engine, megatron.loss_function(engine, case, troll)
 
 
 def _old_pass(engine: Any, part: TensorDict, case: Setup | Layout) -> dict[str, Tensor]:

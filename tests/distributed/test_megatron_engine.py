@@ -71,8 +71,15 @@ def assert_same(result: dict[str, Any], reference: dict[str, Any], layout: objec
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(1, {}), (2, {"tensor": 2}), (2, {"context": 2}), (2, {"tensor": 2, "use_remove_padding": False})],
-    ids=["one", "tensor", "context", "padded"],
+    [
+        (1, {}),
+        # verl then hands over the model's own tensor.
+        (1, {"temperature": 1.0}),
+        (2, {"tensor": 2}),
+        (2, {"context": 2}),
+        (2, {"tensor": 2, "use_remove_padding": False}),
+    ],
+    ids=["one", "temperature 1", "tensor", "context", "padded"],
 )
 def test_old_pass_gives_verls_log_probs_and_entropy(
     dense: str, batch: TensorDict, ranks: int, layout: dict[str, Any]

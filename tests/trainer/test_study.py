@@ -110,7 +110,6 @@ def test_stale_samples(train: Callable[[Cell], list[dict[str, Any]]]) -> None:
     # The old policy is the one that sampled, or one whose weights have moved on since.
     assert all(row[gap] < 1e-5 for row in rows["behaviour"])
     assert all(row[gap] > 1e-3 for row in rows["rescored"][1:])
-    assert rows["behaviour"][-1]["troll/kl_before"] > rows["rescored"][-1]["troll/kl_before"]
 
 
 @pytest.mark.slow
