@@ -48,8 +48,8 @@ with_verls_triton() {
         python -m pip install --quiet --disable-pip-version-check --no-deps --target "$site.part" triton==3.6.0 numpy==2.2.6
         mv "$site.part" "$site"
     fi
-    PYTHONPATH=$site python -m pytest tests/test_kernels.py --numprocesses 2 \
-        -k 'costs_on or launches_compiles and sm_90 or interpreter and (logits or rough or tokens or counts)'
+    PYTHONPATH=$site python -m pytest tests/test_kernels.py tests/test_gpu_check.py --numprocesses 2 \
+        -k 'costs_on or launches_compiles and sm_90 or interpreter and (logits or rough or tokens or counts) or dry_run'
 }
 
 with_vllm() {
