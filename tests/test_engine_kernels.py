@@ -14,12 +14,6 @@ from verl_troll.plugin.settings import TrollConfig, TrollConfigError
 GPU = torch.device("cuda")
 
 
-@pytest.fixture(autouse=True)
-def chosen_again() -> object:
-    yield
-    kernels.choose("auto")
-
-
 def serve(monkeypatch: pytest.MonkeyPatch, serves: bool) -> None:
     monkeypatch.setattr(kernels, "_triton_serves", lambda: serves)
 
@@ -56,8 +50,7 @@ def test_the_torch_forms_on_a_gpu_are_named(
     reason: str,
 ) -> None:
     serve(monkeypatch, serves)
-    kernels.choose(choice)
-    with caplog.at_level(logging.WARNING):
+    with kernels.chosen(choice), caplog.at_level(logging.WARNING):
         check_kernels(TrollConfig(kernels=choice, k=k), GPU)
     (record,) = caplog.records
     assert reason in record.getMessage() and "milliseconds" in record.getMessage()

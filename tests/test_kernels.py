@@ -297,12 +297,11 @@ def test_what_hinders_the_kernels_on_a_gpu(
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(torch.version, "hip", None)
     kernels._triton_serves.cache_clear()
-    kernels.choose(choice)
     try:
-        found = kernels.hindrance(torch.device("cuda"), k)
-        assert kernels.hindrance(torch.device("cpu"), k) is None
+        with kernels.chosen(choice):
+            found = kernels.hindrance(torch.device("cuda"), k)
+            assert kernels.hindrance(torch.device("cpu"), k) is None
     finally:
-        kernels.choose("auto")
         kernels._triton_serves.cache_clear()
     assert found is None if reason is None else re.search(reason, found or "")
 

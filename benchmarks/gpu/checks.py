@@ -13,7 +13,7 @@ from verl_troll import kernels
 from verl_troll.lm_head import LinearHead
 from verl_troll.logits import DenseLogits, LogitsSource
 from verl_troll.objective import STATISTICS, PolicyTerms, policy_terms
-from verl_troll.projection import project
+from verl_troll.projection import TOLERANCE, project
 from verl_troll.support import SUPPORT_RULES, SparsePolicy, select
 
 KL_BOUND = 0.05
@@ -208,12 +208,11 @@ def chain(session: Session, dtype: torch.dtype, rule: str) -> dict[str, float]:
         (over,) = torch.autograd.grad(loss_of(reused), base)
         assert torch.equal(gradient, over), "the gradient over the logits differs"
 
-        kernels.choose("torch")
-        exact = moved.double().requires_grad_()
-        exact_old = SparsePolicy(old.ids, old.log_probs.double(), old.sampled)
-        reference = terms_of(rule, DenseLogits(exact), rows, exact_old, k, **options)
-        (exact_gradient,) = torch.autograd.grad(loss_of(reference), exact)
-        kernels.choose("auto")
+        with kernels.chosen("torch"):
+            exact = moved.double().requires_grad_()
+            exact_old = SparsePolicy(old.ids, old.log_probs.double(), old.sampled)
+            reference = terms_of(rule, DenseLogits(exact), rows, exact_old, k, **options)
+            (exact_gradient,) = torch.autograd.grad(loss_of(reference), exact)
         for name in ("log_ratio", "regression_kl", "sampled_log_probs", "entropy"):
             ours, theirs = getattr(terms, name).double(), getattr(reference, name)
             torch.testing.assert_close(ours, theirs, rtol=5e-3, atol=1e-4, msg=f"{name}: {ours} against {theirs}")
@@ -241,24 +240,52 @@ def overwritten(session: Session) -> str:
 
 
 def fuzz(session: Session, width: int) -> dict[str, float]:
-    """Random pairs of distributions: the bound, and the torch form."""
+    """Random pairs of distributions, through the projection and through the chain: the bound, and the torch form."""
     generator = torch.Generator(session.device).manual_seed(width)
     shape, options = (session.sizes.fuzzed, width), {"generator": generator, "device": session.device}
     spread = 8 * torch.rand(shape[0], 1, **options)  # type: ignore[arg-type]
     moved = 3 * torch.rand(shape[0], 1, **options) ** 3  # type: ignore[arg-type]
     old = (spread * torch.randn(shape, **options)).log_softmax(-1)  # type: ignore[arg-type]
     new = (old + moved * torch.randn(shape, **options)).log_softmax(-1)  # type: ignore[arg-type]
+    sampled = torch.randint(width, (shape[0],), **options)  # type: ignore[call-overload]
+    with kernels.chosen("torch"):
+        reference = project(new, old, KL_BOUND)
     ours = project(new, old, KL_BOUND)
     assert bool((ours.kl <= KL_BOUND).all()), f"KL {float(ours.kl.max())} exceeds the bound"
     assert bool(ours.converged.all()), "unconverged"
-    kernels.choose("torch")
-    reference = project(new, old, KL_BOUND)
-    kernels.choose("auto")
     # A step size is accepted anywhere in a window of a thousandth.
     torch.testing.assert_close(ours.kl, reference.kl, rtol=2e-3, atol=1e-7)
     torch.testing.assert_close(ours.kl_before, reference.kl_before, rtol=1e-5, atol=1e-9)
+
+    # A vocabulary of as many ids as there are outcomes, so that the chain compares on the same ones.
+    zeros = torch.zeros(shape[0], device=session.device)
+    (log_ratio, *_), statistics, *_ = kernels.terms(
+        torch.arange(width, device=session.device).expand(shape),
+        old,
+        sampled,
+        None,
+        new,
+        zeros,
+        zeros + 1,
+        kl_bound=KL_BOUND,
+        tolerance=TOLERANCE,
+        implicit=True,
+        vocab_size=width,
+        k=width,
+        mass_to_keep=math.inf,
+    )
+    kl_before, kl_after, projected = statistics[:3]
+    assert bool((kl_after <= KL_BOUND).all()), f"KL {float(kl_after.max())} exceeds the bound in the chain"
+    assert not bool(statistics[STATISTICS.index("unconverged")].any()), "unconverged in the chain"
+    clear = (reference.kl_before - KL_BOUND).abs() > 1e-6
+    other = (projected > 0) != (reference.kl_before > KL_BOUND)
+    assert not bool((other & clear).any()), "other tokens are projected in the chain"
+    torch.testing.assert_close(kl_before, reference.kl_before, rtol=1e-3, atol=1e-6)
+    place = sampled.unsqueeze(-1)
+    expected = (reference.log_probs.gather(-1, place) - old.gather(-1, place)).squeeze(-1)
+    torch.testing.assert_close(log_ratio, expected, rtol=1e-3, atol=1e-3)
     return {
-        "projected": float((ours.kl_before > KL_BOUND).float().mean()),
+        "projected": float(projected.mean()),
         "most evaluations": int(ours.evaluations.max()),
         "largest difference of log pi": float((ours.log_probs - reference.log_probs).abs().max()),
     }

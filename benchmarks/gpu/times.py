@@ -109,15 +109,14 @@ def _logits(session: Session, tag: str) -> None:
         repeat=3,
     )
     if tag == "bfloat16":
-        kernels.choose("torch")
-        timed(
-            "old pass, TROLL's torch form",
-            lambda _: select(logits, rows, ids, k=sizes.k, dropped_mass=DROPPED_MASS, entropy=True),
-            repeat=3,
-        )
-        for rule in SUPPORT_RULES:
-            timed(f"update, TROLL's torch form, {rule}", update(rule, entropy=False), fresh, repeat=3)
-        kernels.choose("auto")
+        with kernels.chosen("torch"):
+            timed(
+                "old pass, TROLL's torch form",
+                lambda _: select(logits, rows, ids, k=sizes.k, dropped_mass=DROPPED_MASS, entropy=True),
+                repeat=3,
+            )
+            for rule in SUPPORT_RULES:
+                timed(f"update, TROLL's torch form, {rule}", update(rule, entropy=False), fresh, repeat=3)
 
 
 def _entropy(logits: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,15 +32,6 @@ def few_lanes() -> None:
     interpreter.shrink()
 
 
-@contextmanager
-def torch_forms() -> Iterator[None]:
-    kernels.choose("torch")
-    try:
-        yield
-    finally:
-        kernels.choose("auto")
-
-
 def normal(*shape: int, seed: int, scale: float = 3.0) -> Tensor:
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -64,13 +54,10 @@ def assert_chain(rule: str, new: Tensor, rows: Tensor, old: SparsePolicy, **opti
     """Values, statistics and gradient of the kernels are those of the torch form."""
     options = {"kl_bound": BOUND, "k": 8, "dropped_mass": 1e-3, "entropy": True} | options
     found = []
-    for context in (torch_forms, None):
+    for form in ("torch", "auto"):
         leaf = new.clone().requires_grad_()
-        if context is None:
+        with kernels.chosen(form):
             terms = policy_terms(rule, leaf, rows, old, **options)  # type: ignore[arg-type]
-        else:
-            with context():
-                terms = policy_terms(rule, leaf, rows, old, **options)  # type: ignore[arg-type]
         found.append((terms, torch.autograd.grad(loss_of(terms), leaf)[0]))
     (expected, expected_gradient), (terms, gradient) = found
     for name in ("log_ratio", "regression_kl", "sampled_log_probs", "entropy"):
@@ -138,7 +125,7 @@ def test_tokens_of_every_kind(rule: str) -> None:
     terms = policy_terms(rule, leaf, rows, old, kl_bound=BOUND, k=8, dropped_mass=1e-3)  # type: ignore[arg-type]
     assert bool(terms.log_ratio[7].isnan()) and bool(terms.log_ratio[finite].isfinite().all())
     assert bool(terms.statistics[STATISTICS.index("kl_after")][:7].le(BOUND).all())
-    with torch_forms():
+    with kernels.chosen("torch"):
         expected = policy_terms(rule, after, rows, old, kl_bound=BOUND, k=8, dropped_mass=1e-3)  # type: ignore[arg-type]
     assert torch.equal(terms.log_ratio.isfinite(), expected.log_ratio.isfinite())
 
@@ -168,7 +155,7 @@ def test_kept_ids(dropped_mass: float) -> None:
     logits[2] = 0
     sampled, rows = sampled_from(logits), torch.arange(6)
     ours = select(logits, rows, sampled, k=8, dropped_mass=dropped_mass, entropy=True)
-    with torch_forms():
+    with kernels.chosen("torch"):
         theirs = select(logits, rows, sampled, k=8, dropped_mass=dropped_mass, entropy=True)
     assert torch.equal(ours.ids, theirs.ids) and torch.equal(ours.sampled, theirs.sampled)
     torch.testing.assert_close(ours.log_probs, theirs.log_probs, rtol=1e-6, atol=1e-6)

@@ -7,8 +7,10 @@ Shapes: N packed tokens, C columns, R rows of interest (indices into N), W, M an
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 
 import torch
 from packaging.version import Version
@@ -38,6 +40,17 @@ def choose(choice: str) -> None:
     if choice not in CHOICES:
         raise ValueError(f"kernels must be one of {CHOICES}, got {choice!r}")
     _choice[0] = choice
+
+
+@contextlib.contextmanager
+def chosen(choice: str) -> Iterator[None]:
+    """:func:`choose` inside, what was chosen before afterwards, also where something raises."""
+    before = _choice[0]
+    choose(choice)
+    try:
+        yield
+    finally:
+        _choice[0] = before
 
 
 def available(device: torch.device) -> bool:

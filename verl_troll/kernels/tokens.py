@@ -212,6 +212,53 @@ def _log_rest(mass, has_rest, REST_FLOOR: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
+def _on_union(
+    ids,
+    log_q,
+    at_sampled,
+    lane,
+    old_ids,
+    old_width,
+    new_ids,
+    new_log_probs,
+    row,
+    new_width,
+    LOG_MISSING: tl.constexpr,  # noqa: N803
+):
+    """Both policies on the ids of either: the old ones first, then those of the new ones that are not among them.
+
+    ``ids`` and ``log_q`` hold the old policy's; ``old_ids`` points at them.
+    """
+    support = ids >= 0
+    own = lane - old_width
+    in_new = (own >= 0) & (own < new_width)
+    new_row = row * new_width
+    own_ids = tl.load(new_ids + new_row + own, mask=in_new, other=-1)
+    log_p = tl.load(new_log_probs + new_row + own, mask=in_new, other=-math.inf)
+    new_mass = tl.sum(tl.exp(log_p), 0)
+    # Used places come first, but for the sampled id's, which may come last.
+    old_used = tl.max(tl.where(support & (lane < old_width - 1), lane + 1, 0), 0)
+    known = (own_ids < 0) | (own_ids == tl.load(old_ids + old_width - 1))
+    for i in range(old_used):
+        known |= own_ids == tl.load(old_ids + i)
+    kept = ~known
+    ids = tl.where(kept, own_ids, ids)
+    new_used = tl.max(tl.where((own_ids >= 0) & (own < new_width - 1), own + 1, 0), 0)
+    for step in range(new_used + 1):
+        j = tl.where(step < new_used, step, new_width - 1)
+        match = support & (ids == tl.load(new_ids + new_row + j))
+        log_p = tl.where(match, tl.load(new_log_probs + new_row + j), log_p)
+        kept |= match
+    used = ids >= 0
+    log_p = tl.where(kept, log_p, tl.where(used, LOG_MISSING, -math.inf))
+    log_q = tl.where(support, log_q, tl.where(used, LOG_MISSING, -math.inf))
+    sampled_log_prob = tl.sum(tl.where(at_sampled, log_p, 0.0), 0)
+    log_p = log_p - _log_normaliser(log_p)
+    log_q = log_q - _log_normaliser(log_q)
+    return ids, kept, log_p, log_q, new_mass, sampled_log_prob, tl.sum(used.to(tl.int32), 0)
+
+
+@triton.jit
 def _terms(
     old_ids,
     old_log_probs,
@@ -247,10 +294,10 @@ def _terms(
     rows = tl.num_programs(0).to(tl.int64)
     lane = tl.arange(0, WIDTH)
     in_old = lane < old_width
-    old_row = row * old_width
-    ids = tl.load(old_ids + old_row + lane, mask=in_old, other=-1)
+    ids = tl.load(old_ids + row * old_width + lane, mask=in_old, other=-1)
     support = ids >= 0
-    log_q = tl.where(support, tl.load(old_log_probs + old_row + lane, mask=in_old, other=-math.inf), -math.inf)
+    log_q = tl.load(old_log_probs + row * old_width + lane, mask=in_old, other=-math.inf)
+    log_q = tl.where(support, log_q, -math.inf)
     at_sampled = lane == tl.load(sampled_in + row)
     q = tl.exp(log_q)
     old_mass = tl.sum(q, 0)
@@ -260,36 +307,13 @@ def _terms(
     cap_hit = (support_size >= k) & (support_size < vocab_size) & (selected_mass < mass_to_keep)
 
     if UNION:
-        own = lane - old_width
-        in_new = (own >= 0) & (own < new_width)
-        new_row = row * new_width
-        own_ids = tl.load(new_ids + new_row + own, mask=in_new, other=-1)
-        log_p = tl.load(new_values + new_row + own, mask=in_new, other=-math.inf)
-        new_mass = tl.sum(tl.exp(log_p), 0)
-        known = own_ids < 0
-        # Used places come first, but for the sampled id's, which may come last.
-        old_used = tl.max(tl.where(support & (lane < old_width - 1), lane + 1, 0), 0)
-        known |= own_ids == tl.load(old_ids + old_row + old_width - 1)
-        for i in range(old_used):
-            known |= own_ids == tl.load(old_ids + old_row + i)
-        kept = ~known
-        ids = tl.where(kept, own_ids, ids)
-        new_used = tl.max(tl.where((own_ids >= 0) & (own < new_width - 1), own + 1, 0), 0)
-        for step in range(new_used + 1):
-            j = tl.where(step < new_used, step, new_width - 1)
-            match = support & (ids == tl.load(new_ids + new_row + j))
-            log_p = tl.where(match, tl.load(new_values + new_row + j), log_p)
-            kept |= match
-        used = ids >= 0
-        log_p = tl.where(kept, log_p, tl.where(used, LOG_MISSING, -math.inf))
-        log_q = tl.where(support, log_q, tl.where(used, LOG_MISSING, -math.inf))
-        sampled_log_prob = tl.sum(tl.where(at_sampled, log_p, 0.0), 0)
-        log_p = log_p - _log_normaliser(log_p)
-        log_q = log_q - _log_normaliser(log_q)
-        outcomes = tl.sum(used.to(tl.int32), 0)
+        own_row = old_ids + row * old_width
+        ids, kept, log_p, log_q, new_mass, sampled_log_prob, outcomes = _on_union(
+            ids, log_q, at_sampled, lane, own_row, old_width, new_ids, new_values, row, new_width, LOG_MISSING
+        )
         here = lane < old_width + new_width
     else:
-        value = tl.load(new_values + old_row + lane, mask=in_old, other=0.0)
+        value = tl.load(new_values + row * old_width + lane, mask=in_old, other=0.0)
         log_p = (value - tl.load(peak_in + row)) - tl.log(tl.load(mass_in + row))
         log_p = tl.where(support, log_p, -math.inf)
         sampled_log_prob = tl.sum(tl.where(at_sampled, log_p, 0.0), 0)

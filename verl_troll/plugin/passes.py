@@ -29,7 +29,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 from verl_troll import kernels
 from verl_troll.lm_head import LinearHead
 from verl_troll.logits import DenseLogits, LogitsSource
-from verl_troll.objective import policy_terms
+from verl_troll.objective import PolicyTerms, policy_terms
 from verl_troll.plugin import carry
 from verl_troll.plugin.layout import TokenLayout
 from verl_troll.plugin.metrics import as_metrics, token_statistics
@@ -45,6 +45,30 @@ _REGRESSION_KL = "troll_regression_kl"
 _PROJECTED = "troll_projected"
 # verl's own metrics of a policy loss.
 _SHIFT = ("actor/ppo_kl", "actor/pg_clipfrac", "actor/pg_clipfrac_lower")
+
+
+def update_terms(
+    settings: TrollConfig,
+    logits: Tensor | LogitsSource,
+    rows: Tensor,
+    old: SparsePolicy,
+    *,
+    shard: VocabShard | None,
+    entropy: bool,
+) -> PolicyTerms:
+    """:func:`verl_troll.objective.policy_terms` with these settings."""
+    return policy_terms(
+        settings.support,  # type: ignore[arg-type]
+        logits,
+        rows,
+        old,
+        kl_bound=settings.kl_bound,
+        k=settings.k,
+        dropped_mass=settings.dropped_mass,
+        step_size_gradient=settings.step_size_gradient,  # type: ignore[arg-type]
+        shard=shard,
+        entropy=entropy,
+    )
 
 
 class LogitsOwner(Protocol):
@@ -192,18 +216,7 @@ class UpdatePass(_LogitsPass):
         here, rows = layout.local(tokens.rows[tokens.kept])
         if layout.group is not None:
             old = SparsePolicy(old.ids[here], old.log_probs[here], old.sampled[here])
-        terms = policy_terms(
-            settings.support,  # type: ignore[arg-type]
-            logits,
-            rows,
-            old,
-            kl_bound=settings.kl_bound,
-            k=settings.k,
-            dropped_mass=settings.dropped_mass,
-            step_size_gradient=settings.step_size_gradient,  # type: ignore[arg-type]
-            shard=shard,
-            entropy=self.entropy,
-        )
+        terms = update_terms(settings, logits, rows, old, shard=shard, entropy=self.entropy)
         self._statistics = (layout, *token_statistics(terms))
         return rows, {
             "log_probs": terms.sampled_log_probs,

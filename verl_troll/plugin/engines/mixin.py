@@ -18,10 +18,9 @@ from verl.workers.engine import BaseEngine
 
 from verl_troll import kernels
 from verl_troll.lm_head import LinearHead
-from verl_troll.objective import policy_terms
 from verl_troll.patches import registry, verl_fused_head
 from verl_troll.plugin.layout import TokenLayout
-from verl_troll.plugin.passes import LossFunction, OldPolicyPass, UpdatePass
+from verl_troll.plugin.passes import LossFunction, OldPolicyPass, UpdatePass, update_terms
 from verl_troll.plugin.settings import PREFIX, TrollConfig, TrollConfigError
 from verl_troll.support import select
 from verl_troll.vocab_parallel import VocabShard
@@ -72,17 +71,7 @@ def compile_kernels(settings: TrollConfig, columns: int, dtype: torch.dtype, dev
     for entropy in (False, True):
         leaf = torch.zeros_like(logits).requires_grad_()
         with torch.enable_grad():
-            terms = policy_terms(
-                settings.support,  # type: ignore[arg-type]
-                leaf,
-                rows,
-                old,
-                kl_bound=settings.kl_bound,
-                k=settings.k,
-                dropped_mass=settings.dropped_mass,
-                step_size_gradient=settings.step_size_gradient,  # type: ignore[arg-type]
-                entropy=entropy,
-            )
+            terms = update_terms(settings, leaf, rows, old, shard=None, entropy=entropy)
             loss = (terms.log_ratio + terms.regression_kl).sum()
             torch.autograd.grad(loss if terms.entropy is None else loss + terms.entropy.sum(), leaf)
 
