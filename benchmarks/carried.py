@@ -10,8 +10,8 @@ from benchmarks.inputs import make_batch
 from benchmarks.measure import Contender, Spread, take_turns
 from benchmarks.rows import Case, Row, parameters, phase_seconds
 from benchmarks.troll import DROPPED_MASS, compact, support_facts
+from verl_troll.core.support import SparsePolicy, select
 from verl_troll.plugin import carry
-from verl_troll.support import SparsePolicy, select
 
 NAME = "carried"
 AXES = ("tokens", "k")

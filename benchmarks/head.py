@@ -16,8 +16,8 @@ from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from benchmarks import troll, vanilla
 from benchmarks.measure import Contender, Spread, peak_bytes, take_turns
 from benchmarks.rows import Case, Floor, Row, parameters, phase_seconds, ratio
-from verl_troll.lm_head import LinearHead
-from verl_troll.support import SparsePolicy, SupportRule, select
+from verl_troll.core.lm_head import LinearHead
+from verl_troll.core.support import SparsePolicy, SupportRule, select
 
 NAME = "head"
 AXES = ("vocab", "tokens", "dtype", "hidden", "k")

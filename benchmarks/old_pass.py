@@ -16,8 +16,8 @@ from benchmarks.inputs import make_batch
 from benchmarks.measure import Contender, Spread, bandwidth_contenders, peak_bytes, take_turns
 from benchmarks.rows import Case, Floor, Row, parameters, phase_seconds, ratio
 from benchmarks.troll import DROPPED_MASS, support_facts
-from verl_troll.support import select
-from verl_troll.vocab_parallel import VocabShard
+from verl_troll.core.support import select
+from verl_troll.core.vocab import VocabShard
 
 NAME = "old_pass"
 AXES = ("vocab", "tokens", "k", "dtype", "ranks", "response_share")

@@ -16,7 +16,7 @@ import torch.multiprocessing as multiprocessing
 
 from benchmarks import old_pass, update
 from benchmarks.rows import Case, Row
-from verl_troll.vocab_parallel import VocabShard
+from verl_troll.core.vocab import VocabShard
 
 # What runs with sharded logits.
 SHARDED: dict[str, Callable[[Case, int, VocabShard | None], list[Row]]] = {

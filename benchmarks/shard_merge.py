@@ -2,7 +2,7 @@
 
     python -m benchmarks.shard_merge [--ranks 2 4] [--tokens 512] [--vocab 151936] [--k 64] [--repeat 15]
 
-``by token`` is what the library does (``verl_troll.vocab_parallel._merge``): an all-to-all gives each rank all
+``by token`` is what the library does (``verl_troll.core.vocab._merge``): an all-to-all gives each rank all
 candidates of its share of the tokens, it merges those, and an all-gather hands the results round. ``everywhere``: one
 all-gather, then every rank merges all tokens. Ranks are processes on one machine that talk through gloo.
 """
@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from verl_troll.logits import Normaliser, Reading, read_rows
-from verl_troll.vocab_parallel import VocabShard, _merge, _pack, _unpack
+from verl_troll.core.logits import Normaliser, Reading, read_rows
+from verl_troll.core.vocab import VocabShard, _merge, _pack, _unpack
 
 
 def merge_everywhere(reading: Reading, shard: VocabShard) -> Reading:
-    """As ``verl_troll.vocab_parallel._merge``, every row on every rank."""
+    """As ``verl_troll.core.vocab._merge``, every row on every rank."""
     normaliser, sampled, values, ids = reading
     width = ids.shape[-1]
     found = _pack(normaliser, values, ids, sampled)

@@ -13,7 +13,7 @@ from benchmarks import published
 from benchmarks.measure import Contender, Spread, bandwidth_contenders, peak_bytes, take_turns
 from benchmarks.rows import Case, Floor, Row, parameters, phase_seconds, ratio
 from benchmarks.troll import KL_BOUND
-from verl_troll.projection import project
+from verl_troll.core.projection import project
 
 NAME = "solver"
 AXES = ("tokens",)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from verl_troll.logits import LogitsSource
-from verl_troll.objective import STATISTICS, PolicyTerms, importance_ratio, policy_terms, surrogate_losses
+from verl_troll.core.logits import LogitsSource
+from verl_troll.core.loss import STATISTICS, PolicyTerms, importance_ratio, policy_terms, surrogate_losses
+from verl_troll.core.support import SparsePolicy, SupportRule
 from verl_troll.plugin.metrics import token_statistics
-from verl_troll.support import SparsePolicy, SupportRule
 
 KL_BOUND, DROPPED_MASS, ALPHA = 0.05, 1e-5, 1.0
 
@@ -46,7 +46,7 @@ def projected_loss(
 ) -> tuple[Tensor, PolicyTerms]:
     """The loss and its terms; the metrics are computed as well, as verl computes its own with its loss.
 
-    ``options`` go to :func:`verl_troll.objective.policy_terms`.
+    ``options`` go to :func:`verl_troll.core.loss.policy_terms`.
     """
     terms = policy_terms(rule, logits, rows, old, kl_bound=KL_BOUND, dropped_mass=DROPPED_MASS, **options)
     token_statistics(terms)

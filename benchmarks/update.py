@@ -16,8 +16,8 @@ from benchmarks import published, troll, vanilla
 from benchmarks.inputs import make_batch
 from benchmarks.measure import Contender, Spread, bandwidth_contenders, peak_bytes, take_turns
 from benchmarks.rows import Case, Floor, Row, parameters, phase_seconds, ratio
-from verl_troll.support import SupportRule, select
-from verl_troll.vocab_parallel import VocabShard
+from verl_troll.core.support import SupportRule, select
+from verl_troll.core.vocab import VocabShard
 
 NAME = "update"
 AXES = ("vocab", "tokens", "k", "dtype", "ranks", "response_share")

@@ -1,8 +1,8 @@
 """How a host package is patched: declared, version-gated, idempotent, and tied to the source that was read.
 
 Each module in this folder holds one :class:`Patch`. ``replaces`` names every host definition that the patch stands
-in for, with the fingerprint of the source it was written against; ``tests/test_patches.py`` fails when an installed
-host no longer matches, so that no patch outlives the code it was made for.
+in for, with the fingerprint of the source it was written against; ``tests/patches/test_patches.py`` fails when an
+installed host no longer matches, so that no patch outlives the code it was made for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Patch: make verl find the embedded rollout's training-side class under the rollout name ``hf``.
 
 The serving side has a public registry (``RolloutReplicaRegistry``); the training side has only a private table.
-Applied by ``verl_troll.hf_rollout`` only, which CPU mode includes.
+Applied by ``verl_troll.embedded`` only, which CPU mode includes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from verl_troll.patches.registry import Patch
 def _install() -> None:
     from verl.workers.rollout import base
 
-    base._ROLLOUT_REGISTRY[("hf", "async")] = "verl_troll.cpu.rollout.EmbeddedRollout"
+    base._ROLLOUT_REGISTRY[("hf", "async")] = "verl_troll.embedded.rollout.EmbeddedRollout"
 
 
 PATCH = Patch(

@@ -13,7 +13,7 @@ def environment(device: str = DEVICE) -> dict[str, str]:
     """Variables with which verl runs on ``device`` and knows the rollout ``hf``."""
     if device == "cpu":
         return {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "verl_troll.cpu"}
-    return {"VERL_USE_EXTERNAL_MODULES": "verl_troll.hf_rollout"}
+    return {"VERL_USE_EXTERNAL_MODULES": "verl_troll.embedded"}
 
 
 def backend(device: str = DEVICE) -> str:

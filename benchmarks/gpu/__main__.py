@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.gpu import checks, times
 from benchmarks.gpu.session import TINY, Session, Sizes
-from verl_troll import kernels
+from verl_troll.core import kernels
 
 # What is wanted, of which row, over which, and at most how much.
 TARGETS = (
@@ -98,7 +98,7 @@ def main(given: Sequence[str] | None = None) -> int:
     """Check, time, and write both down."""
     options = arguments(given)
     if options.tiny and options.device == "cpu":
-        from verl_troll.kernels import logits as form
+        from verl_troll.core.kernels import logits as form
 
         form.READ_TILE_BYTES = form.WRITE_COLUMNS = 2048
     session = Session(options.device, options.out, options.seconds, TINY if options.tiny else Sizes())

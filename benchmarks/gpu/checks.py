@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.session import Session
-from verl_troll import kernels
-from verl_troll.lm_head import LinearHead
-from verl_troll.logits import DenseLogits, LogitsSource
-from verl_troll.objective import STATISTICS, PolicyTerms, policy_terms
-from verl_troll.projection import TOLERANCE, project
-from verl_troll.support import SUPPORT_RULES, SparsePolicy, select
+from verl_troll.core import kernels
+from verl_troll.core.lm_head import LinearHead
+from verl_troll.core.logits import DenseLogits, LogitsSource
+from verl_troll.core.loss import STATISTICS, PolicyTerms, policy_terms
+from verl_troll.core.projection import TOLERANCE, project
+from verl_troll.core.support import SUPPORT_RULES, SparsePolicy, select
 
 KL_BOUND = 0.05
 DROPPED_MASS = 1e-5

@@ -283,7 +283,7 @@ def agreement(host: Host, setup: Any, troll: dict[str, Any], batch: Any, row: Ro
     The forward pass is the same for both forms, so that what differs is theirs.
     """
     from tests.distributed.batches import by_sample, with_old_policy
-    from verl_troll import kernels
+    from verl_troll.core import kernels
 
     bf16 = host.device.type == "cuda"
     forms: dict[str, dict[str, Tensor]] = {}
@@ -414,7 +414,7 @@ def sampled(batch: Any, path: str, device: str) -> Any:
     """The batch with responses that the model at ``path`` sampled, by the embedded rollout's own code."""
     from transformers import AutoModelForCausalLM
 
-    from verl_troll.cpu.generation import Request, generate
+    from verl_troll.embedded.generation import Request, generate
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device).eval()

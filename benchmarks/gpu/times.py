@@ -13,11 +13,11 @@ from benchmarks.gpu.checks import DROPPED_MASS, terms_of
 from benchmarks.gpu.session import Session
 from benchmarks.inputs import make_batch
 from benchmarks.rows import Case
-from verl_troll import kernels
-from verl_troll.lm_head import LinearHead
-from verl_troll.logits import DenseLogits, LogitsSource
-from verl_troll.objective import STATISTICS, PolicyTerms
-from verl_troll.support import SUPPORT_RULES, select
+from verl_troll.core import kernels
+from verl_troll.core.lm_head import LinearHead
+from verl_troll.core.logits import DenseLogits, LogitsSource
+from verl_troll.core.loss import STATISTICS, PolicyTerms
+from verl_troll.core.support import SUPPORT_RULES, select
 
 COPY = "copy: one read, one write"
 FLASH = "update, flash-attention's cross-entropy in place"

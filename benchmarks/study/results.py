@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.cells import Cell
-from verl_troll.report.read import read_runs
-from verl_troll.report.statistics import diverged
+from verl_troll.tools.report.read import read_runs
+from verl_troll.tools.report.statistics import diverged
 
 FILE = Path(__file__).with_name("results.jsonl")
 

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from benchmarks.study import results
 from benchmarks.study.results import Record
-from verl_troll.report.figures import rate_text
-from verl_troll.report.statistics import (
+from verl_troll.tools.report.figures import rate_text
+from verl_troll.tools.report.statistics import (
     Interval,
     area_under_curve,
     mean_interval,

@@ -35,7 +35,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 from benchmarks.study.reward import compute_score
-from verl_troll.cpu.generation import Completion, generate
+from verl_troll.embedded.generation import Completion, generate
 
 DISTINCT = "study/distinct_answers"
 

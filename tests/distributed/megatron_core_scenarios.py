@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from verl_troll.objective import token_terms
-from verl_troll.support import SparsePolicy, SupportRule, compare, select
-from verl_troll.vocab_parallel import VocabShard
+from verl_troll.core.loss import token_terms
+from verl_troll.core.support import SparsePolicy, SupportRule, compare, select
+from verl_troll.core.vocab import VocabShard
 
 VOCAB, PADDED, LENGTH, SAMPLES, MICRO_BATCHES, LAYERS = 122, 128, 12, 4, 2, 4
 

@@ -27,13 +27,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import oracle
-from verl_troll import lm_head as head_module
-from verl_troll import logits as logits_module
-from verl_troll.lm_head import LinearHead
-from verl_troll.objective import TokenTerms, token_terms
-from verl_troll.projection import STEP_SIZE_GRADIENTS
-from verl_troll.support import SUPPORT_RULES, Comparison, SparsePolicy, compare, select
-from verl_troll.vocab_parallel import VocabShard, log_probs_at, top_log_probs
+from verl_troll.core import lm_head as head_module
+from verl_troll.core import logits as logits_module
+from verl_troll.core.lm_head import LinearHead
+from verl_troll.core.loss import TokenTerms, token_terms
+from verl_troll.core.projection import STEP_SIZE_GRADIENTS
+from verl_troll.core.support import SUPPORT_RULES, Comparison, SparsePolicy, compare, select
+from verl_troll.core.vocab import VocabShard, log_probs_at, top_log_probs
 
 INF = math.inf
 BOUND = 0.05

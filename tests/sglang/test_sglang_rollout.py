@@ -17,8 +17,8 @@ from verl.workers.rollout.sglang_rollout.async_sglang_server import SGLangReplic
 
 from tests.sglang.replica import STOCK, SUPPORT, Served, configuration
 from tests.trainer.run import ROOT, make_assets
+from verl_troll.core.support import select
 from verl_troll.plugin.rollout.sglang import SupportReplica
-from verl_troll.support import select
 
 pytestmark = pytest.mark.timeout(900)
 

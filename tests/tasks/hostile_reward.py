@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.tasks.hostile import ANSWERS, PROGRAMS, response
-from verl_troll.rewards import code, math
+from verl_troll.tasks.rewards import code, math
 
 CODE_TRUTH = json.dumps({"inputs": [""], "outputs": ["right"]})
 RIGHT = {"code: right": "```python\nprint('right')\n```", "math: right": "\\boxed{14/2}"}

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from verl_troll.rewards import code
-from verl_troll.rewards.answers import last_program
-from verl_troll.rewards.cases import exact_json, read_cases, same_text, same_value
+from verl_troll.tasks.rewards import code
+from verl_troll.tasks.rewards.answers import last_program
+from verl_troll.tasks.rewards.cases import exact_json, read_cases, same_text, same_value
 
 
 def score(source: str, inputs: list[Any], outputs: list[Any], function: str | None = None, **settings: Any) -> float:

@@ -10,10 +10,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from verl_troll.rewards import code, math
 from verl_troll.tasks import prepare
 from verl_troll.tasks.__main__ import main
 from verl_troll.tasks.catalog import TASKS
+from verl_troll.tasks.rewards import code, math
 
 QUESTIONS = [
     {"question": "Two and five?", "answer": "2 + 5 = <<2+5=7>>7\n#### 7"},

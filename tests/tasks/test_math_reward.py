@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from tests.tasks.hostile import ANSWERS
-from verl_troll.rewards import math
-from verl_troll.rewards.answers import final_answer
+from verl_troll.tasks.rewards import math
+from verl_troll.tasks.rewards.answers import final_answer
 
 SECONDS = 2.0
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from tests.tasks.hostile import HARMLESS_OUTSIDE, PROGRAMS, response, source
-from verl_troll.rewards import code, sandbox
+from verl_troll.tasks.rewards import code, sandbox
 
 RIGHT = json.dumps({"inputs": [""], "outputs": ["right"]})
 ROOT = Path(__file__).resolve().parents[2]
@@ -230,7 +230,7 @@ def test_caller_that_is_not_root(tmp_path: Path) -> None:
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from tests.tasks.hostile import response
-from verl_troll.rewards import code
+from verl_troll.tasks.rewards import code
 assert os.geteuid() == 12345
 for name in {names!r}:
     assert code.compute_score("x", response(name, {str(canary)!r}), {RIGHT!r}, processor_seconds=1)["score"] == 0, name

@@ -23,7 +23,7 @@ FOLDER = "TROLL_TEST_PROBE"
 
 
 def _write(kind: str, engine: Any, data: Any, fields: dict[str, Tensor]) -> None:
-    from verl_troll import kernels
+    from verl_troll.core import kernels
     from verl_troll.plugin import carry
 
     place = {
@@ -49,8 +49,8 @@ def _rows(columns: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
 
 def install() -> None:
     """Wrap the two ends of the side channel."""
-    from tests.kernels import interpreter
-    from verl_troll import kernels
+    from tests.core.kernels import interpreter
+    from verl_troll.core import kernels
     from verl_troll.plugin import passes
 
     if kernels.available(torch.device("cpu")):

@@ -15,7 +15,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 from tests.trainer.run import ROOT, make_assets
 from tests.vllm.replica import Served, configuration
-from verl_troll.support import select
+from verl_troll.core.support import select
 
 pytestmark = pytest.mark.timeout(600)
 

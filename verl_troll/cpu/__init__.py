@@ -5,7 +5,7 @@ Two environment variables switch it on, in every process of a run::
     VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=verl_troll.cpu
 
 verl then imports this package at the end of ``import verl``. It registers the platform ``cpu``
-(:mod:`verl_troll.cpu.platform`) and the rollout ``hf`` (:mod:`verl_troll.hf_rollout`, which runs on accelerators too),
+(:mod:`verl_troll.cpu.platform`) and the rollout ``hf`` (:mod:`verl_troll.embedded`, which runs on accelerators too),
 and applies the three CPU patches of :mod:`verl_troll.patches`. The configuration group ``+cpu=default`` sets what verl
 needs besides.
 
@@ -37,15 +37,16 @@ def activate() -> None:
     """
     from verl.plugin.platform import PlatformRegistry
 
-    from verl_troll import hf_rollout
+    from verl_troll import embedded
     from verl_troll.cpu.platform import CpuPlatform
-    from verl_troll.patches import registry, verl_fsdp2_cpu_offload, verl_gloo_backend
+    from verl_troll.patches import registry
+    from verl_troll.patches.cpu import verl_fsdp2_cpu_offload, verl_gloo_backend
 
     PlatformRegistry.register(platform="cpu")(CpuPlatform)
     os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
     for patch in (verl_gloo_backend.PATCH, verl_fsdp2_cpu_offload.PATCH):
         registry.apply(patch)
-    hf_rollout.register()
+    embedded.register()
 
 
 if is_active():

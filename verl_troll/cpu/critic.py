@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from verl.workers.config import FSDPEngineConfig
 
 from verl_troll.cpu import is_active
-from verl_troll.patches import registry, verl_value_model
+from verl_troll.patches import registry
+from verl_troll.patches.cpu import verl_value_model
 
 __all__ = ["CpuCriticEngineConfig"]
 

@@ -15,7 +15,8 @@ from verl_troll.cpu import is_active
 def keep_weights_reloadable() -> None:
     """In CPU mode, let vLLM's linear layers use the parameters themselves; otherwise do nothing."""
     if is_active():
-        from verl_troll.patches import registry, vllm_cpu_linear
+        from verl_troll.patches import registry
+        from verl_troll.patches.cpu import vllm_cpu_linear
 
         registry.apply(vllm_cpu_linear.PATCH)
 

@@ -23,7 +23,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from verl_troll.support import SparsePolicy
+from verl_troll.core.support import SparsePolicy
 
 COUNTS = "troll_old_counts"
 SUPPORT = "troll_old_support"

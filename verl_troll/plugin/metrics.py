@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 from verl.utils.metric import AggregationType, Metric
 
-from verl_troll.objective import STATISTICS, PolicyTerms
+from verl_troll.core.loss import STATISTICS, PolicyTerms
 
 _MAXIMA = ("kl_before", "kl_after")
 
 
 @torch.no_grad()
 def token_statistics(terms: PolicyTerms) -> tuple[Tensor, Tensor]:
-    """Sums ``[12]`` over the tokens in the order of :data:`~verl_troll.objective.STATISTICS`, and maxima ``[2]``."""
+    """Sums ``[12]`` over the tokens in the order of :data:`~verl_troll.core.loss.STATISTICS`, and maxima ``[2]``."""
     statistics = terms.statistics
     if statistics.shape[1] == 0:
         return statistics.sum(-1), statistics.new_zeros(len(_MAXIMA))

@@ -7,7 +7,7 @@ reading of the logits as everything else, so that the gradient may be written ov
 
 Collectives per micro-batch, over the ranks that share the vocabulary: two in the old pass and in the update under
 ``union``, one under ``anchored``, none in backward; see
-:mod:`verl_troll.vocab_parallel`. Over the ranks that share the tokens: one all-reduce in the old pass, two small ones
+:mod:`verl_troll.core.vocab`. Over the ranks that share the tokens: one all-reduce in the old pass, two small ones
 in the update.
 
 Shapes: V local logit columns, R response tokens on this rank, M of them (on all ranks) that take part in the loss.
@@ -26,17 +26,17 @@ from torch import Tensor
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
-from verl_troll import kernels
-from verl_troll.lm_head import LinearHead
-from verl_troll.logits import DenseLogits, LogitsSource
-from verl_troll.objective import PolicyTerms, policy_terms
+from verl_troll.core import kernels
+from verl_troll.core.lm_head import LinearHead
+from verl_troll.core.logits import DenseLogits, LogitsSource
+from verl_troll.core.loss import PolicyTerms, policy_terms
+from verl_troll.core.support import SparsePolicy, at, select
+from verl_troll.core.vocab import VocabShard
 from verl_troll.plugin import carry
 from verl_troll.plugin.layout import TokenLayout
 from verl_troll.plugin.metrics import as_metrics, token_statistics
 from verl_troll.plugin.policy_loss import ProjectedTerms, projected_terms
 from verl_troll.plugin.settings import TrollConfig
-from verl_troll.support import SparsePolicy, at, select
-from verl_troll.vocab_parallel import VocabShard
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Any]]]
 
@@ -56,7 +56,7 @@ def update_terms(
     shard: VocabShard | None,
     entropy: bool,
 ) -> PolicyTerms:
-    """:func:`verl_troll.objective.policy_terms` with these settings."""
+    """:func:`verl_troll.core.loss.policy_terms` with these settings."""
     return policy_terms(
         settings.support,  # type: ignore[arg-type]
         logits,

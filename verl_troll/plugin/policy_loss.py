@@ -18,7 +18,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register_policy_loss
 from verl.workers.config import ActorConfig
 
-from verl_troll.objective import importance_ratio, keep_corrective_ratios, surrogate_losses
+from verl_troll.core.loss import importance_ratio, keep_corrective_ratios, surrogate_losses
 from verl_troll.plugin.settings import LOSS_MODE, TrollConfig
 
 

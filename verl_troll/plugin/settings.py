@@ -12,10 +12,10 @@ from typing import Any
 
 from verl.base_config import BaseConfig
 
-from verl_troll import kernels
-from verl_troll.objective import IMPORTANCE_RATIOS
-from verl_troll.projection import STEP_SIZE_GRADIENTS
-from verl_troll.support import SUPPORT_RULES
+from verl_troll.core import kernels
+from verl_troll.core.loss import IMPORTANCE_RATIOS
+from verl_troll.core.projection import STEP_SIZE_GRADIENTS
+from verl_troll.core.support import SUPPORT_RULES
 
 PREFIX = "actor_rollout_ref.actor.policy_loss.troll"
 LOSS_MODE = "troll"

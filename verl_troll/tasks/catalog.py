@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from verl_troll.rewards.cases import read_cases
+from verl_troll.tasks.rewards.cases import read_cases
 
 Row = dict[str, Any]
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from verl.workers.config import McoreEngineConfig
 
 from verl_troll.cpu import is_active
-from verl_troll.patches import registry, verl_megatron_engine
+from verl_troll.patches import registry
+from verl_troll.patches.cpu import verl_megatron_engine
 
 __all__ = ["CpuMcoreEngineConfig"]
 
@@ -19,7 +20,7 @@ class CpuMcoreEngineConfig(McoreEngineConfig):  # type: ignore[misc, unused-igno
     """verl's configuration of the Megatron engine, for an engine on the CPU.
 
     Building one prepares this process's Megatron engines for the CPU, before any of them is built
-    (:mod:`verl_troll.patches.verl_megatron_engine`).
+    (:mod:`verl_troll.patches.cpu.verl_megatron_engine`).
 
     Args:
         dtype: float32, which verl does not offer for Megatron, or what verl offers.

@@ -17,10 +17,10 @@ from verl.utils.ulysses import (
 )
 from verl.workers.engine import FSDPEngineWithLMHead
 
+from verl_troll.core.vocab import VocabShard
 from verl_troll.patches import registry, verl_fsdp2_snapshot
 from verl_troll.plugin.engines.mixin import TrollEngineMixin
 from verl_troll.plugin.layout import TokenLayout
-from verl_troll.vocab_parallel import VocabShard
 
 registry.apply(verl_fsdp2_snapshot.PATCH)
 

@@ -14,9 +14,9 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.megatron_utils import unwrap_model
 from verl.workers.engine import MegatronEngineWithLMHead
 
+from verl_troll.core.vocab import VocabShard
 from verl_troll.plugin.engines.mixin import TrollEngineMixin
 from verl_troll.plugin.layout import TokenLayout
-from verl_troll.vocab_parallel import VocabShard
 
 
 class TrollMegatronEngine(TrollEngineMixin, MegatronEngineWithLMHead):

@@ -16,14 +16,14 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
 from verl.workers.engine import BaseEngine
 
-from verl_troll import kernels
-from verl_troll.lm_head import LinearHead
+from verl_troll.core import kernels
+from verl_troll.core.lm_head import LinearHead
+from verl_troll.core.support import select
+from verl_troll.core.vocab import VocabShard
 from verl_troll.patches import registry, verl_fused_head
 from verl_troll.plugin.layout import TokenLayout
 from verl_troll.plugin.passes import LossFunction, OldPolicyPass, UpdatePass, update_terms
 from verl_troll.plugin.settings import PREFIX, TrollConfig, TrollConfigError
-from verl_troll.support import select
-from verl_troll.vocab_parallel import VocabShard
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from verl_troll.support import keep_most_probable
+from verl_troll.core.support import keep_most_probable
 
 FIELD = "troll_support"
 """Name in ``TokenOutput.extra_fields``."""

@@ -1,0 +1,567 @@
+"""Supports: which ids are kept, what the two rules compare, and what they guarantee on the whole vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests import oracle
+from verl_troll.core import logits as logits_module
+from verl_troll.core.loss import token_terms
+from verl_troll.core.projection import project
+from verl_troll.core.support import (
+    REST_FLOOR,
+    SUPPORT_RULES,
+    Comparison,
+    SparsePolicy,
+    check_support_settings,
+    compare,
+    select,
+)
+from verl_troll.core.vocab import VocabShard
+
+INF = math.inf
+BOUND = 0.05
+by_rule = pytest.mark.parametrize("rule", ["union", "anchored"])
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (scale * torch.randn(*shape, generator=generator(seed), dtype=torch.float64)).to(dtype)
+
+
+def integers(high: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randint(0, high, shape, generator=generator(seed))
+
+
+def used(policy: SparsePolicy, row: int) -> list[int]:
+    return [int(i) for i in policy.ids[row] if i >= 0]
+
+
+def assert_select_matches(
+    logits: Tensor, sampled: Tensor, *, k: int, dropped_mass: float, vocab_size: int | None = None
+) -> SparsePolicy:
+    """Every field of :func:`select` against the loops of the oracle, at every row."""
+    rows = torch.arange(logits.shape[0])
+    shard = VocabShard.whole(logits.shape[-1], vocab_size)
+    policy = select(logits, rows, sampled, k=k, dropped_mass=dropped_mass, shard=shard)
+    vocab = logits.shape[-1] if vocab_size is None else vocab_size
+    atol = 1e-10 if logits.dtype == torch.float64 else 1e-5
+    for row in range(logits.shape[0]):
+        o = int(sampled[row])
+        expected = oracle.keep(logits[row], o, k=k, dropped_mass=dropped_mass, vocab_size=vocab)
+        assert used(policy, row) == expected.ids
+        log_q = logits[row, :vocab].double().log_softmax(-1)
+        live = policy.ids[row] >= 0
+        torch.testing.assert_close(policy.log_probs[row][live].double(), log_q[expected.ids], rtol=0, atol=atol)
+        assert bool((policy.log_probs[row][~live] == -INF).all())
+        assert int(policy.ids[row, policy.sampled[row]]) == o
+        torch.testing.assert_close(policy.log_probs[row, policy.sampled[row]].double(), log_q[o], rtol=0, atol=atol)
+    assert policy.ids.dtype == policy.sampled.dtype == torch.int64
+    return policy
+
+
+# --- select -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "dropped_mass"), [(1, 1e-5), (16, 1e-4), (64, 1e-5), (64, 0.3), (300, 0.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_select_matches_the_reference(k: int, dropped_mass: float, dtype: torch.dtype) -> None:
+    logits = normal(12, 200, seed=1, scale=3.0, dtype=dtype)
+    assert_select_matches(logits, integers(200, (12,), 2), k=k, dropped_mass=dropped_mass)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("vocab", [90, 5000])
+def test_ties_go_to_the_lower_id(levels: int, dtype: torch.dtype, vocab: int) -> None:
+    logits = integers(levels, (6, vocab), 3).to(dtype)
+    # A few ids above the ties, so that the cap cuts through the equal ones.
+    logits[:, vocab // 2 : vocab // 2 + 5] += 2
+    logits[3:, vocab - 3 :] += 3
+    assert_select_matches(logits, integers(vocab, (6,), 4), k=64, dropped_mass=1e-5)
+    assert_select_matches(logits, integers(vocab, (6,), 4), k=3, dropped_mass=0.0)
+
+
+@pytest.mark.parametrize("equal", [64, 65, 127, 128, 129, 130, 200, 1000])
+def test_any_number_of_equal_logits_at_the_cap_is_ordered(equal: int) -> None:
+    vocab, above = 2000, 10
+    order = torch.randperm(vocab, generator=generator(5))
+    logits = torch.full((1, vocab), -4.0)
+    logits[0, order[:above]] = 3.0 + torch.arange(above).float()
+    logits[0, order[above : above + equal]] = 2.0
+    policy = assert_select_matches(logits, order[-1:], k=64, dropped_mass=1e-5)
+    assert used(policy, 0)[above:-1] == sorted(order[above : above + equal].tolist())[: 64 - above]
+
+
+def test_rounded_bfloat16_logits_with_ties_across_the_cap_match_the_reference() -> None:
+    logits = normal(8, 5000, seed=6, dtype=torch.bfloat16)
+    ranked = logits.float().sort(-1, descending=True).values
+    assert bool((ranked[:, 63] == ranked[:, 64]).any())
+    assert_select_matches(logits, integers(5000, (8,), 7), k=64, dropped_mass=1e-5)
+
+
+@st.composite
+def tied_rows(data: st.DrawFn) -> tuple[Tensor, int]:
+    vocab = data(st.integers(1, 150))
+    values = data(st.lists(st.integers(-2, 2), min_size=vocab, max_size=vocab))
+    return torch.tensor([values]).float(), data(st.integers(0, vocab - 1))
+
+
+@settings(deadline=None, max_examples=120)
+@given(tied_rows(), st.integers(1, 160), st.sampled_from([0.0, 1.1e-5, 0.0317, 0.3571, 0.7717]))
+def test_any_row_with_ties_matches_the_reference(row: tuple[Tensor, int], k: int, dropped_mass: float) -> None:
+    logits, sampled = row
+    gap = oracle.keep(logits[0], sampled, k=k, dropped_mass=dropped_mass, vocab_size=logits.shape[-1]).edge_gap
+    assume(dropped_mass == 0 or gap > 1e-6)
+    assert_select_matches(logits, torch.tensor([sampled]), k=k, dropped_mass=dropped_mass)
+
+
+def test_the_id_that_reaches_the_mass_is_the_last_one_kept() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.0625, 0.0625]], dtype=torch.float64).log()
+    # Partial masses 0.5, 0.75, 0.875, 0.9375, 1.
+    for dropped_mass, expected in ((0.25 + 1e-9, 2), (0.25 - 1e-9, 3), (0.5 + 1e-9, 1), (0.5 - 1e-9, 2), (0.01, 5)):
+        policy = assert_select_matches(logits, torch.tensor([0]), k=5, dropped_mass=dropped_mass)
+        assert len(used(policy, 0)) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_mass_that_reaches_the_edge_exactly_ends_the_selection(dtype: torch.dtype) -> None:
+    logits = torch.zeros(1, 2, dtype=dtype)
+    # Two equal ids: the first has mass 1/2, which float32 and float64 hold exactly.
+    assert float(logits.log_softmax(-1).exp()[0, 0]) == 0.5
+    policy = select(logits, torch.tensor([0]), torch.tensor([0]), k=2, dropped_mass=0.5)
+    assert used(policy, 0) == [0]
+
+
+def test_the_cap_ends_the_selection() -> None:
+    logits = normal(10, 300, seed=8)
+    policy = assert_select_matches(logits, logits.argmax(-1), k=7, dropped_mass=1e-5)
+    assert bool(((policy.ids >= 0).sum(-1) == 7).all())
+
+
+@pytest.mark.parametrize("k", [10, 11, 5000])
+def test_a_cap_beyond_the_vocabulary_keeps_everything(k: int) -> None:
+    policy = assert_select_matches(normal(5, 10, seed=9), integers(10, (5,), 10), k=k, dropped_mass=0.0)
+    assert bool(((policy.ids >= 0).sum(-1) == 10).all())
+
+
+def test_nothing_dropped_keeps_all_but_impossible_ids() -> None:
+    logits = torch.tensor([[0.0, -90.0, -300.0, -INF, 1.0]])
+    policy = select(logits, torch.tensor([0]), torch.tensor([0]), k=5, dropped_mass=0.0)
+    assert used(policy, 0) == [4, 0, 1, 2]
+
+
+@pytest.mark.parametrize("k", [1, 8, 64])
+def test_the_sampled_id_is_kept_even_when_least_probable(k: int) -> None:
+    logits = normal(10, 500, seed=11, scale=2.0)
+    policy = assert_select_matches(logits, logits.argmin(-1), k=k, dropped_mass=1e-5)
+    assert bool((policy.sampled == (policy.ids.shape[-1] - 1)).all())
+    top = assert_select_matches(logits, logits.argmax(-1), k=k, dropped_mass=1e-5)
+    assert bool((top.sampled == 0).all())
+    for row in range(10):
+        assert used(top, row) == used(policy, row)[:-1]
+
+
+@by_rule
+def test_padding_columns_are_never_selected_and_never_counted(rule: str) -> None:
+    plain = normal(8, 60, seed=12, scale=2.0)
+    moved = plain + normal(8, 60, seed=13)
+    poisoned, poisoned_new = (torch.cat([x, torch.full((8, 4), 1e4)], dim=-1) for x in (plain, moved))
+    sampled, rows = integers(60, (8,), 14), torch.arange(8)
+    for k, dropped_mass in ((5, 1e-5), (60, 0.0), (64, 0.0)):
+        clean = select(plain, rows, sampled, k=k, dropped_mass=dropped_mass)
+        padded = assert_select_matches(poisoned, sampled, k=k, dropped_mass=dropped_mass, vocab_size=60)
+        assert torch.equal(padded.ids, clean.ids)
+        torch.testing.assert_close(padded.log_probs, clean.log_probs, rtol=0, atol=1e-6)
+        leaf = poisoned_new.clone().requires_grad_()
+        options = {"k": k, "dropped_mass": dropped_mass}
+        with_padding = compare(rule, leaf, rows, padded, shard=VocabShard.whole(64, 60), **options)  # type: ignore[arg-type]
+        without = compare(rule, moved, rows, clean, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(with_padding.new_log_probs, without.new_log_probs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(with_padding.old_log_probs, without.old_log_probs, rtol=0, atol=1e-5)
+        torch.autograd.backward(token_terms(with_padding, BOUND).log_ratio.sum())
+        assert leaf.grad is not None
+        assert bool((leaf.grad[:, 60:] == 0).all())
+
+
+def test_rows_pick_positions_in_any_order() -> None:
+    logits = normal(9, 50, seed=15, scale=2.0)
+    rows = torch.tensor([7, 0, 4])
+    sampled = torch.tensor([3, 49, 20])
+    some = select(logits, rows, sampled, k=6, dropped_mass=1e-5, entropy=True)
+    alone = select(logits[rows].clone(), torch.arange(3), sampled, k=6, dropped_mass=1e-5, entropy=True)
+    for field in dataclasses.fields(SparsePolicy):
+        assert torch.equal(getattr(some, field.name), getattr(alone, field.name)), field.name
+
+
+def test_select_does_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = normal(11, 300, seed=16, scale=2.0)
+    rows, sampled = torch.arange(11), integers(300, (11,), 17)
+    whole = select(logits, rows, sampled, k=9, dropped_mass=1e-5, entropy=True)
+    monkeypatch.setattr(logits_module, "_HOST_BLOCK", 1000)
+    blocks = select(logits, rows, sampled, k=9, dropped_mass=1e-5, entropy=True)
+    for field in dataclasses.fields(SparsePolicy):
+        assert torch.equal(getattr(whole, field.name), getattr(blocks, field.name)), field.name
+
+
+def test_select_passes_no_gradient_and_takes_no_rows() -> None:
+    logits = normal(4, 30, seed=18).requires_grad_()
+    assert not select(logits, torch.arange(4), torch.zeros(4).long(), k=3, dropped_mass=1e-5).log_probs.requires_grad
+    none = torch.empty(0, dtype=torch.int64)
+    empty = select(logits, none, none, k=3, dropped_mass=1e-5)
+    assert empty.ids.shape[0] == empty.log_probs.shape[0] == empty.sampled.shape[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "settings_"),
+    [
+        ("k", {"k": 0}),
+        ("k", {"k": -1}),
+        ("dropped_mass", {"dropped_mass": 1.0}),
+        ("dropped_mass", {"dropped_mass": -1e-9}),
+        ("dropped_mass", {"dropped_mass": math.nan}),
+    ],
+)
+def test_bad_settings_are_named(name: str, settings_: dict[str, float]) -> None:
+    logits, rows, sampled = normal(2, 30, seed=19), torch.arange(2), torch.zeros(2).long()
+    policy = select(logits, rows, sampled, k=3, dropped_mass=1e-5)
+    options = {"k": 3, "dropped_mass": 1e-5} | settings_
+    with pytest.raises(ValueError, match=name):
+        select(logits, rows, sampled, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=name):
+        compare("union", logits, rows, policy, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=name):
+        check_support_settings(options["k"], options["dropped_mass"])  # type: ignore[arg-type]
+
+
+def test_an_unknown_rule_is_named() -> None:
+    logits, rows = normal(2, 30, seed=19), torch.arange(2)
+    policy = select(logits, rows, rows, k=3, dropped_mass=1e-5)
+    with pytest.raises(ValueError, match="support"):
+        compare("intersection", logits, rows, policy, k=3, dropped_mass=1e-5)  # type: ignore[arg-type]
+    assert set(SUPPORT_RULES) == {"union", "anchored"}
+
+
+# --- compare ----------------------------------------------------------------------------------------------------------
+
+
+def old_and_new(
+    rows: int, vocab: int, *, seed: int, scale: float = 2.0, shift: float = 0.7, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Old logits, new logits and ids sampled from the old policy."""
+    old = normal(rows, vocab, seed=seed, scale=scale, dtype=dtype)
+    new = old + normal(rows, vocab, seed=seed + 1, scale=shift, dtype=dtype)
+    sampled = torch.multinomial(old.double().softmax(-1), 1, generator=generator(seed + 2)).squeeze(-1)
+    return old, new, sampled
+
+
+def both(rule: str, old: Tensor, new: Tensor, sampled: Tensor, *, k: int, dropped_mass: float) -> Comparison:
+    rows = torch.arange(old.shape[0])
+    policy = select(old, rows, sampled, k=k, dropped_mass=dropped_mass)
+    return compare(rule, new, rows, policy, k=k, dropped_mass=dropped_mass)  # type: ignore[arg-type]
+
+
+@by_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(("k", "dropped_mass"), [(1, 1e-5), (4, 1e-4), (12, 0.1), (12, 1e-3), (50, 0.02), (60, 0.0)])
+def test_compare_matches_the_oracle(rule: str, dtype: torch.dtype, k: int, dropped_mass: float) -> None:
+    old, new, sampled = old_and_new(24, 60, seed=20, dtype=dtype)
+    sampled[:4] = old[:4].argmin(-1)
+    result = both(rule, old, new, sampled, k=k, dropped_mass=dropped_mass)
+    atol = 1e-10 if dtype == torch.float64 else 1e-5
+    for row in range(24):
+        o = int(sampled[row])
+        expected = oracle.outcomes(rule, new[row], old[row], o, k=k, dropped_mass=dropped_mass, vocab_size=60)
+        live = result.old_log_probs[row] > -INF
+        assert torch.equal(live, result.new_log_probs[row] > -INF)
+        assert int(live.sum()) == int(result.outcomes[row]) == len(expected.ids)
+        mine_p, mine_q = result.new_log_probs[row].double(), result.old_log_probs[row].double()
+        place = int(result.sampled[row])
+        torch.testing.assert_close(mine_p[place], expected.log_p[expected.place], rtol=0, atol=atol)
+        torch.testing.assert_close(mine_q[place], expected.log_q[expected.place], rtol=0, atol=atol)
+        # The same outcomes, whatever their order: compared as pairs sorted by the old probability, then the new.
+        ours = sorted(zip(mine_q[live].tolist(), mine_p[live].tolist(), strict=True))
+        theirs = sorted(zip(expected.log_q.tolist(), expected.log_p.tolist(), strict=True))
+        if rule == "anchored":
+            rest = float(expected.log_p[-1].exp().minimum(expected.log_q[-1].exp()))
+            assert expected.ids[-1] >= 0 or rest > 10 * REST_FLOOR
+            # The rest comes from a difference, so its rounding is absolute in the mass.
+            loose = atol if expected.ids[-1] >= 0 else atol + 2e-6 / rest * (dtype == torch.float32)
+        else:
+            loose = atol
+        torch.testing.assert_close(
+            torch.tensor(ours, dtype=torch.float64),
+            torch.tensor(theirs, dtype=torch.float64),
+            rtol=0,
+            atol=float(loose),
+        )
+        log_p, log_q = (x[row].double().log_softmax(-1) for x in (new, old))
+        torch.testing.assert_close(result.sampled_log_probs[row].double(), log_p[o], rtol=0, atol=atol)
+        kept_new = expected.old.ids if expected.new is None else expected.new.ids
+        assert float(result.old_kept_mass[row]) == pytest.approx(float(log_q[expected.old.ids].exp().sum()), abs=1e-5)
+        assert float(result.new_kept_mass[row]) == pytest.approx(float(log_p[kept_new].exp().sum()), abs=1e-5)
+        assert int(result.support_size[row]) == len(expected.old.ids)
+    for side in (result.new_log_probs, result.old_log_probs):
+        torch.testing.assert_close(side.logsumexp(-1), torch.zeros(24, dtype=dtype), rtol=0, atol=1e-5)
+
+
+@by_rule
+@pytest.mark.parametrize("sampled_at", ["top", "bottom", "next"])
+@pytest.mark.parametrize(("k", "dropped_mass"), [(4, 0.3), (8, 0.02), (8, 0.3), (20, 1e-3), (20, 0.0), (40, 0.0)])
+def test_a_binding_cap_is_reported(rule: str, sampled_at: str, k: int, dropped_mass: float) -> None:
+    old = normal(40, 20, seed=21, scale=2.0)
+    ranked = old.sort(-1, descending=True).indices
+    sampled = {"top": ranked[:, 0], "bottom": ranked[:, -1], "next": ranked[:, min(k, 19)]}[sampled_at]
+    result = both(rule, old, old, sampled, k=k, dropped_mass=dropped_mass)
+    expected = [
+        oracle.keep(old[row], int(sampled[row]), k=k, dropped_mass=dropped_mass, vocab_size=20) for row in range(40)
+    ]
+    assert result.cap_hit.tolist() == [kept.capped for kept in expected]
+
+
+@by_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["f32", "bf16", "f64"])
+@pytest.mark.parametrize(("k", "dropped_mass"), [(8, 1e-5), (64, 1e-5), (64, 1e-2), (400, 0.0)])
+def test_equal_policies_have_ratio_one_and_no_regression(
+    rule: str, dtype: torch.dtype, k: int, dropped_mass: float
+) -> None:
+    for scale in (0.5, 4.0, 30.0):
+        old = normal(32, 400, seed=22, scale=scale, dtype=dtype)
+        sampled = integers(400, (32,), 23)
+        new = old.clone().requires_grad_()
+        terms = token_terms(both(rule, old, new, sampled, k=k, dropped_mass=dropped_mass), 1e-6)
+        assert bool((terms.log_ratio == 0.0).all())
+        assert bool((terms.regression_kl == 0.0).all())
+        assert not bool(terms.projected.any())
+        assert bool((terms.projection.kl_before.abs() < 1e-12).all())
+
+
+@by_rule
+def test_equal_policies_have_ratio_one_however_the_rows_are_packed(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = normal(32, 400, seed=24, scale=3.0)
+    sampled = integers(400, (32,), 25)
+    policy = select(old, torch.arange(32), sampled, k=16, dropped_mass=1e-5)
+    monkeypatch.setattr(logits_module, "_HOST_BLOCK", 1200)
+    rows = torch.tensor([30, 2, 17, 5, 6])
+    packed = SparsePolicy(policy.ids[rows], policy.log_probs[rows], policy.sampled[rows])
+    terms = token_terms(compare(rule, old, rows, packed, k=16, dropped_mass=1e-5), 1e-6)  # type: ignore[arg-type]
+    assert bool((terms.log_ratio == 0.0).all())
+    assert bool((terms.regression_kl == 0.0).all())
+
+
+@by_rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_the_whole_vocabulary_kept_equals_the_dense_projection(rule: str, dtype: torch.dtype) -> None:
+    old, new, sampled = old_and_new(20, 40, seed=26, dtype=dtype, shift=0.4)
+    place = sampled.unsqueeze(-1)
+    sparse_in, dense_in = new.clone().requires_grad_(), new.clone().requires_grad_()
+    comparison = both(rule, old, sparse_in, sampled, k=40, dropped_mass=0.0)
+    assert bool((comparison.outcomes == 40).all())
+    terms = token_terms(comparison, BOUND)
+    log_p, log_q = dense_in.log_softmax(-1), old.log_softmax(-1)
+    dense = project(log_p, log_q, BOUND)
+    assert 0 < int(terms.projected.sum()) < 20
+    assert torch.equal(terms.projected, dense.kl_before > BOUND)
+    log_ratio = (dense.log_probs - log_q).gather(-1, place).squeeze(-1)
+    regression = oracle.kl(log_p, dense.log_probs.detach())
+    tiny = 1e-5 if dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(terms.log_ratio, log_ratio, rtol=tiny, atol=tiny)
+    torch.testing.assert_close(terms.regression_kl, regression, rtol=10 * tiny, atol=tiny)
+    torch.autograd.backward((terms.log_ratio.exp() + terms.regression_kl).sum())
+    torch.autograd.backward((log_ratio.exp() + regression).sum())
+    assert sparse_in.grad is not None
+    assert dense_in.grad is not None
+    torch.testing.assert_close(sparse_in.grad, dense_in.grad, rtol=10 * tiny, atol=10 * tiny)
+
+
+def test_the_gradient_under_union_reaches_the_kept_logits_only() -> None:
+    old, new, sampled = old_and_new(6, 60, seed=27)
+    leaf = new.clone().requires_grad_()
+    comparison = both("union", old, leaf, sampled, k=8, dropped_mass=1e-5)
+    # Of the ids that the new policy kept: a weight on a defaulted one would act on the kept mass as a whole.
+    held = comparison.new_log_probs > math.log(1e-10)
+    weight = normal(*comparison.new_log_probs.shape, seed=28)
+    torch.autograd.backward((torch.where(held, comparison.new_log_probs, 0.0) * weight).sum())
+    assert leaf.grad is not None
+    for row in range(6):
+        kept = oracle.keep(new[row], int(sampled[row]), k=8, dropped_mass=1e-5, vocab_size=60)
+        outside = [i for i in range(60) if i not in kept.ids]
+        assert bool((leaf.grad[row, kept.ids] != 0).all())
+        assert float(leaf.grad[row, outside].abs().max()) <= 1e-6 * float(leaf.grad[row].abs().max())
+
+
+def test_ids_only_one_side_keeps_have_the_default_on_the_other() -> None:
+    old = torch.tensor([[6.0, 5.0, 1.0, 0.0, -1.0]], dtype=torch.float64)
+    new = torch.tensor([[6.0, 1.0, 5.0, 0.0, -1.0]], dtype=torch.float64)
+    result = both("union", old, new, torch.tensor([0]), k=2, dropped_mass=1e-5)
+    live = result.old_log_probs[0] > -INF
+    log_q, log_p = result.old_log_probs[0][live], result.new_log_probs[0][live]
+    top = 1 / (1 + math.exp(-1.0))
+    # Normalised over the whole row, the two kept ids hold this much; the default is put beside it, then renormalised.
+    mass = float(old.softmax(-1)[0, :2].sum())
+    total = mass + 1e-12
+    expected_q = torch.tensor([top * mass, (1 - top) * mass, 1e-12], dtype=torch.float64).div(total).log()
+    torch.testing.assert_close(log_q, expected_q, rtol=0, atol=1e-9)
+    torch.testing.assert_close(log_p, expected_q[[0, 2, 1]], rtol=0, atol=1e-9)
+
+
+@by_rule
+def test_the_sampled_id_outside_both_selections_is_compared(rule: str) -> None:
+    old, new, _ = old_and_new(12, 60, seed=29, dtype=torch.float64)
+    sampled = (old + new).argmin(-1)
+    result = both(rule, old, new, sampled, k=5, dropped_mass=1e-5)
+    place = result.sampled.unsqueeze(-1)
+    p, q = (x.gather(-1, place).squeeze(-1) for x in (result.new_log_probs, result.old_log_probs))
+    truth = (new.log_softmax(-1) - old.log_softmax(-1)).gather(-1, sampled.unsqueeze(-1)).squeeze(-1)
+    if rule == "union":
+        # Each side is renormalised over its own kept mass.
+        truth = truth - result.new_kept_mass.log() + result.old_kept_mass.log()
+    torch.testing.assert_close(p - q, truth, rtol=0, atol=1e-8)
+
+
+# --- guarantees on the whole vocabulary -------------------------------------------------------------------------------
+
+
+@st.composite
+def vocab_pairs(data: st.DrawFn) -> tuple[Tensor, Tensor, int]:
+    n = data(st.integers(2, 24))
+    values = data(st.lists(st.floats(-4, 4, width=32), min_size=2 * n, max_size=2 * n))
+    old, new = torch.tensor(values, dtype=torch.float64).reshape(2, 1, n)
+    return old, new, data(st.integers(0, n - 1))
+
+
+@settings(deadline=None, max_examples=80)
+@given(vocab_pairs(), st.integers(1, 24), st.sampled_from([0.5, 0.1, 1e-2, 1e-3]))
+def test_the_anchored_divergence_never_exceeds_the_true_one(
+    rows: tuple[Tensor, Tensor, int], k: int, dropped_mass: float
+) -> None:
+    old, new, sampled = rows
+    result = both("anchored", old, new, torch.tensor([sampled]), k=k, dropped_mass=dropped_mass)
+    coarse = project(result.new_log_probs, result.old_log_probs, BOUND).kl_before
+    # The floor of the rest may add its own mass times the log-ratio there.
+    assert float(coarse) <= float(oracle.kl(new.log_softmax(-1), old.log_softmax(-1))) + 20 * REST_FLOOR
+
+
+def test_the_floor_keeps_a_vanishing_rest_finite() -> None:
+    old = torch.tensor([[0.0, -60.0, -200.0, -300.0]])
+    new = torch.tensor([[0.0, -60.0, -3.0, -300.0]], requires_grad=True)
+    result = both("anchored", old, new, torch.tensor([0]), k=1, dropped_mass=1e-5)
+    terms = token_terms(result, BOUND)
+    torch.autograd.backward((terms.log_ratio + terms.regression_kl).sum())
+    # Mass that flows to ids never kept still counts.
+    assert bool(terms.projected.all())
+    assert float(result.old_log_probs[0, -1].detach().exp()) == pytest.approx(REST_FLOOR, rel=1e-4)
+    assert new.grad is not None
+    assert bool(new.grad.isfinite().all())
+    assert float(terms.projection.kl) <= BOUND
+
+
+def lifted(log_pi: Tensor, ids: list[int], log_p: Tensor) -> Tensor:
+    """``[V]`` the projected coarse policy, with the new policy's conditional distribution inside the rest."""
+    full = log_p.clone()
+    outside = [i for i in range(log_p.shape[0]) if i not in ids]
+    full[outside] = log_pi[-1] + log_p[outside] - log_p[outside].logsumexp(-1)
+    full[ids] = log_pi[: len(ids)]
+    return full
+
+
+def test_the_anchored_bound_and_the_rest_make_up_the_true_divergence() -> None:
+    old, new, sampled = old_and_new(24, 60, seed=31, dtype=torch.float64, shift=0.8)
+    rows = torch.arange(24)
+    policy = select(old, rows, sampled, k=6, dropped_mass=1e-5)
+    comparison = compare("anchored", new, rows, policy, k=6, dropped_mass=1e-5)
+    result = project(comparison.new_log_probs, comparison.old_log_probs, BOUND)
+    assert int((result.step_size < 1).sum()) > 6
+    for row in range(24):
+        ids = used(policy, row)
+        log_p, log_q = new[row].log_softmax(-1), old[row].log_softmax(-1)
+        coarse = result.log_probs[row][result.log_probs[row] > -INF]
+        pi = lifted(coarse, ids, log_p)
+        assert float(pi.logsumexp(-1)) == pytest.approx(0, abs=1e-10)
+        outside = [i for i in range(60) if i not in ids]
+        inside_rest = oracle.kl(log_p[outside].log_softmax(-1), log_q[outside].log_softmax(-1))
+        expected = float(result.kl[row] + coarse[-1].exp() * inside_rest)
+        assert float(oracle.kl(pi, log_q)) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(("k", "dropped_mass"), [(6, 1e-5), (60, 0.05), (60, 0.01)])
+def test_the_union_bound_holds_on_the_vocabulary_up_to_the_dropped_mass(k: int, dropped_mass: float) -> None:
+    old, new, sampled = old_and_new(200, 60, seed=33, dtype=torch.float64, scale=2.5, shift=0.35)
+    rows = torch.arange(200)
+    policy = select(old, rows, sampled, k=k, dropped_mass=dropped_mass)
+    comparison = compare("union", new, rows, policy, k=k, dropped_mass=dropped_mass)
+    result = project(comparison.new_log_probs, comparison.old_log_probs, BOUND)
+    seen = 0
+    for row in range(200):
+        ids = used(policy, row)
+        kept_new = oracle.keep(new[row], int(sampled[row]), k=k, dropped_mass=dropped_mass, vocab_size=60)
+        if set(kept_new.ids) != set(ids) or float(result.step_size[row]) == 1:
+            continue
+        seen += 1
+        log_q = old[row].log_softmax(-1)
+        pi = torch.full((60,), -INF, dtype=torch.float64)
+        pi[ids] = result.log_probs[row][result.log_probs[row] > -INF]
+        full = float(oracle.kl(pi, log_q))
+        mass = float(log_q[ids].exp().sum())
+        assert full == pytest.approx(float(result.kl[row]) - math.log(mass), abs=1e-9)
+        if not bool(comparison.cap_hit[row]):
+            assert full <= BOUND - math.log1p(-dropped_mass) + 1e-9
+    assert seen >= 5
+
+
+# --- false violations -------------------------------------------------------------------------------------------------
+
+VOCAB = 50_000
+TOKENS = 200
+
+
+def zipf_like(entropy: float, seed: int) -> Tensor:
+    """``[200, 50000]`` log q: a power law of the rank with uneven gaps, its exponent chosen for the mean entropy."""
+    noise = 0.3 * torch.randn(TOKENS, VOCAB, generator=generator(seed))
+    log_rank = torch.arange(1, VOCAB + 1).double().log()
+    low, high = 0.5, 4.0
+    for _ in range(30):
+        exponent = 0.5 * (low + high)
+        some = (noise[:8].double() - exponent * log_rank).log_softmax(-1)
+        if float(oracle.entropy(some).mean()) > entropy:
+            low = exponent
+        else:
+            high = exponent
+    return noise.sub_(exponent * log_rank.float()).log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("entropy", "kept_mass", "sigma", "true_share", "union_share"),
+    [(1.7, 0.990, 0.2, 0.014, 0.031), (3.2, 0.907, 0.2, 0.012, 0.871), (5.4, 0.684, 0.05, 0.0, 0.369),
+     (7.5, 0.418, 0.01, 0.0, 0.330)],
+)  # fmt: skip
+def test_false_violations_of_the_published_rule_are_not_shared_by_the_anchored_one(
+    entropy: float, kept_mass: float, sigma: float, true_share: float, union_share: float
+) -> None:
+    log_q = zipf_like(entropy, seed=40)
+    rows = torch.arange(TOKENS)
+    sampled = torch.multinomial(log_q.exp(), 1, generator=generator(41)).squeeze(-1)
+    new = torch.randn(TOKENS, VOCAB, generator=generator(42)).mul_(sigma).add_(log_q)
+    log_p = new.log_softmax(-1)
+    truth = float(((log_p.exp() * (log_p - log_q)).sum(-1) > BOUND).float().mean())
+    policy = select(log_q, rows, sampled, k=64, dropped_mass=1e-5)
+    mass = float(log_q.topk(64).values.exp().sum(-1).mean())
+    shares = {}
+    for rule in ("union", "anchored"):
+        comparison = compare(rule, new, rows, policy, k=64, dropped_mass=1e-5)
+        shares[rule] = float(token_terms(comparison, BOUND).projected.float().mean())
+    # 200 tokens: one standard error is 0.035 at a share of one half, 0.008 at 0.014.
+    assert mass == pytest.approx(kept_mass, abs=0.015)
+    assert truth == pytest.approx(true_share, abs=0.025)
+    assert shares["anchored"] == pytest.approx(truth, abs=0.02)
+    assert shares["union"] == pytest.approx(union_share, abs=0.12)

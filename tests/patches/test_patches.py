@@ -1,0 +1,86 @@
+"""Patches: tied to the host source they were written for, gated by version, applied once."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable
+
+import pytest
+
+from verl_troll import patches
+from verl_troll.patches import registry
+from verl_troll.patches.registry import Patch, PatchError, source_fingerprint
+
+PATCHES: list[Patch] = [
+    importlib.import_module(module.name).PATCH
+    for module in pkgutil.walk_packages(patches.__path__, "verl_troll.patches.")
+    if not module.ispkg and module.name != "verl_troll.patches.registry"
+]
+
+
+def _installed(host: str) -> bool:
+    return any(True for _ in importlib.metadata.distributions(name=host))
+
+
+# A patch is checked where its host is: tests/run.sh runs this file beside vLLM too.
+HERE = [patch for patch in PATCHES if _installed(patch.host)]
+
+
+def _patch(install: Callable[[], None], name: str, versions: str) -> Patch:
+    return Patch(name=name, host="torch", versions=versions, why="test", upstream="none", install=install)
+
+
+@pytest.mark.parametrize("patch", HERE, ids=lambda patch: patch.name)
+def test_host_source_is_the_one_that_was_read(patch: Patch) -> None:
+    assert patch.replaces, "a patch names what it stands in for"
+    for target, fingerprint in patch.replaces.items():
+        assert source_fingerprint(target) == fingerprint, (
+            f"{patch.host} changed {target}: read it again, decide whether patch {patch.name!r} is still right or "
+            f"still needed ({patch.upstream}), then update its fingerprint"
+        )
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_patch_says_why_and_where_upstream_could_end_it(patch: Patch) -> None:
+    assert patch.why
+    assert patch.upstream
+    assert patch.versions
+
+
+def test_fingerprint_follows_the_source() -> None:
+    target = "verl.utils.py_functional:rename_dict"
+    assert source_fingerprint(target) == source_fingerprint(target)
+    assert source_fingerprint(target) != source_fingerprint("verl.utils.py_functional:append_to_dict")
+    for missing in ("verl.utils.py_functional:no_such", "verl.no_such_module:x", "no_such_package.x:y"):
+        with pytest.raises(LookupError):
+            source_fingerprint(missing)
+
+
+def test_patch_is_applied_once() -> None:
+    calls: list[int] = []
+    patch = _patch(lambda: calls.append(1), "test-once", ">=1")
+    registry.apply(patch)
+    registry.apply(patch)
+    assert calls == [1]
+    assert patch in registry.applied()
+
+
+def test_patch_for_another_version_is_refused() -> None:
+    with pytest.raises(PatchError, match="written for torch <1"):
+        registry.apply(_patch(lambda: None, "test-version", "<1"))
+
+
+def test_metric_names_keep_their_namespace() -> None:
+    from verl.trainer.ppo.v1 import trainer_base
+    from verl.utils import py_functional
+
+    import verl_troll.plugin  # noqa: F401
+
+    for function in (py_functional.rename_dict, trainer_base.rename_dict):
+        assert function({"troll/kl_before": 1, "lr": 2, "actor/pg_loss": 3}, "actor/") == {
+            "troll/kl_before": 1,
+            "actor/lr": 2,
+            "actor/pg_loss": 3,
+        }

@@ -1,0 +1,546 @@
+"""What the package overrides and relies on in its hosts is still what was read when it was written.
+
+One table of seams, each with a section of docs/upstream.md. Patches keep their own fingerprints (``test_patches.py``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import inspect
+import json
+import pkgutil
+import subprocess
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import verl_troll
+from tests.patches.test_patches import PATCHES
+from verl_troll.patches.registry import source_fingerprint
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = "docs/upstream.md"
+HOSTS = ("verl", "megatron", "mbridge", "transfer_queue", "transformers", "ray", "vllm", "sglang")
+# Modules that can be imported only where an optional host is installed.
+OPTIONAL = {"verl_troll.plugin.rollout.vllm": "vllm", "verl_troll.plugin.rollout.sglang": "sglang"}
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One place where the package enters a host; definitions are ``"module:qualified.name"``.
+
+    Attributes:
+        section: heading in docs/upstream.md.
+        ours: files that depend on it.
+        recheck: what to look at again after a change.
+        overrides: methods that our classes override; a class stands for all of its methods.
+        uses: what our code names.
+        callers: host code whose behaviour our code relies on without naming it.
+    """
+
+    section: str
+    ours: tuple[str, ...]
+    recheck: str
+    overrides: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    callers: tuple[str, ...] = ()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return self.overrides + self.uses + self.callers
+
+
+FSDP = "verl.workers.engine.fsdp.transformer_impl:FSDPEngine"
+MEGATRON = "verl.workers.engine.megatron.transformer_impl:MegatronEngine"
+BASE = "verl.workers.engine.base:BaseEngine"
+WORKERS = "verl.workers.engine_workers"
+TRAINER = "verl.trainer.ppo.v1.trainer_base:PPOTrainer"
+CORE = "verl.trainer.ppo.core_algos"
+VLLM = "verl.workers.rollout.vllm_rollout.vllm_async_server"
+SGLANG = "verl.workers.rollout.sglang_rollout.async_sglang_server"
+LOOPS = "verl.experimental.agent_loop"
+ENGINES = "verl_troll/plugin/engines"
+
+SEAMS = (
+    Seam(
+        "Logits hook",
+        (f"{ENGINES}/mixin.py", "verl_troll/plugin/passes.py"),
+        "is the loss function called with student_logits when distillation_use_topk is set, and the cross-entropy "
+        "skipped when distillation_only is; are its tensors in model_output when the loss is called?",
+        overrides=tuple(f"{host}.forward_backward_batch" for host in (BASE, FSDP, MEGATRON)),
+        uses=("verl.utils.tensordict_utils:assign_non_tensor",),
+        callers=(
+            f"{FSDP}WithLMHead.prepare_model_outputs",
+            f"{FSDP}WithLMHead.forward_step",
+            f"{MEGATRON}WithLMHead._lm_head_logits_processor",
+            f"{MEGATRON}WithLMHead.forward_step",
+            f"{MEGATRON}WithLMHead.postprocess_micro_batch_func",
+        ),
+    ),
+    Seam(
+        "Kernels at start",
+        (f"{ENGINES}/mixin.py",),
+        "is the model on its device, and _autocast_dtype set on FSDP, when initialize returns; is nothing trained "
+        "before?",
+        overrides=tuple(f"{host}.initialize" for host in (BASE, FSDP, MEGATRON)),
+        uses=("verl.utils.device:get_device_name",),
+        callers=(),
+    ),
+    Seam(
+        "Fused head",
+        (f"{ENGINES}/mixin.py", f"{ENGINES}/megatron.py", "verl_troll/plugin/passes.py"),
+        "is prepare_model_inputs called with each micro-batch before its forward pass, in the same thread; do the "
+        "fused path's log_probs keep a last dimension until they are nested; does Megatron hand over the hidden states "
+        "of all tensor-parallel ranks' tokens as [s, b, D], and leave the sum of their gradient to us?",
+        overrides=tuple(f"{host}WithLMHead.prepare_model_inputs" for host in (FSDP, MEGATRON)),
+        uses=(
+            "verl.utils.tensordict_utils:get_non_tensor_data",
+            "megatron.core.tensor_parallel.mappings:copy_to_tensor_model_parallel_region",
+        ),
+        callers=(
+            "verl.models.transformers.monkey_patch:patch_forward_with_backends",
+            "verl.models.mcore.util:postprocess_thd_engine",
+            f"{MEGATRON}._maybe_enable_fused_kernels",
+        ),
+    ),
+    Seam(
+        "Cache emptied for distillation",
+        (f"{ENGINES}/megatron.py",),
+        "is _distillation_use_topk_active still read in optimizer_step, and for nothing else?",
+        overrides=(f"{MEGATRON}.optimizer_step",),
+    ),
+    Seam(
+        "Reference pass without the adapter",
+        (f"{ENGINES}/mixin.py",),
+        "does the reference pass of a LoRA actor still run inside disable_adapter()?",
+        overrides=tuple(f"{host}.disable_adapter" for host in (BASE, FSDP, MEGATRON)),
+    ),
+    Seam(
+        "Engines by vendor",
+        (f"{ENGINES}/__init__.py", "verl_troll/plugin/inspection.py"),
+        "is (device, vendor) still looked up before device alone, and _engines nested by model type and backend?",
+        uses=("verl.workers.engine.base:EngineRegistry",),
+    ),
+    Seam(
+        "Settings of the method",
+        ("verl_troll/plugin/actor_config.py", "verl_troll/plugin/settings.py"),
+        "is the actor's _target_ built on the driver before ray.init and again in each actor worker, and its engine "
+        "configuration handed to the engine as it is?",
+        overrides=tuple(f"verl.workers.config.actor:{name}ActorConfig.__post_init__" for name in ("FSDP", "Mcore")),
+        callers=(
+            "verl.utils.config:validate_config",
+            f"{WORKERS}:ActorRolloutRefWorker.init_model",
+        ),
+    ),
+    Seam(
+        "Loading of the plugin",
+        ("verl_troll/plugin/__init__.py",),
+        "does every process that builds an engine, and the trainer, import external_lib first, and let its errors out?",
+        callers=(
+            "verl.workers.config.model:HFModelConfig.__post_init__",
+            "verl.utils.import_utils:import_external_libs",
+        ),
+    ),
+    Seam(
+        "Policy loss",
+        ("verl_troll/plugin/policy_loss.py",),
+        "is the registered loss called with these arguments after global_batch_info is set, and does agg_loss divide "
+        "by the mini-batch's counts?",
+        uses=(
+            f"{CORE}:agg_loss",
+            f"{CORE}:register_policy_loss",
+        ),
+        callers=("verl.workers.utils.losses:ppo_loss",),
+    ),
+    Seam(
+        "Layout of the tokens",
+        (f"{ENGINES}/megatron.py", f"{ENGINES}/fsdp.py", "verl_troll/plugin/passes.py"),
+        "do the logits lie as the input ids do (packing, padding, context-parallel chunks), and are response tokens "
+        "predicted one row earlier?",
+        uses=(
+            "verl.workers.utils.padding:no_padding_2_padding",
+            "verl.models.mcore.util:preprocess_thd_engine",
+            "verl.models.mcore.util:preprocess_bshd_engine",
+            f"{MEGATRON}._get_context_parallel_layout",
+            "verl.utils.ulysses:get_ulysses_sequence_parallel_group",
+        ),
+    ),
+    Seam(
+        "Outputs of the old-log-prob pass",
+        ("verl_troll/plugin/carry.py", "verl_troll/plugin/passes.py"),
+        "does everything in model_output still reach the batch of the update?",
+        callers=(
+            f"{WORKERS}:TrainingWorker.infer_batch",
+            f"{WORKERS}:ActorRolloutRefWorker.compute_log_prob",
+            f"{TRAINER}._compute_old_log_prob",
+        ),
+    ),
+    Seam(
+        "Metrics",
+        ("verl_troll/plugin/metrics.py", "patches/verl_metric_names.py"),
+        "are SUM metrics added over micro-batches and averaged over data-parallel ranks, and names in _max taken by "
+        "their largest?",
+        uses=("verl.utils.metric.utils:Metric",),
+        callers=(
+            "verl.utils.metric.utils:reduce_metrics",
+            f"{WORKERS}:TrainingWorker._postprocess_output",
+        ),
+    ),
+    Seam(
+        "Old policy from the rollout engine",
+        ("verl_troll/plugin/rollout/__init__.py", "verl_troll/plugin/rollout/agent_loops.py"),
+        "does extra_fields of a server's output reach the agent loop, and every field of its output the batch?",
+        overrides=(
+            f"{LOOPS}.agent_loop:AgentLoopBase.run",
+            f"{LOOPS}.agent_loop:AgentLoopOutput.as_dict",
+            f"{LOOPS}.single_turn_agent_loop:SingleTurnAgentLoop.run",
+            f"{LOOPS}.tool_agent_loop:ToolAgentLoop.run",
+        ),
+        uses=(
+            f"{LOOPS}.agent_loop:register",
+            "verl.workers.rollout.replica:RolloutReplicaRegistry",
+        ),
+    ),
+    Seam(
+        "vLLM server",
+        ("verl_troll/plugin/rollout/vllm.py",),
+        "does the server sample through self.engine.generate, and read the sampled token's log-probability alone?",
+        overrides=(
+            *(f"{VLLM}:vLLMHttpServer.{name}" for name in ("_preprocess_engine_kwargs", "run_server", "generate")),
+            f"{VLLM}:vLLMReplica.__init__",
+        ),
+    ),
+    Seam(
+        "SGLang server",
+        ("verl_troll/plugin/rollout/sglang.py", "verl_troll/plugin/rollout/__init__.py"),
+        "does the server read one answer of self.tokenizer_manager.generate_request, on the first node, and of its "
+        "meta_info the sampled tokens' log-probabilities alone; does the loader import SGLang without an accelerator?",
+        overrides=(
+            *(f"{SGLANG}:SGLangHttpServer.{name}" for name in ("launch_server", "generate")),
+            f"{SGLANG}:SGLangReplica.__init__",
+        ),
+        uses=("verl.workers.rollout.replica:_load_sglang",),
+    ),
+    Seam(
+        "CPU platform",
+        ("verl_troll/cpu/platform.py", "verl_troll/cpu/__init__.py"),
+        "does the interface have new members, and is a platform still chosen by VERL_PLATFORM?",
+        overrides=("verl.plugin.platform.platform_base:PlatformBase",),
+        uses=("verl.plugin.platform.platform_manager:PlatformRegistry",),
+    ),
+    Seam(
+        "Rollout hf",
+        ("verl_troll/embedded/rollout.py", "verl_troll/embedded/generation.py", "verl_troll/cpu/__init__.py"),
+        "what does the trainer call on a replica, its servers and the training side, and with which arguments?",
+        overrides=(
+            *(
+                f"verl.workers.rollout.base:BaseRollout.{name}"
+                for name in ("__init__", "resume", "release", "update_weights")
+            ),
+            "verl.workers.rollout.replica:RolloutReplica.launch_servers",
+        ),
+        uses=("transformers.cache_utils:Cache.batch_select_indices",),
+    ),
+    Seam(
+        "Weights to standalone replicas",
+        ("verl_troll/cpu/checkpoint_engine.py",),
+        "in which order and on which ranks are the members of the interface called?",
+        overrides=("verl.checkpoint_engine.base:CheckpointEngine",),
+        uses=("verl.checkpoint_engine.base:CheckpointEngineRegistry",),
+    ),
+    Seam(
+        "Replay buffer",
+        ("verl_troll/embedded/replay_buffer.py",),
+        "which arguments does a custom sampler get, and does ReplayBuffer take poll_interval?",
+        uses=("verl.trainer.ppo.v1.replay_buffer:ReplayBuffer",),
+        callers=(f"{TRAINER}._build_replay_buffer",),
+    ),
+    Seam(
+        "Critic on the CPU",
+        ("verl_troll/cpu/critic.py",),
+        "are the critic's engine settings unpickled in its worker before the model is built?",
+        overrides=("verl.workers.config.engine:FSDPEngineConfig.__post_init__",),
+    ),
+    Seam(
+        "Megatron's device",
+        ("verl_troll/cpu/megatron/config.py", "verl_troll/cpu/megatron/engine.py"),
+        "are ENTRY_POINTS all that verl's workers call, and is dtype still checked against two values?",
+        overrides=("verl.workers.config.engine:McoreEngineConfig.__post_init__",),
+    ),
+    Seam(
+        "Megatron's layers",
+        ("verl_troll/cpu/megatron/layers.py", "verl_troll/cpu/megatron/attention.py"),
+        "do the stand-ins get the same arguments, and have TransformerEngine's parameter names and sharding?",
+        overrides=(
+            "megatron.core.models.backends:LocalSpecProvider",
+            "megatron.core.tensor_parallel.layers:ColumnParallelLinear",
+            "megatron.core.transformer.module:MegatronModule.__init__",
+            "megatron.core.transformer.moe.router:Router.gating",
+        ),
+    ),
+    Seam(
+        "mbridge's models",
+        ("verl_troll/cpu/megatron/bridges.py",),
+        "do the bridges still ask these three methods for the configuration, the layers and the model's arguments?",
+        overrides=(
+            "mbridge.core.llm_bridge:LLMBridge._build_base_config",
+            "mbridge.core.llm_bridge:LLMBridge._get_gptmodel_args",
+            "mbridge.core.llm_bridge:LLMBridge._get_transformer_layer_spec",
+            "mbridge.models.llama:LLaMABridge._get_gptmodel_args",
+        ),
+        uses=("mbridge.core.bridge:register_model",),
+    ),
+)
+
+
+FINGERPRINTS: dict[str, str] = {
+    "mbridge.core.bridge:register_model": "800de4a70fd7b9e7",
+    "mbridge.core.llm_bridge:LLMBridge._build_base_config": "0819908d2e2bf4b3",
+    "mbridge.core.llm_bridge:LLMBridge._get_gptmodel_args": "0a6f89db5c385253",
+    "mbridge.core.llm_bridge:LLMBridge._get_transformer_layer_spec": "311673f0953e85dd",
+    "mbridge.models.llama:LLaMABridge._get_gptmodel_args": "9155f32291528cb4",
+    "megatron.core.models.backends:LocalSpecProvider": "1671ebf8fa87df01",
+    "megatron.core.tensor_parallel.layers:ColumnParallelLinear": "1bdad2a9930e1f4d",
+    "megatron.core.tensor_parallel.mappings:copy_to_tensor_model_parallel_region": "9182b1eb4adf705e",
+    "megatron.core.transformer.module:MegatronModule.__init__": "5b8b5da5b9793159",
+    "megatron.core.transformer.moe.router:Router.gating": "e50c359791c20921",
+    "transformers.cache_utils:Cache.batch_select_indices": "790b61ba0ffa4196",
+    "verl.checkpoint_engine.base:CheckpointEngine": "2c120ed3be72b995",
+    "verl.checkpoint_engine.base:CheckpointEngineRegistry": "6a3af369e5b8dca0",
+    "verl.experimental.agent_loop.agent_loop:AgentLoopBase.run": "db752658fd4ae4b7",
+    "verl.experimental.agent_loop.agent_loop:AgentLoopOutput.as_dict": "1a49ab278d409c5d",
+    "verl.experimental.agent_loop.agent_loop:register": "64d24585ff79fc33",
+    "verl.experimental.agent_loop.single_turn_agent_loop:SingleTurnAgentLoop.run": "1b7d1f5a2b5493ba",
+    "verl.experimental.agent_loop.tool_agent_loop:ToolAgentLoop.run": "319ba4e58723056c",
+    "verl.models.mcore.util:postprocess_thd_engine": "f3f6b6e8b2087b1b",
+    "verl.models.mcore.util:preprocess_bshd_engine": "9279efabb3c76d5c",
+    "verl.models.mcore.util:preprocess_thd_engine": "2665543e660f3e81",
+    "verl.models.transformers.monkey_patch:patch_forward_with_backends": "86a549d0bfbd34f9",
+    "verl.plugin.platform.platform_base:PlatformBase": "509afde7ce222670",
+    "verl.plugin.platform.platform_manager:PlatformRegistry": "9a03cf3a8b9d08cf",
+    "verl.trainer.ppo.core_algos:agg_loss": "baa1eabb337dd663",
+    "verl.trainer.ppo.core_algos:register_policy_loss": "2efd6173c0b91759",
+    "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer": "85c712c7e7d2c215",
+    "verl.trainer.ppo.v1.trainer_base:PPOTrainer._build_replay_buffer": "6f86000f22fb5161",
+    "verl.trainer.ppo.v1.trainer_base:PPOTrainer._compute_old_log_prob": "83f5ebb52f228635",
+    "verl.utils.config:validate_config": "9e2d82e4b51e7099",
+    "verl.utils.import_utils:import_external_libs": "5e2b0668fae9faed",
+    "verl.utils.metric.utils:Metric": "091f96e8b3381622",
+    "verl.utils.metric.utils:reduce_metrics": "5f9b1d486fc8ad87",
+    "verl.utils.tensordict_utils:assign_non_tensor": "f93e82f2a802a4dc",
+    "verl.utils.tensordict_utils:get_non_tensor_data": "e9030f3a7c3e3796",
+    "verl.utils.ulysses:get_ulysses_sequence_parallel_group": "ede40bde9ffbc5ed",
+    "verl.workers.config.actor:FSDPActorConfig.__post_init__": "ecc6f37901fceee4",
+    "verl.workers.config.actor:McoreActorConfig.__post_init__": "6ee0f9a3179bd072",
+    "verl.workers.config.engine:FSDPEngineConfig.__post_init__": "240e3b3fa1d32f85",
+    "verl.workers.config.engine:McoreEngineConfig.__post_init__": "b765951a5edb6eb1",
+    "verl.workers.config.model:HFModelConfig.__post_init__": "0c0cbf7ad5cb0aca",
+    "verl.workers.engine.base:BaseEngine.disable_adapter": "e502c926992b4503",
+    "verl.workers.engine.base:BaseEngine.forward_backward_batch": "a3d79858823ce727",
+    "verl.workers.engine.base:EngineRegistry": "54452eee12791cda",
+    "verl.utils.device:get_device_name": "988490435e4a4d23",
+    "verl.workers.engine.base:BaseEngine.initialize": "96ad1d9753b998af",
+    f"{FSDP}.initialize": "0264a3806e8bc03a",
+    f"{MEGATRON}.initialize": "56dd8bbd2044d536",
+    f"{FSDP}.disable_adapter": "2b882ad9bee16dcc",
+    f"{FSDP}.forward_backward_batch": "097af0bab5e69f68",
+    f"{FSDP}WithLMHead.forward_step": "dc1a472be40ea7b8",
+    f"{FSDP}WithLMHead.prepare_model_outputs": "06c245b398a0a84f",
+    f"{FSDP}WithLMHead.prepare_model_inputs": "ef54213906ac028a",
+    f"{MEGATRON}._maybe_enable_fused_kernels": "f7605976fc3f3c09",
+    f"{MEGATRON}WithLMHead.prepare_model_inputs": "f9746f2984e4f0d4",
+    f"{MEGATRON}._get_context_parallel_layout": "85cc2e4ac2a8f37e",
+    f"{MEGATRON}.disable_adapter": "f9778961b228673d",
+    f"{MEGATRON}.forward_backward_batch": "22aae1c6ec269a4a",
+    f"{MEGATRON}.optimizer_step": "1c126740dceee749",
+    f"{MEGATRON}WithLMHead._lm_head_logits_processor": "9a380b63ca57b24f",
+    f"{MEGATRON}WithLMHead.forward_step": "c0021371d94e1228",
+    f"{MEGATRON}WithLMHead.postprocess_micro_batch_func": "2bbb54f2f17cf777",
+    "verl.workers.engine_workers:ActorRolloutRefWorker.compute_log_prob": "f36e71f7fd744809",
+    "verl.workers.engine_workers:ActorRolloutRefWorker.init_model": "8bf2619c9dbfa877",
+    "verl.workers.engine_workers:TrainingWorker._postprocess_output": "bf451c562c2d6a13",
+    "verl.workers.engine_workers:TrainingWorker.infer_batch": "8e6ae2d7c16d4f1f",
+    "verl.workers.rollout.base:BaseRollout.__init__": "2de866efdb5c8678",
+    "verl.workers.rollout.base:BaseRollout.release": "9308eea9edcbb1c6",
+    "verl.workers.rollout.base:BaseRollout.resume": "1b20617f125a9247",
+    "verl.workers.rollout.base:BaseRollout.update_weights": "aaaef08eb59cee92",
+    "verl.workers.rollout.replica:RolloutReplica.launch_servers": "8d43971ac3dc8d22",
+    "verl.workers.rollout.replica:RolloutReplicaRegistry": "25b47c8795c668ea",
+    "verl.workers.rollout.replica:_load_sglang": "d862ee34a00bd9af",
+    f"{SGLANG}:SGLangHttpServer.generate": "8d043dad981b5ed7",
+    f"{SGLANG}:SGLangHttpServer.launch_server": "af239ece10683c78",
+    f"{SGLANG}:SGLangReplica.__init__": "e5059318ebd21880",
+    "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer._preprocess_engine_kwargs": "92b8c9d865312cfd",
+    "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer.generate": "ea45828267c4470e",
+    "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMHttpServer.run_server": "c7aea4516a115fdd",
+    "verl.workers.rollout.vllm_rollout.vllm_async_server:vLLMReplica.__init__": "b4ec65a90ba70a73",
+    "verl.workers.utils.losses:ppo_loss": "d7a7f4ab82c8a092",
+    "verl.workers.utils.padding:no_padding_2_padding": "c37d19e7d9c31e69",
+}
+
+
+def _line(section: str) -> int | None:
+    """Line of the heading ``section`` in docs/upstream.md, counted from 1."""
+    headings = (ROOT / DOCUMENT).read_text(encoding="utf-8").splitlines()
+    return next((number for number, text in enumerate(headings, start=1) if text == f"### {section}"), None)
+
+
+def changed(seams: tuple[Seam, ...], read: Mapping[str, str]) -> list[str]:
+    """One message for each definition whose source is not the one that was ``read``."""
+    messages = []
+    for seam in seams:
+        for target in seam.targets:
+            expected = read.get(target, "no fingerprint")
+            try:
+                actual = source_fingerprint(target)
+            except LookupError as error:
+                actual = f"gone: {error}"
+            if actual != expected:
+                messages.append(
+                    f"{target} has changed ({expected} -> {actual}). {', '.join(seam.ours)} depends on it; re-check: "
+                    f"{seam.recheck} Read {DOCUMENT}:{_line(seam.section)} ({seam.section}), then update the "
+                    f"fingerprint in tests/plugin/test_host_contract.py."
+                )
+    return messages
+
+
+def _methods(cls: type) -> Iterator[str]:
+    """Names of the methods that are written in the body of ``cls``, not made by a decorator or a metaclass."""
+    source = inspect.getsourcefile(cls)
+    for name, value in vars(cls).items():
+        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        function = inspect.unwrap(function) if callable(function) else function
+        if isinstance(function, types.FunctionType) and function.__code__.co_filename == source:
+            yield name
+
+
+def _overrides_of(cls: type) -> Iterator[tuple[str, str]]:
+    """Pairs of a host's method and of our class that overrides it, for ``cls`` and our classes that it derives from."""
+    for place, ours in enumerate(cls.__mro__):
+        if ours.__module__.split(".")[0] != "verl_troll":
+            continue
+        for name in _methods(ours):
+            for host in cls.__mro__[place + 1 :]:
+                if host.__module__.split(".")[0] in HOSTS and name in vars(host):
+                    yield f"{host.__module__}:{host.__qualname__}.{name}", f"{ours.__module__}.{ours.__qualname__}"
+                    break
+
+
+def overrides() -> dict[str, list[str]]:
+    """Every method of a host that a class of this package overrides, and the classes that do; imports the package."""
+    found: dict[str, set[str]] = {}
+    for entry in pkgutil.walk_packages(verl_troll.__path__, "verl_troll."):
+        needed = OPTIONAL.get(entry.name)
+        if needed is not None and importlib.util.find_spec(needed) is None:
+            continue
+        module = importlib.import_module(entry.name)
+        for cls in vars(module).values():
+            if inspect.isclass(cls) and cls.__module__ == entry.name:
+                for target, ours in _overrides_of(cls):
+                    found.setdefault(target, set()).add(ours)
+    return {target: sorted(ours) for target, ours in found.items()}
+
+
+@pytest.fixture(scope="module")
+def overridden() -> dict[str, list[str]]:
+    """:func:`overrides` in a process of its own: importing the whole package registers and patches."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.plugin.test_host_contract"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_hosts_are_the_ones_that_were_read() -> None:
+    messages = changed(SEAMS, FINGERPRINTS)
+    assert not messages, "\n".join(messages)
+
+
+def test_every_overridden_method_is_in_the_table(overridden: dict[str, list[str]]) -> None:
+    assert "verl.workers.engine.fsdp.transformer_impl:FSDPEngine.forward_backward_batch" in overridden
+    listed = {target for seam in SEAMS for target in seam.overrides}
+    missing = {
+        target: ours
+        for target, ours in overridden.items()
+        if target not in listed and target.rpartition(".")[0] not in listed
+    }
+    assert not missing, (
+        f"overridden, but in no seam of tests/plugin/test_host_contract.py: {missing}. Add each with "
+        f"source_fingerprint(...), "
+        f"and a section of {DOCUMENT}"
+    )
+
+
+def test_no_row_of_the_table_is_stale(overridden: dict[str, list[str]]) -> None:
+    stale = [row for row in FINGERPRINTS if not any(row in seam.targets for seam in SEAMS)]
+    for seam in SEAMS:
+        modules = {file.removesuffix(".py").replace("/", ".") for file in seam.ours}
+        if any(importlib.util.find_spec(OPTIONAL[module]) is None for module in modules & OPTIONAL.keys()):
+            continue
+        text = "".join((ROOT / file).read_text(encoding="utf-8") for file in seam.ours)
+        stale += [row for row in seam.overrides if not any(t == row or t.startswith(f"{row}.") for t in overridden)]
+        stale += [row for row in seam.uses if row.replace(":", ".").rpartition(".")[2] not in text]
+    assert not stale, (
+        f"no longer overridden or used: remove {stale} from tests/plugin/test_host_contract.py and {DOCUMENT}"
+    )
+
+
+def test_document_has_a_section_for_every_seam_and_names_every_patch() -> None:
+    text = (ROOT / DOCUMENT).read_text(encoding="utf-8")
+    sections = {line.removeprefix("### ") for line in text.splitlines() if line.startswith("### ")}
+    assert {seam.section for seam in SEAMS} <= sections
+    unnamed = [patch.name for patch in PATCHES if f"`{patch.name}`" not in text]
+    assert not unnamed, f"{DOCUMENT} does not say what would end the patches {unnamed}"
+    # These three are patches alone.
+    alone = (
+        sections
+        - {seam.section for seam in SEAMS}
+        - {"Snapshot of the weights", "Nodes of the cluster", "vLLM on the CPU"}
+    )
+    assert not alone, f"{DOCUMENT} has sections without a seam: {alone}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("loss_function: Callable, forward_only=False)", "loss_function: Callable, *, forward_only=False)"),
+        ("tu.assign_non_tensor(data, sp_size=self.ulysses_sequence_parallel_size)", "pass"),
+    ],
+    ids=["signature", "body"],
+)
+def test_a_change_in_the_host_is_reported(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a copy of verl's FSDP engine that differs in one method."""
+    target = f"{FSDP}.forward_backward_batch"
+    module = Path(*target.partition(":")[0].split(".")).with_suffix(".py")
+    spec = importlib.util.find_spec("verl")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    source = (Path(spec.submodule_search_locations[0]).parent / module).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    copy = tmp_path / module
+    copy.parent.mkdir(parents=True)
+    copy.write_text(source.replace(old, new), encoding="utf-8")
+    neighbour = f"{FSDP}WithLMHead.forward_step"
+    seam = Seam("Logits hook", ("mixin.py",), "what?", overrides=(target,), callers=(neighbour,))
+    read = {name: source_fingerprint(name) for name in seam.targets}
+    assert changed((seam,), read) == []
+
+    elsewhere = importlib.machinery.ModuleSpec("verl", None, is_package=True)
+    elsewhere.submodule_search_locations = [str(tmp_path / "verl")]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: elsewhere)
+    messages = changed((seam,), read)
+    assert len(messages) == 1
+    line = _line("Logits hook")
+    assert line is not None
+    for part in (target, "mixin.py", "what?", f"{DOCUMENT}:{line} (Logits hook)"):
+        assert part in messages[0]
+
+
+if __name__ == "__main__":
+    print(json.dumps(overrides()))

@@ -1,0 +1,89 @@
+"""The options of ``verl-troll report``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import shlex
+import sys
+from pathlib import Path
+
+from verl_troll.tools.report.read import INSTALL, ReportError, read_runs, warn_on_stderr
+
+_NEEDED = ("scipy", "matplotlib", "jinja2")
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``verl-troll report``."""
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUNS",
+        help="metrics.jsonl of verl's file logger, TensorBoard event files, a study's collected file, or folders that "
+        "are searched for these; NAME=PATH names the arm of all that PATH holds",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page (default report.html); its pictures go to a folder beside it, named after it and -figures",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="ARM",
+        help="arm that the others are compared with (default: vanilla, else clip, else the first)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=_finite,
+        metavar="X",
+        help="held-out success that steps are counted to (default: half-way from the start to the best arm's final)",
+    )
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    parts = ["verl-troll", "report", *arguments.runs, "--out", str(arguments.out)]
+    parts += [] if arguments.baseline is None else ["--baseline", arguments.baseline]
+    parts += [] if arguments.threshold is None else ["--threshold", f"{arguments.threshold:g}"]
+    return shlex.join(parts)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the report; 0, or 2 where there is nothing to report or something is damaged."""
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        warn_on_stderr(text)
+
+    try:
+        missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ReportError(f"{', '.join(missing)} not installed: {INSTALL}")
+        if arguments.out.is_dir():
+            raise ReportError(f"--out {str(arguments.out)!r} is a folder: give the name of a file, e.g. report.html")
+        if not arguments.out.parent.is_dir():
+            raise ReportError(f"--out: the folder {str(arguments.out.parent)!r} does not exist: make it first")
+        from verl_troll.tools.report import comparison, page
+
+        runs = read_runs(arguments.runs, note)
+        compared = comparison.compare(runs, arguments.baseline, arguments.threshold)
+        pictures = page.write(compared, runs, arguments.out, _command(arguments), notes)
+    except ReportError as error:
+        print(f"verl-troll report: {error}", file=sys.stderr)
+        return 2
+    counted = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    print(f"{arguments.out}: {counted}; {len(pictures)} pictures{f' in {pictures[0].parent}' if pictures else ''}")
+    return 0
