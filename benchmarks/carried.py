@@ -10,7 +10,8 @@ from benchmarks.inputs import make_batch
 from benchmarks.measure import Contender, Spread, take_turns
 from benchmarks.rows import Case, Row, parameters, phase_seconds
 from benchmarks.troll import DROPPED_MASS, compact, support_facts
-from verl_troll.core.support import SparsePolicy, select
+from verl_troll.core.support import Selection, SparsePolicy, select
+from verl_troll.core.vocab import VocabLogits
 from verl_troll.plugin import carry
 
 NAME = "carried"
@@ -140,5 +141,5 @@ def _fixed_policy(tokens: int, kept: int) -> tuple[SparsePolicy, Tensor]:
 
 def _language_model_policy(case: Case) -> tuple[SparsePolicy, Tensor]:
     batch = make_batch(case, new=False)
-    policy = select(batch.old, batch.rows, batch.sampled_ids, k=case.k, dropped_mass=DROPPED_MASS)
+    policy = select(VocabLogits.of(batch.old, batch.rows), batch.sampled_ids, Selection(case.k, DROPPED_MASS))
     return SparsePolicy(policy.ids.cpu(), policy.log_probs.cpu(), policy.sampled.cpu()), batch.sampled_ids.cpu()

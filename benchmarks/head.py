@@ -17,7 +17,9 @@ from benchmarks import troll, vanilla
 from benchmarks.measure import Contender, Spread, peak_bytes, take_turns
 from benchmarks.rows import Case, Floor, Row, parameters, phase_seconds, ratio
 from verl_troll.core.lm_head import LinearHead
-from verl_troll.core.support import SparsePolicy, SupportRule, select
+from verl_troll.core.logits import DenseLogits
+from verl_troll.core.support import Selection, SparsePolicy, select
+from verl_troll.core.vocab import VocabLogits
 
 NAME = "head"
 AXES = ("vocab", "tokens", "dtype", "hidden", "k")
@@ -66,7 +68,9 @@ class _Inputs:
         self.weight = weight.to(case.torch_dtype).requires_grad_()
         self.settings: dict[str, Any] = dict(k=case.k, dropped_mass=troll.DROPPED_MASS)
         old_head = LinearHead(hidden.to(case.torch_dtype), self.weight.detach())
-        self.old: SparsePolicy = troll.compact(select(old_head, self.rows, self.labels, **self.settings))
+        self.old: SparsePolicy = troll.compact(
+            select(VocabLogits.of(old_head, self.rows), self.labels, Selection(**self.settings))
+        )
         self.old_log_probs = troll.sampled_log_probs(self.old)
         self.hidden = (hidden + noise).to(case.torch_dtype).requires_grad_()
         self.last_terms: list[Any] = []
@@ -83,11 +87,10 @@ class _Inputs:
         log_probs, _ = FusedLinearForPPO(impl_backend="torch")(self.hidden, self.weight, self.labels, temperature=1.0)
         return vanilla.clipped_loss(self.old_log_probs, log_probs, self.advantages)
 
-    def projected(self, rule: SupportRule, *, fused: bool, reuse: bool = False) -> Tensor:
-        source = LinearHead(self.hidden, self.weight) if fused else self.logits()
-        loss, terms = troll.projected_loss(
-            rule, source, self.rows, self.old, self.advantages, k=self.settings["k"], reuse_logits=reuse
-        )
+    def projected(self, rule: str, *, fused: bool, reuse: bool = False) -> Tensor:
+        source = LinearHead(self.hidden, self.weight) if fused else DenseLogits(self.logits(), reuse=reuse)
+        logits = VocabLogits.of(source, self.rows)
+        loss, terms = troll.projected_loss(rule, logits, self.old, self.advantages, k=self.settings["k"])
         self.last_terms[:] = [terms]
         return loss
 

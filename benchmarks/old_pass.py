@@ -16,8 +16,8 @@ from benchmarks.inputs import make_batch
 from benchmarks.measure import Contender, Spread, bandwidth_contenders, peak_bytes, take_turns
 from benchmarks.rows import Case, Floor, Row, parameters, phase_seconds, ratio
 from benchmarks.troll import DROPPED_MASS, support_facts
-from verl_troll.core.support import select
-from verl_troll.core.vocab import VocabShard
+from verl_troll.core.support import Selection, select
+from verl_troll.core.vocab import VocabLogits, VocabShard
 
 NAME = "old_pass"
 AXES = ("vocab", "tokens", "k", "dtype", "ranks", "response_share")
@@ -51,7 +51,9 @@ def run(case: Case, repeat: int, shard: VocabShard | None = None) -> list[Row]:
     def support(entropy: bool) -> Callable[[Any], Any]:
         def call(given: torch.Tensor) -> Any:
             with vanilla.engine_context(case):
-                return select(given, rows, sampled, k=case.k, dropped_mass=DROPPED_MASS, shard=shard, entropy=entropy)
+                return select(
+                    VocabLogits.of(given, rows, shard), sampled, Selection(case.k, DROPPED_MASS), entropy=entropy
+                )
 
         return call
 
@@ -79,7 +81,7 @@ def run(case: Case, repeat: int, shard: VocabShard | None = None) -> list[Row]:
         Spread.of(read).median * share, round(size * share), "the response tokens' logits, read once, on each rank"
     )
     facts = {
-        **support_facts(select(prepare(), rows, sampled, k=case.k, dropped_mass=DROPPED_MASS, shard=shard)),
+        **support_facts(select(VocabLogits.of(prepare(), rows, shard), sampled, Selection(case.k, DROPPED_MASS))),
         "read_gb_per_s": round(size / Spread.of(read).median / 1e9, 1),
     }
     result = []

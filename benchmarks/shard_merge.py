@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from verl_troll.core.logits import Normaliser, Reading, read_rows
+from verl_troll.core.logits import Normaliser, Reading, read_dense
 from verl_troll.core.vocab import VocabShard, _merge, _pack, _unpack
 
 
@@ -62,14 +62,14 @@ def _rank(rank: int, ranks: int, folder: str, arguments: argparse.Namespace) -> 
     tokens = arguments.tokens
     logits = 4 * torch.randn(tokens, columns, generator=torch.Generator().manual_seed(rank))
     rows, first = torch.arange(tokens), torch.zeros(tokens, 1, dtype=torch.int64)
-    reading = read_rows(logits, rows, first, shard.columns, k=arguments.k)
+    reading = read_dense(logits, rows, first, shard.columns, k=arguments.k)
     local = (reading._replace(top_ids=reading.top_ids + shard.start), shard)
     for one, other in zip(_merge(*local), merge_everywhere(*local), strict=True):
         for left, right in zip(one, other, strict=True):
             assert (left is None and right is None) or torch.equal(left, right)
     read, by_token, everywhere = _seconds(
         [
-            lambda: read_rows(logits, rows, first, shard.columns, k=arguments.k),
+            lambda: read_dense(logits, rows, first, shard.columns, k=arguments.k),
             lambda: _merge(*local),
             lambda: merge_everywhere(*local),
         ],

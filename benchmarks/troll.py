@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from verl_troll.core.logits import LogitsSource
-from verl_troll.core.loss import STATISTICS, PolicyTerms, importance_ratio, policy_terms, surrogate_losses
-from verl_troll.core.support import SparsePolicy, SupportRule
+from verl_troll.core.kernels.constants import STATISTICS
+from verl_troll.core.loss import BatchTerms, PolicyTerms, batch_losses, policy_terms
+from verl_troll.core.support import Selection, SparsePolicy
+from verl_troll.core.vocab import VocabLogits
 from verl_troll.plugin.metrics import token_statistics
 
 KL_BOUND, DROPPED_MASS, ALPHA = 0.05, 1e-5, 1.0
@@ -31,24 +30,24 @@ def sampled_log_probs(policy: SparsePolicy) -> Tensor:
 
 def loss_from_terms(log_ratio: Tensor, regression_kl: Tensor, advantages: Tensor) -> Tensor:
     """The objective's negative, averaged over R tokens."""
-    mask = torch.ones_like(log_ratio, dtype=torch.bool).unsqueeze(0)
-    ratio = importance_ratio(log_ratio.unsqueeze(0), mask, "token").squeeze(0)
-    return surrogate_losses(ratio, advantages).mean() + ALPHA * regression_kl.mean()
+    terms = BatchTerms(log_ratio.unsqueeze(0), regression_kl.unsqueeze(0), torch.zeros_like(log_ratio).unsqueeze(0))
+    losses = batch_losses(
+        terms,
+        log_probs=terms.log_ratio,
+        old_log_probs=terms.projected,
+        advantages=advantages.unsqueeze(0),
+        response_mask=torch.ones_like(terms.projected, dtype=torch.bool),
+        aggregate=lambda losses, _: losses.mean(),
+        alpha=ALPHA,
+    )
+    return losses.policy + losses.regression
 
 
 def projected_loss(
-    rule: SupportRule,
-    logits: Tensor | LogitsSource,
-    rows: Tensor,
-    old: SparsePolicy,
-    advantages: Tensor,
-    **options: Any,
+    rule: str, logits: VocabLogits, old: SparsePolicy, advantages: Tensor, *, k: int
 ) -> tuple[Tensor, PolicyTerms]:
-    """The loss and its terms; the metrics are computed as well, as verl computes its own with its loss.
-
-    ``options`` go to :func:`verl_troll.core.loss.policy_terms`.
-    """
-    terms = policy_terms(rule, logits, rows, old, kl_bound=KL_BOUND, dropped_mass=DROPPED_MASS, **options)
+    """The loss and its terms; the metrics are computed as well, as verl computes its own with its loss."""
+    terms = policy_terms(rule, logits, old, Selection(k, DROPPED_MASS), kl_bound=KL_BOUND)
     token_statistics(terms)
     return loss_from_terms(terms.log_ratio, terms.regression_kl, advantages), terms
 

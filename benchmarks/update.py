@@ -16,8 +16,9 @@ from benchmarks import published, troll, vanilla
 from benchmarks.inputs import make_batch
 from benchmarks.measure import Contender, Spread, bandwidth_contenders, peak_bytes, take_turns
 from benchmarks.rows import Case, Floor, Row, parameters, phase_seconds, ratio
-from verl_troll.core.support import SupportRule, select
-from verl_troll.core.vocab import VocabShard
+from verl_troll.core.logits import DenseLogits
+from verl_troll.core.support import Selection, select
+from verl_troll.core.vocab import VocabLogits, VocabShard
 
 NAME = "update"
 AXES = ("vocab", "tokens", "k", "dtype", "ranks", "response_share")
@@ -36,7 +37,9 @@ def run(case: Case, repeat: int, shard: VocabShard | None = None) -> list[Row]:
     rank = 0 if shard is None else shard.rank
     before = make_batch(case, rank, new=False)
     settings: dict[str, Any] = dict(k=case.k, dropped_mass=troll.DROPPED_MASS)
-    old = troll.compact(select(before.old, before.rows, before.sampled_ids, shard=shard, **settings))
+    old = troll.compact(
+        select(VocabLogits.of(before.old, before.rows, shard), before.sampled_ids, Selection(**settings))
+    )
     del before
     old_log_probs = troll.sampled_log_probs(old)
     batch = make_batch(case, rank, old=False)
@@ -52,11 +55,10 @@ def run(case: Case, repeat: int, shard: VocabShard | None = None) -> list[Row]:
         read = vanilla.log_probs if shard is None else vanilla.sharded_log_probs
         return vanilla.clipped_loss(old_log_probs, read(logits, batch.labels)[rows], advantages)
 
-    def projected(rule: SupportRule, reuse: bool) -> Callable[[Tensor], Tensor]:
+    def projected(rule: str, reuse: bool) -> Callable[[Tensor], Tensor]:
         def loss(logits: Tensor) -> Tensor:
-            result, terms = troll.projected_loss(
-                rule, logits, rows, old, advantages, k=case.k, shard=shard, reuse_logits=reuse
-            )
+            new = VocabLogits.of(DenseLogits(logits, reuse=reuse), rows, shard)
+            result, terms = troll.projected_loss(rule, new, old, advantages, k=case.k)
             last_terms[:] = [terms]
             return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 from tests import device
 
@@ -16,6 +17,17 @@ os.environ.update(
 
 import pytest
 import torch
+from beartype import beartype
+from jaxtyping import config as jaxtyping_config
+from jaxtyping import install_import_hook, jaxtyped
+
+# Every call of the core is checked against its types, shapes included. Not the modules of Triton kernels, whose source
+# Triton reads itself.
+CORE = ("logits", "lm_head", "vocab", "support", "projection", "loss", "wire")
+with install_import_hook([f"verl_troll.core.{module}" for module in CORE], "beartype.beartype"):
+    from verl_troll.core import kernels, loss, wire  # noqa: F401
+for name in ("read_rows", "write_gradient", "project"):
+    setattr(kernels, name, jaxtyped(getattr(kernels, name), typechecker=beartype))
 
 torch.set_num_threads(1)
 
@@ -30,3 +42,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     slow = [item for item in items if item.get_closest_marker("slow")]
     items[:] = [item for item in items if not item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """For tests of the core's own errors: wrong types and shapes get past the check above."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)

@@ -1,4 +1,4 @@
-"""Check the kernels on a GPU and time them beside vanilla's, on a machine with no more than torch, Triton and NumPy.
+"""Check the kernels on a GPU and time them beside vanilla's, with no more than torch, Triton, NumPy and jaxtyping.
 
     python -m benchmarks.gpu --out FOLDER [--seconds 420] [--engines]
     TRITON_INTERPRET=1 python -m benchmarks.gpu --out FOLDER --device cpu --tiny    # a dry run
@@ -98,7 +98,7 @@ def main(given: Sequence[str] | None = None) -> int:
     """Check, time, and write both down."""
     options = arguments(given)
     if options.tiny and options.device == "cpu":
-        from verl_troll.core.kernels import logits as form
+        from verl_troll.core.kernels import logits_triton as form
 
         form.READ_TILE_BYTES = form.WRITE_COLUMNS = 2048
     session = Session(options.device, options.out, options.seconds, TINY if options.tiny else Sizes())

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from benchmarks.gpu.session import Session
 from verl_troll.core import kernels
+from verl_troll.core.kernels import constants
+from verl_troll.core.kernels.constants import STATISTICS
 from verl_troll.core.lm_head import LinearHead
 from verl_troll.core.logits import DenseLogits, LogitsSource
-from verl_troll.core.loss import STATISTICS, PolicyTerms, policy_terms
-from verl_troll.core.projection import TOLERANCE, project
-from verl_troll.core.support import SUPPORT_RULES, SparsePolicy, select
+from verl_troll.core.loss import PolicyTerms, policy_terms
+from verl_troll.core.projection import project
+from verl_troll.core.support import RULES, Selection, SparsePolicy, select
+from verl_troll.core.vocab import VocabLogits
 
 KL_BOUND = 0.05
 DROPPED_MASS = 1e-5
@@ -44,7 +47,7 @@ def run(session: Session) -> None:
     if session.on_gpu:
         session.check("offsets beyond 2^31", lambda: far_offsets(session))
     for dtype in DTYPES:
-        for rule in SUPPORT_RULES:
+        for rule in RULES:
             name = f"{str(dtype).removeprefix('torch.')}, {rule}"
             session.check(f"{name}: the chain", lambda d=dtype, r=rule: chain(session, d, r))  # type: ignore[misc]
     session.check("a gradient over logits that are still needed raises", lambda: overwritten(session))
@@ -53,17 +56,21 @@ def run(session: Session) -> None:
             f"{session.sizes.fuzzed} random rows of {width} outcomes",
             lambda w=width: fuzz(session, w),  # type: ignore[misc]
         )
-    for rule in SUPPORT_RULES:
+    for rule in RULES:
         session.check(f"fused head, {rule}", lambda r=rule: head(session, r))  # type: ignore[misc]
     if session.on_gpu:
-        for rule in SUPPORT_RULES:
+        for rule in RULES:
             session.check(f"the host waits for nothing, {rule}", lambda r=rule: no_waiting(session, r))  # type: ignore[misc]
 
 
 def read(logits: Tensor, rows: Tensor, k: int, ids: Tensor | None = None) -> Reading:
     """All that the reading kernel returns, over all columns."""
     none = torch.empty(len(rows), 0, dtype=torch.int64, device=logits.device)
-    return kernels.read_rows(logits, rows, none if ids is None else ids, logits.shape[1], k=k)
+    max_logit, sumexp, energy, *found = kernels.read_rows(
+        logits, rows, none if ids is None else ids, logits.shape[1], k=k, energy=True
+    )
+    assert energy is not None
+    return max_logit, sumexp, energy, *found
 
 
 def reading(session: Session, dtype: torch.dtype, vocab: int, k: int, rows: int | None = None) -> dict[str, float]:
@@ -74,12 +81,12 @@ def reading(session: Session, dtype: torch.dtype, vocab: int, k: int, rows: int 
     ids = torch.randint(vocab, (count, 3), device=session.device)
     ids[0, 1] = -1
     first = read(logits, order, k, ids)
-    peak, mass, energy, values, top_values, top_ids = first
+    max_logit, sumexp, energy, values, top_values, top_ids = first
     dense = logits.double()
     shift = dense - dense.amax(-1, keepdim=True)
     weight = shift.exp()
-    assert torch.equal(peak.double(), dense.amax(-1)), "peak"
-    torch.testing.assert_close(mass.double(), weight.sum(-1), rtol=3e-6, atol=0)
+    assert torch.equal(max_logit.double(), dense.amax(-1)), "max_logit"
+    torch.testing.assert_close(sumexp.double(), weight.sum(-1), rtol=3e-6, atol=0)
     torch.testing.assert_close(energy.double(), (weight * shift).sum(-1), rtol=3e-6, atol=1e-6)
     wanted = torch.where(ids >= 0, dense.gather(-1, ids.clamp_min(0)), 0.0)
     assert torch.equal(values.double(), wanted), "values"
@@ -92,7 +99,7 @@ def reading(session: Session, dtype: torch.dtype, vocab: int, k: int, rows: int 
         alone = read(logits[some].contiguous(), torch.arange(len(some), device=session.device), k)
         assert all(torch.equal(x[some], y) for x, y in zip(first[:3], alone[:3], strict=True)), "bits beside other rows"
         assert torch.equal(first[5][some], alone[5]), "ids beside other rows"
-    return {"relative error of the mass": float((mass.double() / weight.sum(-1) - 1).abs().max())}
+    return {"relative error of the mass": float((sumexp.double() / weight.sum(-1) - 1).abs().max())}
 
 
 def ties(session: Session, dtype: torch.dtype) -> None:
@@ -106,11 +113,11 @@ def ties(session: Session, dtype: torch.dtype) -> None:
     logits[5] = torch.arange(vocab, device=session.device) / vocab
     logits[6] = -torch.arange(vocab, device=session.device) / vocab
     logits[7, ::2] = torch.finfo(dtype).min
-    _, mass, energy, _, values, ids = read(logits, torch.arange(count, device=session.device), k)
+    _, sumexp, energy, _, values, ids = read(logits, torch.arange(count, device=session.device), k)
     best = logits.double().sort(dim=-1, descending=True, stable=True)
     assert torch.equal(ids, best.indices[:, :k]), "ids"
     assert torch.equal(values.double(), best.values[:, :k]), "values"
-    assert bool(mass.isfinite().all() and energy.isfinite().all() and mass[2] == 0), "mass"
+    assert bool(sumexp.isfinite().all() and energy.isfinite().all() and sumexp[2] == 0), "sumexp"
 
 
 def writing(session: Session, dtype: torch.dtype) -> None:
@@ -120,20 +127,21 @@ def writing(session: Session, dtype: torch.dtype) -> None:
     rows = torch.arange(count, device=session.device)[1::2]
     columns = vocab - 3
     some = logits[rows].float()
-    peak, ids = some[:, :columns].amax(-1), torch.rand(len(rows), columns, device=session.device).argsort(-1)[:, :width]
+    max_logit = some[:, :columns].amax(-1)
+    ids = torch.rand(len(rows), columns, device=session.device).argsort(-1)[:, :width]
     ids[:, 3] = -1
     level, slope = torch.randn(2, len(rows), device=session.device)
     corrections = torch.randn(len(rows), width, device=session.device)
     for b in (None, slope):
-        shift = some[:, :columns].double() - peak.double().unsqueeze(-1)
+        shift = some[:, :columns].double() - max_logit.double().unsqueeze(-1)
         factor = level.double().unsqueeze(-1) + (0.0 if b is None else b.double().unsqueeze(-1) * shift)
         exact = torch.zeros(count, vocab, dtype=torch.float64, device=session.device)
         exact[rows, :columns] = (shift.exp() * factor).scatter_add(
             -1, ids.clamp_min(0), torch.where(ids >= 0, corrections, 0.0).double()
         )
         apart, over = torch.full_like(logits, math.nan), logits.clone()
-        kernels.write_gradient(apart, logits, rows, columns, peak, level, b, ids, corrections)
-        kernels.write_gradient(over, over, rows, columns, peak, level, b, ids, corrections)
+        kernels.write_gradient(apart, logits, rows, columns, max_logit, level, b, ids, corrections)
+        kernels.write_gradient(over, over, rows, columns, max_logit, level, b, ids, corrections)
         assert torch.equal(apart, over), "in place"
         # The interpreter cuts float32 off to bfloat16 where a GPU rounds.
         once = {torch.bfloat16: 2**-8 if session.on_gpu else 2**-7, torch.float32: 2e-6}[dtype]
@@ -162,14 +170,7 @@ def far_offsets(session: Session) -> None:
 def terms_of(rule: str, source: LogitsSource, rows: Tensor, old: SparsePolicy, k: int, **options: Any) -> PolicyTerms:
     """The chain with the published settings."""
     return policy_terms(
-        rule,  # type: ignore[arg-type]
-        source,
-        rows,
-        old,
-        kl_bound=KL_BOUND,
-        k=k,
-        dropped_mass=DROPPED_MASS,
-        **options,
+        rule, VocabLogits.of(source, rows), old, Selection(k, DROPPED_MASS), kl_bound=KL_BOUND, **options
     )
 
 
@@ -190,7 +191,7 @@ def chain(session: Session, dtype: torch.dtype, rule: str) -> dict[str, float]:
     rows = torch.arange(count, device=device)
     ids = torch.randint(sizes.vocab, (count,), device=device)
     ids[: count // 2] = logits[: count // 2].argmax(-1)
-    old = select(logits, rows, ids, k=k, dropped_mass=DROPPED_MASS)
+    old = select(VocabLogits.of(logits, rows), ids, Selection(k, DROPPED_MASS))
     same = terms_of(rule, DenseLogits(logits.clone().requires_grad_()), rows, old, k)
     assert not bool(same.log_ratio.any() or same.regression_kl.any()), "the ratio of equal policies is not 1"
 
@@ -208,11 +209,10 @@ def chain(session: Session, dtype: torch.dtype, rule: str) -> dict[str, float]:
         (over,) = torch.autograd.grad(loss_of(reused), base)
         assert torch.equal(gradient, over), "the gradient over the logits differs"
 
-        with kernels.chosen("torch"):
-            exact = moved.double().requires_grad_()
-            exact_old = SparsePolicy(old.ids, old.log_probs.double(), old.sampled)
-            reference = terms_of(rule, DenseLogits(exact), rows, exact_old, k, **options)
-            (exact_gradient,) = torch.autograd.grad(loss_of(reference), exact)
+        exact = moved.double().requires_grad_()
+        exact_old = SparsePolicy(old.ids, old.log_probs.double(), old.sampled)
+        reference = terms_of(rule, DenseLogits(exact, form="torch"), rows, exact_old, k, **options)
+        (exact_gradient,) = torch.autograd.grad(loss_of(reference), exact)
         for name in ("log_ratio", "regression_kl", "sampled_log_probs", "entropy"):
             ours, theirs = getattr(terms, name).double(), getattr(reference, name)
             torch.testing.assert_close(ours, theirs, rtol=5e-3, atol=1e-4, msg=f"{name}: {ours} against {theirs}")
@@ -230,7 +230,7 @@ def overwritten(session: Session) -> str:
     leaf = session.normal(4, vocab, dtype=torch.float32, scale=0.3).requires_grad_()
     kept = leaf.exp()
     rows, ids = torch.arange(4, device=session.device), torch.zeros(4, dtype=torch.int64, device=session.device)
-    old = select(kept.detach(), rows, ids, k=session.sizes.k, dropped_mass=DROPPED_MASS)
+    old = select(VocabLogits.of(kept.detach(), rows), ids, Selection(session.sizes.k, DROPPED_MASS))
     terms = terms_of("anchored", DenseLogits(kept, reuse=True), rows, old, session.sizes.k)
     try:
         torch.autograd.grad(terms.sampled_log_probs.sum(), leaf)
@@ -248,8 +248,7 @@ def fuzz(session: Session, width: int) -> dict[str, float]:
     old = (spread * torch.randn(shape, **options)).log_softmax(-1)  # type: ignore[arg-type]
     new = (old + moved * torch.randn(shape, **options)).log_softmax(-1)  # type: ignore[arg-type]
     sampled = torch.randint(width, (shape[0],), **options)  # type: ignore[call-overload]
-    with kernels.chosen("torch"):
-        reference = project(new, old, KL_BOUND)
+    reference = project(new, old, KL_BOUND, form="torch")
     ours = project(new, old, KL_BOUND)
     assert bool((ours.kl <= KL_BOUND).all()), f"KL {float(ours.kl.max())} exceeds the bound"
     assert bool(ours.converged.all()), "unconverged"
@@ -257,9 +256,11 @@ def fuzz(session: Session, width: int) -> dict[str, float]:
     torch.testing.assert_close(ours.kl, reference.kl, rtol=2e-3, atol=1e-7)
     torch.testing.assert_close(ours.kl_before, reference.kl_before, rtol=1e-5, atol=1e-9)
 
+    from verl_troll.core.kernels import tokens_triton
+
     # A vocabulary of as many ids as there are outcomes, so that the chain compares on the same ones.
     zeros = torch.zeros(shape[0], device=session.device)
-    (log_ratio, *_), statistics, *_ = kernels.terms(
+    (log_ratio, *_), statistics, *_ = tokens_triton.terms(
         torch.arange(width, device=session.device).expand(shape),
         old,
         sampled,
@@ -268,7 +269,7 @@ def fuzz(session: Session, width: int) -> dict[str, float]:
         zeros,
         zeros + 1,
         kl_bound=KL_BOUND,
-        tolerance=TOLERANCE,
+        tolerance=constants.TOLERANCE,
         implicit=True,
         vocab_size=width,
         k=width,
@@ -302,7 +303,7 @@ def head(session: Session, rule: str) -> dict[str, float]:
     whole_hidden, whole_weight = (4 * hidden).round().clamp(-8, 8), (8 * weight).round().clamp(-8, 8) / 8
     rows = torch.arange(count, device=device)
     ids = torch.randint(sizes.vocab, (count,), generator=generator, device=device)
-    old = select(LinearHead(whole_hidden, whole_weight), rows, ids, k=sizes.k, dropped_mass=DROPPED_MASS)
+    old = select(VocabLogits.of(LinearHead(whole_hidden, whole_weight), rows), ids, Selection(sizes.k, DROPPED_MASS))
     some = rows[rows % 7 != 3]
     part = SparsePolicy(old.ids[some], old.log_probs[some], old.sampled[some])
     again = LinearHead(whole_hidden.requires_grad_(), whole_weight)
@@ -311,7 +312,7 @@ def head(session: Session, rule: str) -> dict[str, float]:
 
     found = {}
     hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
-    old = select(LinearHead(hidden, weight), rows, ids, k=sizes.k, dropped_mass=DROPPED_MASS)
+    old = select(VocabLogits.of(LinearHead(hidden, weight), rows), ids, Selection(sizes.k, DROPPED_MASS))
     part = SparsePolicy(old.ids[some], old.log_probs[some], old.sampled[some])
     same = terms_of(rule, LinearHead(hidden, weight), some, part, sizes.k)
     found["share of ratios that are not 1, bfloat16"] = float((same.log_ratio != 0).float().mean())
@@ -335,7 +336,7 @@ def no_waiting(session: Session, rule: str) -> None:
 
     def step() -> None:
         leaf = logits.clone().requires_grad_()
-        old = select(logits, rows, ids, k=session.sizes.k, dropped_mass=DROPPED_MASS, entropy=True)
+        old = select(VocabLogits.of(logits, rows), ids, Selection(session.sizes.k, DROPPED_MASS), entropy=True)
         loss_of(terms_of(rule, DenseLogits(leaf, reuse=False), rows, old, session.sizes.k)).backward()  # type: ignore[no-untyped-call]
 
     step()

@@ -22,6 +22,7 @@ packages=(
     pyzmq==27.3.0 msgspec==0.22.0 cachetools==8.0.2 codetiming==1.4.0 torchdata==0.11.0 peft==0.21.2
     datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19
     fastapi==0.115.14 starlette==0.46.2 uvicorn==0.54.0 pydantic==2.14.4 pydantic_core==2.50.5
+    jaxtyping==0.3.11 wadler-lindig==0.1.8
     annotated-types==0.8.0 typing-inspection==0.4.5 typing_extensions==4.16.0
     jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 rpds-py==2026.9.1
 )

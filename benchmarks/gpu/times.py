@@ -14,10 +14,12 @@ from benchmarks.gpu.session import Session
 from benchmarks.inputs import make_batch
 from benchmarks.rows import Case
 from verl_troll.core import kernels
+from verl_troll.core.kernels.constants import STATISTICS
 from verl_troll.core.lm_head import LinearHead
 from verl_troll.core.logits import DenseLogits, LogitsSource
-from verl_troll.core.loss import STATISTICS, PolicyTerms
-from verl_troll.core.support import SUPPORT_RULES, select
+from verl_troll.core.loss import PolicyTerms
+from verl_troll.core.support import RULES, Selection, select
+from verl_troll.core.vocab import VocabLogits
 
 COPY = "copy: one read, one write"
 FLASH = "update, flash-attention's cross-entropy in place"
@@ -59,21 +61,21 @@ def _logits(session: Session, tag: str) -> None:
     timed(READ, lambda _: kernels.read_rows(logits, rows, none, sizes.vocab))
     for k in (sizes.k, 4 * sizes.k):
         timed(f"reading kernel, k = {k}", lambda _, k=k: kernels.read_rows(logits, rows, none, sizes.vocab, k=k))
-    peak, mass, *_ = kernels.read_rows(logits, rows, none, sizes.vocab)
-    column, level = ids.unsqueeze(-1), -1 / mass
+    max_logit, sumexp, *_ = kernels.read_rows(logits, rows, none, sizes.vocab)
+    column, level = ids.unsqueeze(-1), -1 / sumexp
     timed(
         "writing kernel, in place",
         lambda out: kernels.write_gradient(
-            out.detach(), out.detach(), rows, sizes.vocab, peak, level, None, column, mass.unsqueeze(-1)
+            out.detach(), out.detach(), rows, sizes.vocab, max_logit, level, None, column, sumexp.unsqueeze(-1)
         ),
         fresh,
     )
-    timed(OLD, lambda _: select(logits, rows, ids, k=sizes.k, dropped_mass=DROPPED_MASS, entropy=True))
-    old = select(logits, rows, ids, k=sizes.k, dropped_mass=DROPPED_MASS)
+    timed(OLD, lambda _: select(VocabLogits.of(logits, rows), ids, Selection(sizes.k, DROPPED_MASS), entropy=True))
+    old = select(VocabLogits.of(logits, rows), ids, Selection(sizes.k, DROPPED_MASS))
 
-    def update(rule: str, entropy: bool) -> Callable[[Tensor], object]:
+    def update(rule: str, entropy: bool, form: kernels.Form = "auto") -> Callable[[Tensor], object]:
         def step(leaf: Tensor) -> object:
-            terms = terms_of(rule, DenseLogits(leaf, reuse=True), rows, old, sizes.k, entropy=entropy)
+            terms = terms_of(rule, DenseLogits(leaf, reuse=True, form=form), rows, old, sizes.k, entropy=entropy)
             loss = _loss(terms)
             if terms.entropy is not None:
                 loss = loss + 0.01 * terms.entropy.mean()
@@ -81,7 +83,7 @@ def _logits(session: Session, tag: str) -> None:
 
         return step
 
-    for rule in SUPPORT_RULES:
+    for rule in RULES:
         timed(f"update, TROLL {rule}", update(rule, entropy=False), fresh)
     timed("update with entropy bonus, TROLL union", update("union", entropy=True), fresh)
     terms = terms_of("union", DenseLogits(moved), rows, old, sizes.k)
@@ -109,14 +111,14 @@ def _logits(session: Session, tag: str) -> None:
         repeat=3,
     )
     if tag == "bfloat16":
-        with kernels.chosen("torch"):
-            timed(
-                "old pass, TROLL's torch form",
-                lambda _: select(logits, rows, ids, k=sizes.k, dropped_mass=DROPPED_MASS, entropy=True),
-                repeat=3,
-            )
-            for rule in SUPPORT_RULES:
-                timed(f"update, TROLL's torch form, {rule}", update(rule, entropy=False), fresh, repeat=3)
+        in_torch = VocabLogits.of(DenseLogits(logits, form="torch"), rows)
+        timed(
+            "old pass, TROLL's torch form",
+            lambda _: select(in_torch, ids, Selection(sizes.k, DROPPED_MASS), entropy=True),
+            repeat=3,
+        )
+        for rule in RULES:
+            timed(f"update, TROLL's torch form, {rule}", update(rule, entropy=False, form="torch"), fresh, repeat=3)
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -152,8 +154,8 @@ def _head(session: Session, units: int) -> None:
 
     timed("one matrix product", lambda _: hidden @ weight.detach().T)
     fixed = LinearHead(hidden, weight.detach())
-    timed("old pass, TROLL fused", lambda _: select(fixed, rows, ids, k=sizes.k, dropped_mass=DROPPED_MASS))
-    old = select(fixed, rows, ids, k=sizes.k, dropped_mass=DROPPED_MASS)
+    timed("old pass, TROLL fused", lambda _: select(VocabLogits.of(fixed, rows), ids, Selection(sizes.k, DROPPED_MASS)))
+    old = select(VocabLogits.of(fixed, rows), ids, Selection(sizes.k, DROPPED_MASS))
 
     def update(rule: str, source: Callable[[Tensor], LogitsSource]) -> Callable[[Tensor], object]:
         def step(states: Tensor) -> object:
@@ -161,7 +163,7 @@ def _head(session: Session, units: int) -> None:
 
         return step
 
-    for rule in SUPPORT_RULES:
+    for rule in RULES:
         timed(f"update, TROLL {rule}, fused", update(rule, lambda states: LinearHead(states, weight)), leaf)
         timed(
             f"update, TROLL {rule}, logits kept",

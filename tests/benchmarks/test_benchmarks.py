@@ -22,7 +22,8 @@ from benchmarks.measure import Contender, Spread, bandwidth_contenders, peak_byt
 from benchmarks.rows import Case, Floor, Row, ratio
 from verl_troll.core.loss import token_terms
 from verl_troll.core.projection import project
-from verl_troll.core.support import compare, select
+from verl_troll.core.support import Selection, compare, select
+from verl_troll.core.vocab import VocabLogits
 
 MIB = 1 << 20
 TINY = ["--vocab", "1200", "--tokens", "32", "--k", "8", "--hidden", "16", "--dtype", "float32", "--repeat", "1"]
@@ -130,16 +131,16 @@ def test_inputs_look_like_a_language_model_whatever_the_ranks() -> None:
     for one, other in zip(whole.old.topk(3), joined.topk(3), strict=True):
         assert torch.equal(one, other)
     assert all(torch.equal(part.labels, whole.labels) for part in parts)
-    old = select(whole.old, whole.rows, whole.sampled_ids, k=64, dropped_mass=troll.DROPPED_MASS)
+    old = select(VocabLogits.of(whole.old, whole.rows), whole.sampled_ids, Selection(64, troll.DROPPED_MASS))
     facts = troll.support_facts(old)
     assert 4 < facts["kept_ids"] < 12 and facts["kept_ids_max"] >= 64
-    _, terms = troll.projected_loss("anchored", whole.new, whole.rows, old, torch.ones(256), k=64)
+    _, terms = troll.projected_loss("anchored", VocabLogits.of(whole.new, whole.rows), old, torch.ones(256), k=64)
     assert 0.02 < troll.projection_facts(terms)["projected_share"] < 0.3
 
 
 def test_compacting_keeps_the_policy() -> None:
     batch = make_batch(Case(vocab=3000, tokens=128, k=16), new=False)
-    policy = select(batch.old, batch.rows, batch.sampled_ids, **SETTINGS)
+    policy = select(VocabLogits.of(batch.old, batch.rows), batch.sampled_ids, Selection(**SETTINGS))
     small = troll.compact(policy)
     assert small.ids.shape[-1] == int((policy.ids >= 0).sum(-1).max())
     assert torch.equal(small.ids.gather(-1, small.sampled.unsqueeze(-1)).squeeze(-1), batch.sampled_ids)
@@ -157,9 +158,9 @@ def test_response_rows_end_each_sequence() -> None:
 
 def test_published_method_agrees_with_the_union_rule() -> None:
     batch = make_batch(Case(vocab=3000, tokens=256, k=16))
-    old = troll.compact(select(batch.old, batch.rows, batch.sampled_ids, **SETTINGS))
+    old = troll.compact(select(VocabLogits.of(batch.old, batch.rows), batch.sampled_ids, Selection(**SETTINGS)))
     logits = batch.new.clone().requires_grad_()
-    comparison = compare("union", logits, batch.rows, old, **SETTINGS)
+    comparison = compare("union", VocabLogits.of(logits, batch.rows), old, Selection(**SETTINGS))
     ours = token_terms(comparison, troll.KL_BOUND)
 
     own = batch.new.clone().requires_grad_()

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from verl_troll.core import kernels
 from verl_troll.core.loss import policy_terms
-from verl_troll.core.support import SparsePolicy, select
+from verl_troll.core.support import Selection, SparsePolicy, select
+from verl_troll.core.vocab import VocabLogits
 
 triton = pytest.importorskip("triton", reason="the extra dev brings Triton from Python 3.11 on")
 
@@ -47,9 +48,9 @@ TARGETS = {
 by_target = pytest.mark.parametrize("target", TARGETS)
 # What the host launches; all other functions of these modules are called from kernels.
 ENTRIES = {
-    "verl_troll.core.kernels.logits": ("_read", "_search", "_write"),
-    "verl_troll.core.kernels.tokens": ("_keep", "_terms", "_combine"),
-    "verl_troll.core.kernels.projection": ("_project", "_project_gradient"),
+    "verl_troll.core.kernels.logits_triton": ("_read", "_search", "_write"),
+    "verl_troll.core.kernels.tokens_triton": ("_keep", "_terms", "_combine"),
+    "verl_troll.core.kernels.projection_triton": ("_project", "_project_gradient"),
 }
 OLD_PASS = ["_read", "_search", "_keep"]
 UPDATES = {
@@ -158,10 +159,10 @@ def step(
     """An old pass and an update with its backward pass, on tensors that no kernel has filled."""
     logits, rows = torch.empty(3, columns, dtype=dtype), torch.arange(2)
     with mock.patch.object(kernels, "available", return_value=True):
-        select(logits, rows, rows, k=k, dropped_mass=1e-5, entropy=True)
+        select(VocabLogits.of(logits, rows), rows, Selection(k, 1e-5), entropy=True)
         old = SparsePolicy(torch.zeros(2, k + 1, dtype=torch.int64), torch.zeros(2, k + 1), rows)
         leaf = logits.requires_grad_()
-        terms = policy_terms(rule, leaf, rows, old, kl_bound=0.05, k=k, dropped_mass=1e-5, entropy=entropy)  # type: ignore[arg-type]
+        terms = policy_terms(rule, VocabLogits.of(leaf, rows), old, Selection(k, 1e-5), kl_bound=0.05, entropy=entropy)
         loss = (terms.log_ratio + terms.regression_kl).sum()
         torch.autograd.backward(loss if terms.entropy is None else loss + terms.entropy.sum())
 
@@ -278,15 +279,15 @@ def test_every_variant_compiles(target: str, dtype: torch.dtype, launches: list[
     ("version", "hip", "serves"),
     [("3.3.1", None, False), ("3.4.0", None, True), ("3.7.0+rocm7", "7.0", False), ("3.8.0", "7.0", True)],
 )
-def test_which_triton_serves(monkeypatch: pytest.MonkeyPatch, version: str, hip: str | None, serves: bool) -> None:
+def test_which_triton_is_recent(monkeypatch: pytest.MonkeyPatch, version: str, hip: str | None, serves: bool) -> None:
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(torch.version, "hip", hip)
-    kernels._triton_serves.cache_clear()
+    kernels._triton_is_recent.cache_clear()
     try:
         assert kernels.available(torch.device("cuda")) == serves
         assert not kernels.available(torch.device("cpu"))
     finally:
-        kernels._triton_serves.cache_clear()
+        kernels._triton_is_recent.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -304,13 +305,12 @@ def test_what_hinders_the_kernels_on_a_gpu(
 ) -> None:
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(torch.version, "hip", None)
-    kernels._triton_serves.cache_clear()
+    kernels._triton_is_recent.cache_clear()
     try:
-        with kernels.chosen(choice):
-            found = kernels.hindrance(torch.device("cuda"), k)
-            assert kernels.hindrance(torch.device("cpu"), k) is None
+        found = kernels.why_torch(torch.device("cuda"), k, choice)
+        assert kernels.why_torch(torch.device("cpu"), k, choice) is None
     finally:
-        kernels._triton_serves.cache_clear()
+        kernels._triton_is_recent.cache_clear()
     assert found is None if reason is None else re.search(reason, found or "")
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from tests import oracle
 from tests.allocations import Allocations
 from verl_troll.core import lm_head as head_module
-from verl_troll.core import logits as logits_module
+from verl_troll.core.kernels import logits_torch as logits_module
 from verl_troll.core.lm_head import LinearHead
-from verl_troll.core.support import Comparison, SparsePolicy, compare, select
-from verl_troll.core.vocab import VocabShard, log_probs_at
+from verl_troll.core.support import Comparison, Selection, SparsePolicy, compare, select
+from verl_troll.core.vocab import VocabLogits, VocabShard
 
 INF = math.inf
 TOKENS, UNITS, COLUMNS, VOCAB = 11, 6, 40, 37
@@ -130,12 +130,9 @@ def test_select_finds_what_dense_logits_say(
     chosen = torch.tensor(rows)
     sampled = torch.tensor([row % VOCAB for row in rows])
     policy = select(
-        LinearHead(hidden, weight, temperature),
-        chosen,
+        VocabLogits.of(LinearHead(hidden, weight, temperature), chosen, VocabShard.whole(COLUMNS, VOCAB)),
         sampled,
-        k=12,
-        dropped_mass=0.0,
-        shard=VocabShard.whole(COLUMNS, VOCAB),
+        Selection(12, 0.0),
         entropy=True,
     )
     log_probs = logits.log_softmax(-1)
@@ -159,7 +156,7 @@ def test_equal_logits_are_ordered_by_id_across_blocks_of_the_vocabulary(monkeypa
     weight = torch.randint(-1, 2, (50, 3), generator=generator).float()
     rows = torch.arange(5)
     logits = hidden @ weight.T
-    policy = select(LinearHead(hidden, weight), rows, logits.argmax(-1), k=20, dropped_mass=0.0)
+    policy = select(VocabLogits.of(LinearHead(hidden, weight), rows), logits.argmax(-1), Selection(20, 0.0))
     expected = [sorted(range(50), key=lambda j: (-float(logits[row, j]), j))[:20] for row in range(5)]
     assert policy.ids[:, :20].tolist() == expected
 
@@ -186,13 +183,11 @@ def test_comparison_and_gradients_are_those_of_dense_logits(
     policy, sampled = old_policy(old, rows, dtype)
     mine = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     comparison = compare(
-        rule,  # type: ignore[arg-type]
-        LinearHead(*mine, temperature),
-        torch.tensor(rows),
+        rule,
+        VocabLogits.of(LinearHead(*mine, temperature), torch.tensor(rows), VocabShard.whole(COLUMNS, VOCAB)),
         policy,
-        shard=VocabShard.whole(COLUMNS, VOCAB),
+        Selection(**OPTIONS),
         entropy=True,
-        **OPTIONS,
     )
     loss = loss_of(comparison)
     torch.autograd.backward(loss)
@@ -227,7 +222,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_other_the_same(rule: str, froze
         head = LinearHead(leaves[0], leaves[1], 0.9)
         rows = torch.tensor(ROWS["any"])
         shard = VocabShard.whole(COLUMNS, VOCAB)
-        comparison = compare(rule, head, rows, policy, shard=shard, entropy=True, **OPTIONS)  # type: ignore[arg-type]
+        comparison = compare(rule, VocabLogits.of(head, rows, shard), policy, Selection(**OPTIONS), entropy=True)
         torch.autograd.backward(loss_of(comparison))
         gradients.append([leaf.grad for leaf in leaves])
     other = int(frozen == "hidden")
@@ -246,7 +241,7 @@ def test_gradcheck(monkeypatch: pytest.MonkeyPatch, blocks: tuple[int, int, int]
 
     def function(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         head = LinearHead(hidden, weight, temperature)
-        log_probs, entropy = log_probs_at(head, rows, ids, VocabShard.whole(11, 9), entropy=True)
+        log_probs, entropy = VocabLogits.of(head, rows, VocabShard.whole(11, 9)).log_probs_at(ids, entropy=True)
         assert entropy is not None
         return log_probs[ids >= 0], entropy
 
@@ -259,11 +254,11 @@ def test_no_rows(rule: str) -> None:
     hidden, weight, _ = problem(torch.float32)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     none = torch.zeros(0, dtype=torch.int64)
-    policy = select(LinearHead(*leaves), none, none, entropy=True, **OPTIONS)
+    policy = select(VocabLogits.of(LinearHead(*leaves), none), none, Selection(**OPTIONS), entropy=True)
     assert policy.ids.shape[0] == 0
     assert policy.entropy is not None
     assert policy.entropy.shape == (0,)
-    comparison = compare(rule, LinearHead(*leaves), none, policy, entropy=True, **OPTIONS)  # type: ignore[arg-type]
+    comparison = compare(rule, VocabLogits.of(LinearHead(*leaves), none), policy, Selection(**OPTIONS), entropy=True)
     torch.autograd.backward(loss_of(comparison))
     for leaf in leaves:
         assert leaf.grad is not None
@@ -272,20 +267,17 @@ def test_no_rows(rule: str) -> None:
 
 @by_rule
 def test_a_second_backward_pass_agrees(rule: str) -> None:
-    """Nothing of the head is written over, whatever ``reuse_logits`` says."""
+    """Nothing of the head is written over."""
     hidden, weight, old = problem(torch.float64)
     policy, _ = old_policy(old, ROWS["run"], torch.float64)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     rows, shard = torch.tensor(ROWS["run"]), VocabShard.whole(COLUMNS, VOCAB)
     comparison = compare(
-        rule,  # type: ignore[arg-type]
-        LinearHead(*leaves),
-        rows,
+        rule,
+        VocabLogits.of(LinearHead(*leaves), rows, shard),
         policy,
-        shard=shard,
+        Selection(**OPTIONS),
         entropy=True,
-        reuse_logits=True,
-        **OPTIONS,
     )
     loss = loss_of(comparison)
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
@@ -304,8 +296,8 @@ def test_autocast_changes_nothing(rule: str) -> None:
         rows, shard = torch.tensor(ROWS["any"]), VocabShard.whole(COLUMNS, VOCAB)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             head = LinearHead(*leaves, 0.7)
-            chosen = select(head, rows, rows, shard=shard, entropy=True, **OPTIONS)
-            comparison = compare(rule, head, rows, policy, shard=shard, entropy=True, **OPTIONS)  # type: ignore[arg-type]
+            chosen = select(VocabLogits.of(head, rows, shard), rows, Selection(**OPTIONS), entropy=True)
+            comparison = compare(rule, VocabLogits.of(head, rows, shard), policy, Selection(**OPTIONS), entropy=True)
             loss = loss_of(comparison)
             torch.autograd.backward(loss)
         results.append((loss.detach(), chosen.log_probs, chosen.entropy, leaves[0].grad, leaves[1].grad))
@@ -340,7 +332,7 @@ def test_what_does_not_fit_is_refused(
 def test_a_shard_that_does_not_fit_the_weight_is_refused() -> None:
     head, rows = LinearHead(torch.zeros(2, 3), torch.zeros(5, 3)), torch.arange(2)
     with pytest.raises(ValueError, match="does not fit 5 logit columns"):
-        select(head, rows, rows, shard=VocabShard.whole(6), **OPTIONS)
+        select(VocabLogits.of(head, rows, VocabShard.whole(6)), rows, Selection(**OPTIONS))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -357,8 +349,10 @@ def test_logits_are_never_held(monkeypatch: pytest.MonkeyPatch, dtype: torch.dty
     )
     rows = torch.arange(3, 500)
     with Allocations() as allocations:
-        old = select(LinearHead(*leaves, 0.7), rows, rows, entropy=True, **OPTIONS)
-        comparison = compare(rule, LinearHead(*leaves, 0.7), rows, old, entropy=True, **OPTIONS)  # type: ignore[arg-type]
+        old = select(VocabLogits.of(LinearHead(*leaves, 0.7), rows), rows, Selection(**OPTIONS), entropy=True)
+        comparison = compare(
+            rule, VocabLogits.of(LinearHead(*leaves, 0.7), rows), old, Selection(**OPTIONS), entropy=True
+        )
         torch.autograd.backward(loss_of(comparison))
     # The weight's gradient is the largest of what must be there.
     assert vocabulary * units <= allocations.largest <= tokens * vocabulary // 32
@@ -376,10 +370,10 @@ def test_equal_policies_have_ratio_one_however_the_tokens_are_cut(
     hidden = torch.randint(-3, 4, (tokens, units), generator=generator).float()
     weight = torch.randint(-3, 4, (vocab, units), generator=generator).float() / 8
     rows, sampled = torch.arange(tokens), torch.randint(vocab, (tokens,), generator=generator)
-    old = select(LinearHead(hidden, weight), rows, sampled, k=8, dropped_mass=1e-5)
+    old = select(VocabLogits.of(LinearHead(hidden, weight), rows), sampled, Selection(8, 1e-5))
     # Other tokens, and so other blocks: some are masked in the update.
     some = rows[rows % 50 != 7]
     part = SparsePolicy(old.ids[some], old.log_probs[some], old.sampled[some])
-    result = compare(rule, LinearHead(hidden, weight), some, part, k=8, dropped_mass=1e-5)  # type: ignore[arg-type]
+    result = compare(rule, VocabLogits.of(LinearHead(hidden, weight), some), part, Selection(8, 1e-5))
     live = result.new_log_probs > -math.inf
     assert torch.equal(result.new_log_probs[live], result.old_log_probs[live])

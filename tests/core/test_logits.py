@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.allocations import Allocations
-from verl_troll.core import logits as logits_module
-from verl_troll.core.logits import Normaliser, Reading, read_rows
-from verl_troll.core.support import Comparison, compare, select
-from verl_troll.core.vocab import VocabShard, log_probs_at
+from verl_troll.core.kernels import logits_torch as logits_module
+from verl_troll.core.logits import DenseLogits, Normaliser, Reading, read_dense
+from verl_troll.core.support import Comparison, Selection, compare, select
+from verl_troll.core.vocab import VocabLogits, VocabShard
 
 INF = math.inf
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -51,7 +50,7 @@ def assert_top(logits: Tensor, k: int, columns: int | None = None) -> None:
     """Values and columns of the k largest entries of every row, as sorting a list of pairs finds them."""
     columns = logits.shape[1] if columns is None else columns
     rows = torch.arange(logits.shape[0])
-    top = read_rows(logits, rows, no_ids(rows), columns, k=k)
+    top = read_dense(logits, rows, no_ids(rows), columns, k=k)
     for row, values in enumerate(logits[:, :columns].double().tolist()):
         order = sorted(range(columns), key=lambda column: (-values[column], column))[:k]
         assert top.top_ids[row, : len(order)].tolist() == order
@@ -185,7 +184,7 @@ def test_blocks_of_any_size_read_rows_in_any_order(
     chosen = chosen[~torch.isin(chosen, torch.tensor([1, 8]))]
     ids = torch.randint(-1, 30, (len(chosen), 4), generator=torch.Generator().manual_seed(3))
     before = logits.clone()
-    reading = read_rows(logits, chosen, ids, 30, k=7, energy=True)
+    reading = read_dense(logits, chosen, ids, 30, k=7, energy=True)
     assert_reading(reading, logits, chosen, ids, 30, 1e-13 if dtype == torch.float64 else 2e-6)
     assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0)), "reading must not write"
 
@@ -197,12 +196,12 @@ def test_a_row_is_read_alike_whatever_is_read_beside_it(energy: bool, columns: i
     logits = normal(64, columns, seed=9, dtype=dtype)
     # Nearly all mass where a row ends: what fills no vector may be computed in another way.
     logits[:, -3:] += 16
-    whole = read_rows(logits, torch.arange(64), no_ids(torch.arange(64)), columns, energy=energy).normaliser
+    whole = read_dense(logits, torch.arange(64), no_ids(torch.arange(64)), columns, energy=energy).normaliser
     for rows in (*([row] for row in range(64)), [8, 3], [5, 6, 7]):
         chosen = torch.tensor(rows)
-        part = read_rows(logits, chosen, no_ids(chosen), columns, k=2).normaliser
-        assert torch.equal(part.peak, whole.peak[chosen])
-        assert torch.equal(part.mass, whole.mass[chosen])
+        part = read_dense(logits, chosen, no_ids(chosen), columns, k=2).normaliser
+        assert torch.equal(part.max, whole.max[chosen])
+        assert torch.equal(part.sumexp, whole.sumexp[chosen])
 
 
 @by_dtype
@@ -211,7 +210,7 @@ def test_lower_precisions_are_read_as_float32_bit_for_bit(dtype: torch.dtype) ->
     rows = torch.tensor([8, 2, 3, 5])
     ids = torch.tensor([[0, 299], [7, -1], [-1, -1], [5, 6]])
     wide = logits if dtype == torch.float64 else logits.float()
-    ours, theirs = (read_rows(x, rows, ids, 300, k=9, energy=True) for x in (logits, wide))
+    ours, theirs = (read_dense(x, rows, ids, 300, k=9, energy=True) for x in (logits, wide))
     for mine, other in zip((*ours.normaliser, *ours[1:]), (*theirs.normaliser, *theirs[1:]), strict=True):
         assert torch.equal(mine, other)
         assert mine.dtype == other.dtype
@@ -233,7 +232,7 @@ def test_entropy_of_rows_at_the_edges(dtype: torch.dtype) -> None:
     logits[7, ::2] = -1e30
     logits = logits.to(dtype)
     rows = torch.arange(8)
-    entropy = read_rows(logits, rows, no_ids(rows), 40, energy=True).normaliser.entropy()
+    entropy = read_dense(logits, rows, no_ids(rows), 40, energy=True).normaliser.entropy()
     log_probs = logits.double().log_softmax(-1)
     expected = -torch.where(log_probs > -INF, log_probs.exp() * log_probs, 0.0).sum(-1)
     tiny = 1e-12 if dtype == torch.float64 else 1e-5
@@ -245,15 +244,15 @@ def test_entropy_of_rows_at_the_edges(dtype: torch.dtype) -> None:
 def test_one_column_and_none() -> None:
     logits, rows = normal(4, 3, seed=10), torch.tensor([2, 0])
     ids = torch.tensor([[0, -1], [-1, 0]])
-    one = read_rows(logits, rows, ids, 1, k=2, energy=True)
-    assert torch.equal(one.normaliser.peak, logits[rows, 0])
-    assert one.normaliser.mass.tolist() == [1.0, 1.0]
+    one = read_dense(logits, rows, ids, 1, k=2, energy=True)
+    assert torch.equal(one.normaliser.max, logits[rows, 0])
+    assert one.normaliser.sumexp.tolist() == [1.0, 1.0]
     assert one.normaliser.entropy().tolist() == [0.0, 0.0]
     assert one.top_ids.tolist() == [[0, -1], [0, -1]]
-    none = read_rows(logits, rows, torch.full((2, 2), -1), 0, k=2, energy=True)
-    assert none.normaliser.peak.tolist() == [-INF, -INF]
+    none = read_dense(logits, rows, torch.full((2, 2), -1), 0, k=2, energy=True)
+    assert none.normaliser.max.tolist() == [-INF, -INF]
     assert none.normaliser.energy is not None
-    assert none.normaliser.mass.tolist() == none.normaliser.energy.tolist() == [0.0, 0.0]
+    assert none.normaliser.sumexp.tolist() == none.normaliser.energy.tolist() == [0.0, 0.0]
     assert none.values.tolist() == [[0.0, 0.0], [0.0, 0.0]]
     assert none.top_ids.tolist() == [[-1, -1], [-1, -1]]
     assert none.top_values.tolist() == [[-INF, -INF], [-INF, -INF]]
@@ -269,22 +268,22 @@ def test_the_entropy_of_parts_is_the_entropy_of_the_whole(dtype: torch.dtype) ->
     logits[4, 30:] = -INF
     rows = torch.arange(6)
     parts = [
-        read_rows(part, rows, no_ids(rows), part.shape[1], energy=True).normaliser
+        read_dense(part, rows, no_ids(rows), part.shape[1], energy=True).normaliser
         for part in logits.split([20, 0, 10, 30], dim=-1)
     ]
-    peaks, masses, energies = (torch.stack([part[i] for part in parts]) for i in range(3))  # type: ignore[arg-type]
+    peaks, masses, energies = (torch.stack([part[i] for part in parts]) for i in range(3))
     log_probs = logits.double().log_softmax(-1)
     expected = -torch.where(log_probs > -INF, log_probs.exp() * log_probs, 0.0).sum(-1)
     combined = Normaliser.combine(peaks, masses, energies)
     tiny = 1e-12 if dtype == torch.float64 else 5e-6
     torch.testing.assert_close(combined.entropy().double(), expected, rtol=0, atol=tiny)
-    assert torch.equal(Normaliser.combine(peaks, masses).mass, combined.mass)
+    assert torch.equal(Normaliser.combine(peaks, masses).sumexp, combined.sumexp)
 
 
 def test_an_entropy_that_was_not_read_is_refused() -> None:
     rows = torch.arange(2)
     with pytest.raises(ValueError, match="entropy was not asked for"):
-        read_rows(normal(2, 5, seed=12), rows, no_ids(rows), 5).normaliser.entropy()
+        read_dense(normal(2, 5, seed=12), rows, no_ids(rows), 5).normaliser.entropy()
 
 
 # --- gradient ---------------------------------------------------------------------------------------------------------
@@ -316,7 +315,7 @@ def test_gradcheck_of_the_entropy_and_of_log_probs_beside_it(
     shard = VocabShard.whole(11, columns)
 
     def function(leaf: Tensor) -> tuple[Tensor, Tensor]:
-        log_probs, entropy = log_probs_at(leaf, rows, ids, shard, entropy=True)
+        log_probs, entropy = VocabLogits.of(leaf, rows, shard).log_probs_at(ids, entropy=True)
         assert entropy is not None
         return log_probs[ids >= 0], entropy
 
@@ -346,7 +345,7 @@ def test_gradient_of_log_probs_and_entropy(
     of_entropy = normal(len(rows), seed=18) * weights[1]
 
     leaf = logits.clone().requires_grad_()
-    log_probs, entropy = log_probs_at(leaf, chosen, ids, VocabShard.whole(33, 30), entropy=True)
+    log_probs, entropy = VocabLogits.of(leaf, chosen, VocabShard.whole(33, 30)).log_probs_at(ids, entropy=True)
     assert entropy is not None
     loss = (torch.where(ids >= 0, log_probs, 0.0) * at).sum() + (entropy * of_entropy).sum()
     (gradient,) = torch.autograd.grad(loss, leaf)
@@ -371,12 +370,13 @@ def update(
 ) -> tuple[Tensor, Comparison]:
     """A loss that uses everything that :func:`compare` gives, for an old policy near the new one."""
     generator = torch.Generator().manual_seed(19)
-    options: dict[str, Any] = {"k": k, "dropped_mass": 1e-3}
-    options["shard"] = shard = VocabShard.whole(logits.shape[1], columns)
+    selection, shard = Selection(k, 1e-3), VocabShard.whole(logits.shape[1], columns)
     near = logits.detach() + 0.5 * torch.randn(logits.shape, generator=generator).to(logits.dtype)
     sampled = torch.randint(0, shard.columns, rows.shape, generator=generator)
-    old = select(near, rows, sampled, **options)
-    comparison = compare(rule, logits, rows, old, entropy=True, reuse_logits=reuse, **options)  # type: ignore[arg-type]
+    old = select(VocabLogits.of(near, rows, shard), sampled, selection)
+    comparison = compare(
+        rule, VocabLogits.of(DenseLogits(logits, reuse=reuse), rows, shard), old, selection, entropy=True
+    )
     live = comparison.new_log_probs > -INF
     weight = torch.randn(live.shape, generator=generator).to(comparison.new_log_probs.dtype)
     loss = (torch.where(live, comparison.new_log_probs, 0.0) * weight).sum()
@@ -480,13 +480,15 @@ def test_no_second_tensor_of_the_logits_size(
     chosen = torch.arange(10, 250, 1 if rows == "run" else 2)
     logits = normal(tokens, vocabulary, seed=26, dtype=torch.float32).to(dtype).requires_grad_() * 1.0
     sampled = torch.randint(0, vocabulary, chosen.shape, generator=torch.Generator().manual_seed(27))
-    options: dict[str, Any] = {"k": k, "dropped_mass": 1e-3, "entropy": True}
+    selection = Selection(k, 1e-3)
     with Allocations() as reading:
-        old = select(logits, chosen, sampled, **options)
+        old = select(VocabLogits.of(logits, chosen), sampled, selection, entropy=True)
     assert 0 < reading.largest <= tokens * vocabulary // 16
     for reuse in (False, True):
         with Allocations() as updating:
-            comparison = compare(rule, logits, chosen, old, reuse_logits=reuse, **options)  # type: ignore[arg-type]
+            comparison = compare(
+                rule, VocabLogits.of(DenseLogits(logits, reuse=reuse), chosen), old, selection, entropy=True
+            )
             assert comparison.entropy is not None
             loss = comparison.sampled_log_probs.sum() + comparison.entropy.sum()
             live = comparison.new_log_probs > -INF

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import oracle
-from verl_troll.core import logits as logits_module
-from verl_troll.core.logits import working_dtype
+from verl_troll.core.kernels import logits_torch as logits_module
+from verl_troll.core.kernels.logits_torch import working_dtype
 from verl_troll.core.loss import (
     IMPORTANCE_RATIOS,
     TokenTerms,
@@ -22,8 +22,8 @@ from verl_troll.core.loss import (
     surrogate_losses,
     token_terms,
 )
-from verl_troll.core.support import Comparison, SparsePolicy, compare, select
-from verl_troll.core.vocab import VocabShard, log_probs_at
+from verl_troll.core.support import Comparison, Selection, SparsePolicy, compare, select
+from verl_troll.core.vocab import VocabLogits, VocabShard
 
 INF = math.inf
 BOUND = 0.05
@@ -55,7 +55,7 @@ def gathered(logits: Tensor, rows: Tensor, ids: Tensor, vocab_size: int) -> Tens
 
 
 def log_probs(logits: Tensor, rows: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
-    return log_probs_at(logits, rows, ids, VocabShard.whole(logits.shape[-1], vocab_size)).log_probs
+    return VocabLogits.of(logits, rows, VocabShard.whole(logits.shape[-1], vocab_size)).log_probs_at(ids).log_probs
 
 
 ROWS = torch.tensor([4, 0, 6, 3])
@@ -232,6 +232,7 @@ def test_padding_outcomes_meet_no_infinities() -> None:
     torch.testing.assert_close(gradient_of(wide_in), gradient_of(narrow_in), rtol=0, atol=1e-7)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_of_token_terms_are_named() -> None:
     new, log_q, sampled = dense_rows(shift=1.0, seed=17)
     comparison = comparison_of(new.log_softmax(-1), log_q, sampled)
@@ -297,6 +298,7 @@ def test_equal_policies_have_ratio_exactly_one(ratio: str) -> None:
     assert bool((importance_ratio(torch.zeros(4, 5), MASK, ratio) == 1).all())  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_an_unknown_ratio_is_named() -> None:
     with pytest.raises(ValueError, match="importance_ratio"):
         importance_ratio(torch.zeros(1, 1), torch.ones(1, 1), "geometric")  # type: ignore[arg-type]
@@ -350,13 +352,9 @@ def library_terms(new: Tensor, batch: oracle.Batch, config: oracle.Settings) -> 
     """Terms of the response tokens, packed."""
     rows = batch.mask.reshape(-1).nonzero().squeeze(-1)
     old = batch.old.reshape(-1, COLUMNS)
-    options = {
-        "k": config.k,
-        "dropped_mass": config.dropped_mass,
-        "shard": VocabShard.whole(COLUMNS, config.vocab_size),
-    }
-    policy = select(old, rows, batch.sampled.reshape(-1)[rows], **options)  # type: ignore[arg-type]
-    comparison = compare(config.rule, new.reshape(-1, COLUMNS), rows, policy, **options)  # type: ignore[arg-type]
+    shard, selection = VocabShard.whole(COLUMNS, config.vocab_size), Selection(config.k, config.dropped_mass)
+    policy = select(VocabLogits.of(old, rows, shard), batch.sampled.reshape(-1)[rows], selection)
+    comparison = compare(config.rule, VocabLogits.of(new.reshape(-1, COLUMNS), rows, shard), policy, selection)  # type: ignore[arg-type]
     mode = "implicit" if config.implicit else "detached"
     return token_terms(comparison, config.bound, mode), policy  # type: ignore[arg-type]
 
@@ -424,13 +422,9 @@ def frozen_losses(new: Tensor, base: Tensor, batch: oracle.Batch, config: oracle
     terms, _ = library_terms(new, batch, config)
     rows = batch.mask.reshape(-1).nonzero().squeeze(-1)
     old = batch.old.reshape(-1, COLUMNS)
-    options = {
-        "k": config.k,
-        "dropped_mass": config.dropped_mass,
-        "shard": VocabShard.whole(COLUMNS, config.vocab_size),
-    }
-    policy = select(old, rows, batch.sampled.reshape(-1)[rows], **options)  # type: ignore[arg-type]
-    log_p = compare(config.rule, new.reshape(-1, COLUMNS), rows, policy, **options).new_log_probs  # type: ignore[arg-type]
+    shard, selection = VocabShard.whole(COLUMNS, config.vocab_size), Selection(config.k, config.dropped_mass)
+    policy = select(VocabLogits.of(old, rows, shard), batch.sampled.reshape(-1)[rows], selection)
+    log_p = compare(config.rule, VocabLogits.of(new.reshape(-1, COLUMNS), rows, shard), policy, selection).new_log_probs
     # Inside the region pi is p itself and the term is 0, whatever p.
     regression = torch.where(fixed.projected, oracle.kl(log_p, fixed.projection.log_probs), 0.0)
     log_ratio, at_base = (scattered(x.log_ratio, batch.mask) for x in (terms, fixed))

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tests import oracle
 from tests.families import FAMILIES, Family, draw
-from verl_troll.core import projection as projection_module
-from verl_troll.core.projection import MAX_EVALUATIONS, Projection, StepSizeGradient, project
+from verl_troll.core.kernels import constants
+from verl_troll.core.projection import Projection, StepSizeGradient, project
 
 INF = math.inf
 BOUND = 0.05
@@ -117,7 +117,7 @@ def test_evaluations_are_few_on_the_families(dtype: torch.dtype) -> None:
         log_p, log_q = (x.to(dtype) for x in draw(family))
         evaluations = project(log_p, log_q, family.bound).evaluations
         assert evaluations.dtype == torch.int32
-        assert int(evaluations.max()) <= MAX_EVALUATIONS == 20
+        assert int(evaluations.max()) <= constants.MAX_EVALUATIONS == 20
         to_a_thousandth = project(log_p, log_q, family.bound, tolerance=1e-3).evaluations
         assert float(to_a_thousandth.double().mean()) <= 6, str(family)
         means.append(float(evaluations.double().mean()))
@@ -170,7 +170,7 @@ def test_any_input_is_projected_into_the_region(both: tuple[Tensor, Tensor], bou
     assert_feasible(result, log_q, bound)
     assert bool(result.log_probs.isfinite().all())
     assert bool(((result.step_size > 0) & (result.step_size <= 1)).all())
-    assert int(result.evaluations.max()) <= MAX_EVALUATIONS
+    assert int(result.evaluations.max()) <= constants.MAX_EVALUATIONS
     inside = result.kl_before <= bound
     assert same_bits(result.log_probs[inside], log_p[inside])
     tight = result.converged & ~inside
@@ -189,7 +189,7 @@ def test_any_gradient_is_finite(both: tuple[Tensor, Tensor], bound: float) -> No
 
 @pytest.mark.parametrize("cap", [2, 3, 4])
 def test_a_row_cut_short_ends_inside_the_region(monkeypatch: pytest.MonkeyPatch, cap: int) -> None:
-    monkeypatch.setattr(projection_module, "MAX_EVALUATIONS", cap)
+    monkeypatch.setattr(constants, "MAX_EVALUATIONS", cap)
     unfinished = 0
     for family in FAMILIES:
         log_p, log_q = draw(family)
@@ -202,7 +202,7 @@ def test_a_row_cut_short_ends_inside_the_region(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_row_cut_short_where_nothing_varies_passes_finite_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection_module, "MAX_EVALUATIONS", 2)
+    monkeypatch.setattr(constants, "MAX_EVALUATIONS", 2)
     log_q = torch.tensor([[0.0, -800.0]], dtype=torch.float64)
     log_p = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log().requires_grad_()
     result = project(log_p, log_q, BOUND)
@@ -218,7 +218,7 @@ def test_any_tolerance_is_feasible(tolerance: float) -> None:
     log_p, log_q = pair(32, 20, seed=5)
     result = project(log_p, log_q, BOUND, tolerance=tolerance)
     assert_feasible(result, log_q, BOUND)
-    assert int(result.evaluations.max()) <= MAX_EVALUATIONS
+    assert int(result.evaluations.max()) <= constants.MAX_EVALUATIONS
 
 
 def test_a_tighter_tolerance_ends_nearer_the_bound() -> None:
@@ -534,6 +534,7 @@ def test_a_bad_tolerance_is_named(tolerance: float) -> None:
         project(log_p, log_q, BOUND, tolerance=tolerance)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("mode", ["explicit", "", None])
 def test_a_bad_step_size_gradient_is_named(mode: str | None) -> None:
     log_p, log_q = pair(2, 3, seed=28)

@@ -12,19 +12,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import oracle
-from verl_troll.core import logits as logits_module
-from verl_troll.core.loss import token_terms
+from verl_troll.core.kernels import logits_torch as logits_module
+from verl_troll.core.kernels.constants import REST_FLOOR
+from verl_troll.core.loss import policy_terms, token_terms
 from verl_troll.core.projection import project
 from verl_troll.core.support import (
-    REST_FLOOR,
-    SUPPORT_RULES,
+    RULES,
     Comparison,
+    Selection,
     SparsePolicy,
-    check_support_settings,
+    SupportRule,
     compare,
     select,
 )
-from verl_troll.core.vocab import VocabShard
+from verl_troll.core.vocab import VocabLogits, VocabShard
 
 INF = math.inf
 BOUND = 0.05
@@ -53,7 +54,7 @@ def assert_select_matches(
     """Every field of :func:`select` against the loops of the oracle, at every row."""
     rows = torch.arange(logits.shape[0])
     shard = VocabShard.whole(logits.shape[-1], vocab_size)
-    policy = select(logits, rows, sampled, k=k, dropped_mass=dropped_mass, shard=shard)
+    policy = select(VocabLogits.of(logits, rows, shard), sampled, Selection(k, dropped_mass))
     vocab = logits.shape[-1] if vocab_size is None else vocab_size
     atol = 1e-10 if logits.dtype == torch.float64 else 1e-5
     for row in range(logits.shape[0]):
@@ -139,7 +140,7 @@ def test_mass_that_reaches_the_edge_exactly_ends_the_selection(dtype: torch.dtyp
     logits = torch.zeros(1, 2, dtype=dtype)
     # Two equal ids: the first has mass 1/2, which float32 and float64 hold exactly.
     assert float(logits.log_softmax(-1).exp()[0, 0]) == 0.5
-    policy = select(logits, torch.tensor([0]), torch.tensor([0]), k=2, dropped_mass=0.5)
+    policy = select(VocabLogits.of(logits, torch.tensor([0])), torch.tensor([0]), Selection(2, 0.5))
     assert used(policy, 0) == [0]
 
 
@@ -157,7 +158,7 @@ def test_a_cap_beyond_the_vocabulary_keeps_everything(k: int) -> None:
 
 def test_nothing_dropped_keeps_all_but_impossible_ids() -> None:
     logits = torch.tensor([[0.0, -90.0, -300.0, -INF, 1.0]])
-    policy = select(logits, torch.tensor([0]), torch.tensor([0]), k=5, dropped_mass=0.0)
+    policy = select(VocabLogits.of(logits, torch.tensor([0])), torch.tensor([0]), Selection(5, 0.0))
     assert used(policy, 0) == [4, 0, 1, 2]
 
 
@@ -179,14 +180,14 @@ def test_padding_columns_are_never_selected_and_never_counted(rule: str) -> None
     poisoned, poisoned_new = (torch.cat([x, torch.full((8, 4), 1e4)], dim=-1) for x in (plain, moved))
     sampled, rows = integers(60, (8,), 14), torch.arange(8)
     for k, dropped_mass in ((5, 1e-5), (60, 0.0), (64, 0.0)):
-        clean = select(plain, rows, sampled, k=k, dropped_mass=dropped_mass)
+        clean = select(VocabLogits.of(plain, rows), sampled, Selection(k, dropped_mass))
         padded = assert_select_matches(poisoned, sampled, k=k, dropped_mass=dropped_mass, vocab_size=60)
         assert torch.equal(padded.ids, clean.ids)
         torch.testing.assert_close(padded.log_probs, clean.log_probs, rtol=0, atol=1e-6)
         leaf = poisoned_new.clone().requires_grad_()
         options = {"k": k, "dropped_mass": dropped_mass}
-        with_padding = compare(rule, leaf, rows, padded, shard=VocabShard.whole(64, 60), **options)  # type: ignore[arg-type]
-        without = compare(rule, moved, rows, clean, **options)  # type: ignore[arg-type]
+        with_padding = compare(rule, VocabLogits.of(leaf, rows, VocabShard.whole(64, 60)), padded, Selection(**options))  # type: ignore[arg-type]
+        without = compare(rule, VocabLogits.of(moved, rows), clean, Selection(**options))  # type: ignore[arg-type]
         torch.testing.assert_close(with_padding.new_log_probs, without.new_log_probs, rtol=0, atol=1e-5)
         torch.testing.assert_close(with_padding.old_log_probs, without.old_log_probs, rtol=0, atol=1e-5)
         torch.autograd.backward(token_terms(with_padding, BOUND).log_ratio.sum())
@@ -198,8 +199,8 @@ def test_rows_pick_positions_in_any_order() -> None:
     logits = normal(9, 50, seed=15, scale=2.0)
     rows = torch.tensor([7, 0, 4])
     sampled = torch.tensor([3, 49, 20])
-    some = select(logits, rows, sampled, k=6, dropped_mass=1e-5, entropy=True)
-    alone = select(logits[rows].clone(), torch.arange(3), sampled, k=6, dropped_mass=1e-5, entropy=True)
+    some = select(VocabLogits.of(logits, rows), sampled, Selection(6, 1e-5), entropy=True)
+    alone = select(VocabLogits.of(logits[rows].clone(), torch.arange(3)), sampled, Selection(6, 1e-5), entropy=True)
     for field in dataclasses.fields(SparsePolicy):
         assert torch.equal(getattr(some, field.name), getattr(alone, field.name)), field.name
 
@@ -207,18 +208,20 @@ def test_rows_pick_positions_in_any_order() -> None:
 def test_select_does_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = normal(11, 300, seed=16, scale=2.0)
     rows, sampled = torch.arange(11), integers(300, (11,), 17)
-    whole = select(logits, rows, sampled, k=9, dropped_mass=1e-5, entropy=True)
+    whole = select(VocabLogits.of(logits, rows), sampled, Selection(9, 1e-5), entropy=True)
     monkeypatch.setattr(logits_module, "_HOST_BLOCK", 1000)
-    blocks = select(logits, rows, sampled, k=9, dropped_mass=1e-5, entropy=True)
+    blocks = select(VocabLogits.of(logits, rows), sampled, Selection(9, 1e-5), entropy=True)
     for field in dataclasses.fields(SparsePolicy):
         assert torch.equal(getattr(whole, field.name), getattr(blocks, field.name)), field.name
 
 
 def test_select_passes_no_gradient_and_takes_no_rows() -> None:
     logits = normal(4, 30, seed=18).requires_grad_()
-    assert not select(logits, torch.arange(4), torch.zeros(4).long(), k=3, dropped_mass=1e-5).log_probs.requires_grad
+    assert not select(
+        VocabLogits.of(logits, torch.arange(4)), torch.zeros(4).long(), Selection(3, 1e-5)
+    ).log_probs.requires_grad
     none = torch.empty(0, dtype=torch.int64)
-    empty = select(logits, none, none, k=3, dropped_mass=1e-5)
+    empty = select(VocabLogits.of(logits, none), none, Selection(3, 1e-5))
     assert empty.ids.shape[0] == empty.log_probs.shape[0] == empty.sampled.shape[0] == 0
 
 
@@ -234,22 +237,20 @@ def test_select_passes_no_gradient_and_takes_no_rows() -> None:
 )
 def test_bad_settings_are_named(name: str, settings_: dict[str, float]) -> None:
     logits, rows, sampled = normal(2, 30, seed=19), torch.arange(2), torch.zeros(2).long()
-    policy = select(logits, rows, sampled, k=3, dropped_mass=1e-5)
+    policy = select(VocabLogits.of(logits, rows), sampled, Selection(3, 1e-5))
     options = {"k": 3, "dropped_mass": 1e-5} | settings_
     with pytest.raises(ValueError, match=name):
-        select(logits, rows, sampled, **options)  # type: ignore[arg-type]
+        select(VocabLogits.of(logits, rows), sampled, Selection(**options))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=name):
-        compare("union", logits, rows, policy, **options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=name):
-        check_support_settings(options["k"], options["dropped_mass"])  # type: ignore[arg-type]
+        compare("union", VocabLogits.of(logits, rows), policy, Selection(**options))  # type: ignore[arg-type]
 
 
 def test_an_unknown_rule_is_named() -> None:
     logits, rows = normal(2, 30, seed=19), torch.arange(2)
-    policy = select(logits, rows, rows, k=3, dropped_mass=1e-5)
+    policy = select(VocabLogits.of(logits, rows), rows, Selection(3, 1e-5))
     with pytest.raises(ValueError, match="support"):
-        compare("intersection", logits, rows, policy, k=3, dropped_mass=1e-5)  # type: ignore[arg-type]
-    assert set(SUPPORT_RULES) == {"union", "anchored"}
+        compare("intersection", VocabLogits.of(logits, rows), policy, Selection(3, 1e-5))
+    assert set(RULES) == {"union", "anchored"}
 
 
 # --- compare ----------------------------------------------------------------------------------------------------------
@@ -267,8 +268,8 @@ def old_and_new(
 
 def both(rule: str, old: Tensor, new: Tensor, sampled: Tensor, *, k: int, dropped_mass: float) -> Comparison:
     rows = torch.arange(old.shape[0])
-    policy = select(old, rows, sampled, k=k, dropped_mass=dropped_mass)
-    return compare(rule, new, rows, policy, k=k, dropped_mass=dropped_mass)  # type: ignore[arg-type]
+    policy = select(VocabLogits.of(old, rows), sampled, Selection(k, dropped_mass))
+    return compare(rule, VocabLogits.of(new, rows), policy, Selection(k, dropped_mass))
 
 
 @by_rule
@@ -350,11 +351,11 @@ def test_equal_policies_have_ratio_one_and_no_regression(
 def test_equal_policies_have_ratio_one_however_the_rows_are_packed(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old = normal(32, 400, seed=24, scale=3.0)
     sampled = integers(400, (32,), 25)
-    policy = select(old, torch.arange(32), sampled, k=16, dropped_mass=1e-5)
+    policy = select(VocabLogits.of(old, torch.arange(32)), sampled, Selection(16, 1e-5))
     monkeypatch.setattr(logits_module, "_HOST_BLOCK", 1200)
     rows = torch.tensor([30, 2, 17, 5, 6])
     packed = SparsePolicy(policy.ids[rows], policy.log_probs[rows], policy.sampled[rows])
-    terms = token_terms(compare(rule, old, rows, packed, k=16, dropped_mass=1e-5), 1e-6)  # type: ignore[arg-type]
+    terms = token_terms(compare(rule, VocabLogits.of(old, rows), packed, Selection(16, 1e-5)), 1e-6)
     assert bool((terms.log_ratio == 0.0).all())
     assert bool((terms.regression_kl == 0.0).all())
 
@@ -478,8 +479,8 @@ def lifted(log_pi: Tensor, ids: list[int], log_p: Tensor) -> Tensor:
 def test_the_anchored_bound_and_the_rest_make_up_the_true_divergence() -> None:
     old, new, sampled = old_and_new(24, 60, seed=31, dtype=torch.float64, shift=0.8)
     rows = torch.arange(24)
-    policy = select(old, rows, sampled, k=6, dropped_mass=1e-5)
-    comparison = compare("anchored", new, rows, policy, k=6, dropped_mass=1e-5)
+    policy = select(VocabLogits.of(old, rows), sampled, Selection(6, 1e-5))
+    comparison = compare("anchored", VocabLogits.of(new, rows), policy, Selection(6, 1e-5))
     result = project(comparison.new_log_probs, comparison.old_log_probs, BOUND)
     assert int((result.step_size < 1).sum()) > 6
     for row in range(24):
@@ -498,8 +499,8 @@ def test_the_anchored_bound_and_the_rest_make_up_the_true_divergence() -> None:
 def test_the_union_bound_holds_on_the_vocabulary_up_to_the_dropped_mass(k: int, dropped_mass: float) -> None:
     old, new, sampled = old_and_new(200, 60, seed=33, dtype=torch.float64, scale=2.5, shift=0.35)
     rows = torch.arange(200)
-    policy = select(old, rows, sampled, k=k, dropped_mass=dropped_mass)
-    comparison = compare("union", new, rows, policy, k=k, dropped_mass=dropped_mass)
+    policy = select(VocabLogits.of(old, rows), sampled, Selection(k, dropped_mass))
+    comparison = compare("union", VocabLogits.of(new, rows), policy, Selection(k, dropped_mass))
     result = project(comparison.new_log_probs, comparison.old_log_probs, BOUND)
     seen = 0
     for row in range(200):
@@ -554,14 +555,41 @@ def test_false_violations_of_the_published_rule_are_not_shared_by_the_anchored_o
     new = torch.randn(TOKENS, VOCAB, generator=generator(42)).mul_(sigma).add_(log_q)
     log_p = new.log_softmax(-1)
     truth = float(((log_p.exp() * (log_p - log_q)).sum(-1) > BOUND).float().mean())
-    policy = select(log_q, rows, sampled, k=64, dropped_mass=1e-5)
+    policy = select(VocabLogits.of(log_q, rows), sampled, Selection(64, 1e-5))
     mass = float(log_q.topk(64).values.exp().sum(-1).mean())
     shares = {}
     for rule in ("union", "anchored"):
-        comparison = compare(rule, new, rows, policy, k=64, dropped_mass=1e-5)
+        comparison = compare(rule, VocabLogits.of(new, rows), policy, Selection(64, 1e-5))
         shares[rule] = float(token_terms(comparison, BOUND).projected.float().mean())
     # 200 tokens: one standard error is 0.035 at a share of one half, 0.008 at 0.014.
     assert mass == pytest.approx(kept_mass, abs=0.015)
     assert truth == pytest.approx(true_share, abs=0.025)
     assert shares["anchored"] == pytest.approx(truth, abs=0.02)
     assert shares["union"] == pytest.approx(union_share, abs=0.12)
+
+
+# --- a new rule -------------------------------------------------------------------------------------------------------
+
+
+def on_sampled_id(logits: VocabLogits, old: SparsePolicy, selection: Selection, entropy: bool) -> Comparison:
+    """Made up: the sampled id, and everything else."""
+    narrow = SparsePolicy(old.sampled_ids.unsqueeze(-1), old.sampled_log_probs.unsqueeze(-1), old.sampled * 0)
+    return compare("anchored", logits, narrow, selection, entropy=entropy)
+
+
+def test_a_rule_is_one_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "on_sampled_id", SupportRule(on_sampled_id, max_outcomes=lambda ids: 2))
+    old, new, rows = normal(5, 40, seed=31), normal(5, 40, seed=32), torch.arange(5)
+    policy = select(VocabLogits.of(old), rows, Selection(8, 1e-5))
+    leaf = new.clone().requires_grad_()
+    terms = policy_terms("on_sampled_id", VocabLogits.of(leaf), policy, Selection(8, 1e-5), kl_bound=0.05)
+
+    log_q, log_p = (x.log_softmax(-1)[rows, rows].double() for x in (old, new))
+    pairs = [torch.stack([x, (1 - x.exp()).log()], dim=-1) for x in (log_p, log_q)]
+    expected = project(*pairs, 0.05)
+    torch.testing.assert_close(
+        terms.log_ratio.detach().double(), expected.log_probs[:, 0] - log_q, rtol=1e-3, atol=1e-5
+    )
+    assert bool(terms.projected.any())
+    (gradient,) = torch.autograd.grad(terms.regression_kl.sum(), leaf)
+    assert bool(gradient.any())

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from verl_troll.core import logits as logits_module
-from verl_troll.core.logits import Normaliser, read_rows
-from verl_troll.core.support import compare, select
-from verl_troll.core.vocab import VocabShard, log_probs_at, top_log_probs
+from verl_troll.core.kernels import logits_torch as logits_module
+from verl_troll.core.logits import Normaliser, read_dense
+from verl_troll.core.support import Selection, compare, select
+from verl_troll.core.vocab import VocabLogits, VocabShard
 
 INF = math.inf
 
@@ -21,11 +21,11 @@ def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
 
 
 def local_normaliser(logits: Tensor, rows: Tensor, columns: int) -> Normaliser:
-    return read_rows(logits, rows, rows[:, None].clamp_max(columns - 1), columns).normaliser
+    return read_dense(logits, rows, rows[:, None].clamp_max(columns - 1), columns).normaliser
 
 
 def same_bits(a: Normaliser, b: Normaliser) -> bool:
-    return torch.equal(a.peak, b.peak) and torch.equal(a.mass, b.mass)
+    return torch.equal(a.max, b.max) and torch.equal(a.sumexp, b.sumexp)
 
 
 # --- normaliser -------------------------------------------------------------------------------------------------------
@@ -54,15 +54,15 @@ def test_the_normaliser_of_parts_is_the_normaliser_of_the_whole(dtype: torch.dty
     rows = torch.tensor([8, 4, 0, 3])
     # Parts of unlike size, one without a column, of very unlike peaks.
     parts = [local_normaliser(part, rows, part.shape[1]) for part in logits.split([7, 0, 23, 30], dim=-1)]
-    combined = Normaliser.combine(torch.stack([p.peak for p in parts]), torch.stack([p.mass for p in parts]))
+    combined = Normaliser.combine(torch.stack([p.max for p in parts]), torch.stack([p.sumexp for p in parts]))
     whole = local_normaliser(logits, rows, 60)
     working = torch.float64 if dtype == torch.float64 else torch.float32
-    assert combined.peak.dtype == combined.mass.dtype == working
-    assert torch.equal(combined.peak, logits[rows].to(working).amax(-1))
-    expected = logits[rows].double().logsumexp(-1) - combined.peak.double()
+    assert combined.max.dtype == combined.sumexp.dtype == working
+    assert torch.equal(combined.max, logits[rows].to(working).amax(-1))
+    expected = logits[rows].double().logsumexp(-1) - combined.max.double()
     for normaliser in (combined, whole):
         tiny = 1e-14 if dtype == torch.float64 else 1e-6
-        torch.testing.assert_close(normaliser.mass.double().log(), expected, rtol=0, atol=tiny)
+        torch.testing.assert_close(normaliser.sumexp.double().log(), expected, rtol=0, atol=tiny)
 
 
 def test_parts_without_mass_have_none() -> None:
@@ -70,9 +70,9 @@ def test_parts_without_mass_have_none() -> None:
     rows = torch.arange(2)
     for columns, peak, mass in ((0, [-INF, -INF], [0.0, 0.0]), (2, [-INF, 2.0], [0.0, 1 + math.exp(-1)])):
         part = local_normaliser(logits, rows, columns)
-        torch.testing.assert_close(part.peak, torch.tensor(peak))
-        torch.testing.assert_close(part.mass, torch.tensor(mass))
-    assert local_normaliser(logits, rows[:0], 3).mass.shape == (0,)
+        torch.testing.assert_close(part.max, torch.tensor(peak))
+        torch.testing.assert_close(part.sumexp, torch.tensor(mass))
+    assert local_normaliser(logits, rows[:0], 3).sumexp.shape == (0,)
 
 
 @pytest.mark.parametrize("parts", [2, 3, 4, 5, 8, 16])
@@ -86,7 +86,7 @@ def test_combining_parts_gives_the_same_bits_wherever_they_lie(parts: int) -> No
     wide[..., 3], wide[..., 4] = peaks, masses
     assert same_bits(Normaliser.combine(wide[..., 3], wide[..., 4]), combined)
     few = Normaliser.combine(peaks[:, 5:10], masses[:, 5:10])
-    assert same_bits(few, Normaliser(combined.peak[5:10], combined.mass[5:10]))
+    assert same_bits(few, Normaliser(combined.max[5:10], combined.sumexp[5:10]))
 
 
 def test_the_normaliser_does_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,17 +132,17 @@ def test_a_whole_shard_owns_its_real_columns() -> None:
 def test_a_shard_that_does_not_fit_the_logits_is_refused(columns: int) -> None:
     logits, rows = torch.zeros(2, columns), torch.arange(2)
     shard = VocabShard.whole(6)
-    policy = select(torch.zeros(2, 6), rows, rows, k=2, dropped_mass=0.0)
+    policy = select(VocabLogits.of(torch.zeros(2, 6), rows), rows, Selection(2, 0.0))
     match = f"does not fit {columns} logit columns"
     with pytest.raises(ValueError, match=match):
-        log_probs_at(logits, rows, rows.unsqueeze(-1), shard)
+        VocabLogits.of(logits, rows, shard).log_probs_at(rows.unsqueeze(-1))
     with pytest.raises(ValueError, match=match):
-        top_log_probs(logits, rows, rows, 2, shard)
+        VocabLogits.of(logits, rows, shard).top(2, rows)
     with pytest.raises(ValueError, match=match):
-        select(logits, rows, rows, k=2, dropped_mass=0.0, shard=shard)
+        select(VocabLogits.of(logits, rows, shard), rows, Selection(2, 0.0))
     for rule in ("union", "anchored"):
         with pytest.raises(ValueError, match=match):
-            compare(rule, logits, rows, policy, k=2, dropped_mass=0.0, shard=shard)  # type: ignore[arg-type]
+            compare(rule, VocabLogits.of(logits, rows, shard), policy, Selection(2, 0.0))
 
 
 # --- gradient ---------------------------------------------------------------------------------------------------------
@@ -154,6 +154,6 @@ def test_gradcheck_of_a_whole_shard_with_padding() -> None:
     shard = VocabShard.whole(9, 7)
 
     def at(leaf: Tensor) -> Tensor:
-        return torch.where(ids >= 0, log_probs_at(leaf, rows, ids, shard).log_probs, 0.0)
+        return torch.where(ids >= 0, VocabLogits.of(leaf, rows, shard).log_probs_at(ids).log_probs, 0.0)
 
     assert torch.autograd.gradcheck(at, (logits,))

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from verl_troll.core.loss import token_terms
-from verl_troll.core.support import SparsePolicy, SupportRule, compare, select
-from verl_troll.core.vocab import VocabShard
+from verl_troll.core.support import Selection, SparsePolicy, compare, select
+from verl_troll.core.vocab import VocabLogits, VocabShard
 
 VOCAB, PADDED, LENGTH, SAMPLES, MICRO_BATCHES, LAYERS = 122, 128, 12, 4, 2, 4
 
@@ -25,7 +25,7 @@ class Shape:
     tensor: int = 1
     pipeline: int = 1
     sequence_parallel: bool = False
-    rule: SupportRule = "union"
+    rule: str = "union"
     noise: float = 0.003
 
 
@@ -155,9 +155,11 @@ def _losses_and_gradients(shape: Shape) -> dict[str, Any]:
             logits = output.flatten(0, 1)
             shard = VocabShard.even(logits.shape[-1], VOCAB, shard_group)
             if index not in old:
-                old[index] = select(logits, rows, sampled, shard=shard, **settings)
+                old[index] = select(VocabLogits.of(logits, rows, shard), sampled, Selection(**settings))
                 return logits.new_zeros(()), {}
-            terms = token_terms(compare(shape.rule, logits, rows, old[index], shard=shard, **settings), 0.05)
+            terms = token_terms(
+                compare(shape.rule, VocabLogits.of(logits, rows, shard), old[index], Selection(**settings)), 0.05
+            )
             weights = advantages[index].to(logits.dtype)
             loss = (-terms.log_ratio.exp() * weights + terms.regression_kl).mean()
             return loss, {"loss": loss.item(), "projected": terms.projected.float().mean().item()}

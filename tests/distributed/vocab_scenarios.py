@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,12 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import oracle
 from verl_troll.core import lm_head as head_module
-from verl_troll.core import logits as logits_module
+from verl_troll.core.kernels import logits_torch as logits_module
 from verl_troll.core.lm_head import LinearHead
+from verl_troll.core.logits import Normaliser
 from verl_troll.core.loss import TokenTerms, token_terms
 from verl_troll.core.projection import STEP_SIZE_GRADIENTS
-from verl_troll.core.support import SUPPORT_RULES, Comparison, SparsePolicy, compare, select
-from verl_troll.core.vocab import VocabShard, log_probs_at, top_log_probs
+from verl_troll.core.support import RULES, Comparison, Selection, SparsePolicy, compare, select
+from verl_troll.core.vocab import VocabLogits, VocabShard
 
 INF = math.inf
 BOUND = 0.05
@@ -312,6 +313,21 @@ def sends(notes: Notes, what: str, expected: list[tuple[str, int]]) -> Iterator[
     notes.same(f"{what}: traffic", traffic.sent, expected)
 
 
+class Top(NamedTuple):
+    ids: Tensor
+    log_probs: Tensor
+    sampled_log_probs: Tensor
+    normaliser: Normaliser
+
+
+def top_log_probs(logits: Tensor, rows: Tensor, sampled: Tensor, k: int, shard: VocabShard) -> Top:
+    """Without gradient, the ids that have mass, as :func:`verl_troll.core.support.select` takes them."""
+    with torch.no_grad():
+        top = VocabLogits.of(logits, rows, shard).top(k, sampled)
+        ids = torch.where(top.log_probs > -INF, top.ids, -1)
+        return Top(ids, top.log_probs, top.sampled_log_probs, top.normaliser)
+
+
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +350,7 @@ def check_top(notes: Notes, split: Split, logits: Tensor, rows: Tensor, sampled:
     notes.same("top: possible ids, single", top.ids[live], single.ids[live])
     notes.close("top: log-probs, single", top.log_probs, single.log_probs, atol=atol)
     notes.close("top: sampled, single", top.sampled_log_probs, single.sampled_log_probs, atol=atol)
-    notes.same("top: peak", top.normaliser.peak, single.normaliser.peak)
+    notes.same("top: max", top.normaliser.max, single.normaliser.max)
     notes.same("top: dtype", top.log_probs.dtype, torch.promote_types(dtype, torch.float32))
     notes.true("top: no gradient", not top.log_probs.requires_grad and not top.sampled_log_probs.requires_grad)
 
@@ -343,9 +359,9 @@ def check_log_probs_at(notes: Notes, split: Split, logits: Tensor, rows: Tensor,
     shard, dtype = split.shard, logits.dtype
     local = split.local(logits).requires_grad_()
     with sends(notes, "at", sent_by_reduce(shard, rows.shape[0], ids.shape[-1], dtype)):
-        plain = log_probs_at(local, rows, ids, shard)
+        plain = VocabLogits.of(local, rows, shard).log_probs_at(ids)
     with sends(notes, "at, entropy", sent_by_reduce(shard, rows.shape[0], ids.shape[-1], dtype, entropy=True)):
-        result, entropy = log_probs_at(local, rows, ids, shard, entropy=True)
+        result, entropy = VocabLogits.of(local, rows, shard).log_probs_at(ids, entropy=True)
     notes.true("at: no entropy unless asked for", plain.entropy is None)
     notes.same("at: the entropy changes no log-prob", plain.log_probs.detach(), result.detach())
     if entropy is None:
@@ -364,7 +380,7 @@ def check_log_probs_at(notes: Notes, split: Split, logits: Tensor, rows: Tensor,
     if not split.judge:
         return
     whole = logits.clone().requires_grad_()
-    single, single_entropy = log_probs_at(whole, rows, ids, VocabShard.whole(split.vocab), entropy=True)
+    single, single_entropy = VocabLogits.of(whole, rows, VocabShard.whole(split.vocab)).log_probs_at(ids, entropy=True)
     notes.close("at: single", result, single, atol=tolerance(dtype))
     notes.close("at: entropy, dense", entropy, dense_entropies, atol=5 * tolerance(dtype))
     notes.close("at: dense", result, reference, atol=tolerance(dtype))
@@ -404,7 +420,7 @@ def check_select(
     """The policy, compared with a single process's field by field, and with the loops."""
     shard, dtype = split.shard, logits.dtype
     with sends(notes, "select", sent_by_merge(shard, rows.shape[0], options["k"], dtype, entropy=True)):
-        policy = select(split.local(logits), rows, sampled, shard=shard, entropy=True, **options)
+        policy = select(VocabLogits.of(split.local(logits), rows, shard), sampled, Selection(**options), entropy=True)
     if policy.entropy is None:
         notes.true("select: entropy", False)
         return policy
@@ -412,7 +428,7 @@ def check_select(
     if not split.judge:
         return policy
     notes.close("select: entropy, dense", policy.entropy, dense_entropy(logits[rows]), atol=5 * tolerance(dtype))
-    single = select(logits, rows, sampled, **options)
+    single = select(VocabLogits.of(logits, rows), sampled, Selection(**options))
     notes.same("select: ids", policy.ids, single.ids)
     notes.same("select: sampled", policy.sampled, single.sampled)
     notes.close("select: log-probs", policy.log_probs, single.log_probs, atol=tolerance(dtype))
@@ -439,7 +455,7 @@ def check_loss(
     shard, dtype = split.shard, new.dtype
     count = rows.shape[0]
     advantages = normal(count, seed=7)
-    for rule, step_size_gradient in itertools.product(SUPPORT_RULES, step_size_gradients):
+    for rule, step_size_gradient in itertools.product(RULES, step_size_gradients):
         what = f"{rule}, {step_size_gradient}, {options}"
         local = split.local(new).requires_grad_()
         implicit = step_size_gradient == "implicit"
@@ -449,7 +465,9 @@ def check_loss(
             else sent_by_reduce(shard, count, policy.ids.shape[-1], dtype, entropy=implicit)
         )
         with sends(notes, what, expected):
-            comparison = compare(rule, local, rows, policy, shard=shard, entropy=implicit, **options)  # type: ignore[arg-type]
+            comparison = compare(
+                rule, VocabLogits.of(local, rows, shard), policy, Selection(**options), entropy=implicit
+            )
         terms = token_terms(comparison, BOUND, step_size_gradient)  # type: ignore[arg-type]
         losses = losses_of(terms, advantages, comparison.entropy)
         with sends(notes, f"{what}, backward", []):
@@ -463,8 +481,8 @@ def check_loss(
             continue
 
         whole = new.clone().requires_grad_()
-        single_policy = select(old, rows, sampled, **options)
-        single = compare(rule, whole, rows, single_policy, entropy=implicit, **options)  # type: ignore[arg-type]
+        single_policy = select(VocabLogits.of(old, rows), sampled, Selection(**options))
+        single = compare(rule, VocabLogits.of(whole, rows), single_policy, Selection(**options), entropy=implicit)
         single_terms = token_terms(single, BOUND, step_size_gradient)  # type: ignore[arg-type]
         single_losses = losses_of(single_terms, advantages, single.entropy)
         (single_grad,) = torch.autograd.grad(single_losses.sum(), whole)
@@ -662,7 +680,7 @@ def check_head(notes: Notes, split: Split, dtype: torch.dtype, temperature: floa
     count, atol = rows.shape[0], 4 * tolerance(dtype)
 
     with sends(notes, "head, select", sent_by_merge(shard, count, options["k"], dtype, entropy=True)):
-        policy = select(head, rows, sampled, shard=shard, entropy=True, **options)
+        policy = select(VocabLogits.of(head, rows, shard), sampled, Selection(**options), entropy=True)
     if policy.entropy is None:
         notes.true("head, select: entropy", False)
         return
@@ -676,9 +694,9 @@ def check_head(notes: Notes, split: Split, dtype: torch.dtype, temperature: floa
         notes.close("head, select: log-probs", policy.log_probs[j][used], log_probs[row, expected.ids], atol=atol)
     notes.close("head, select: entropy", policy.entropy, dense_entropy(logits[rows]), atol=5 * atol)
 
-    before = select(old.to(dtype), rows, sampled, **options)
+    before = select(VocabLogits.of(old.to(dtype), rows), sampled, Selection(**options))
     advantages = normal(count, seed=184)
-    for rule in SUPPORT_RULES:
+    for rule in RULES:
         what = f"head, {rule}, {dtype}, {temperature}"
         traffic = (
             sent_by_merge(shard, count, options["k"], dtype, entropy=True)
@@ -686,7 +704,7 @@ def check_head(notes: Notes, split: Split, dtype: torch.dtype, temperature: floa
             else sent_by_reduce(shard, count, before.ids.shape[-1], dtype, entropy=True)
         )
         with sends(notes, what, traffic):
-            comparison = compare(rule, head, rows, before, shard=shard, entropy=True, **options)  # type: ignore[arg-type]
+            comparison = compare(rule, VocabLogits.of(head, rows, shard), before, Selection(**options), entropy=True)
         losses = losses_of(token_terms(comparison, BOUND), advantages, comparison.entropy)
         notes.agree(losses)
         with sends(notes, f"{what}, backward", []):
@@ -795,12 +813,12 @@ def equal_policies(notes: Notes) -> None:
             sampled = sample(logits, seed=151)
             for k, dropped_mass in ((8, 1e-5), (16, 1e-2), (400, 0.0)):
                 options = {"k": k, "dropped_mass": dropped_mass}
-                policy = select(split.local(logits), rows, sampled, shard=shard, **options)  # type: ignore[arg-type]
+                policy = select(VocabLogits.of(split.local(logits), rows, shard), sampled, Selection(**options))  # type: ignore[arg-type]
                 for chosen in (rows, few) if kind == "normal" else (few,):
                     packed = SparsePolicy(policy.ids[chosen], policy.log_probs[chosen], policy.sampled[chosen])
-                    for rule in SUPPORT_RULES:
+                    for rule in RULES:
                         local = split.local(logits).requires_grad_()
-                        comparison = compare(rule, local, chosen, packed, shard=shard, **options)  # type: ignore[arg-type]
+                        comparison = compare(rule, VocabLogits.of(local, chosen, shard), packed, Selection(**options))  # type: ignore[arg-type]
                         terms = token_terms(comparison, 1e-6)
                         notes.agree(terms.log_ratio, terms.regression_kl, comparison.new_log_probs)
                         what = f"{dtype}, {kind}, {k}, {dropped_mass}, {rule}, {len(chosen)} rows"
@@ -820,21 +838,23 @@ def numerical_differences(notes: Notes) -> None:
     rows = torch.tensor([2, 0])
     sampled = sample(old[rows], seed=161)
     options = {"k": 4, "dropped_mass": 1e-3}
-    policy = select(split.local(old), rows, sampled, shard=shard, **options)  # type: ignore[arg-type]
+    policy = select(VocabLogits.of(split.local(old), rows, shard), sampled, Selection(**options))  # type: ignore[arg-type]
     ids = ids_of_every_sort(split, 2, seed=162)
     at_weight = torch.where(ids >= 0, normal(*ids.shape, seed=163), 0.0)
 
     def at(local: Tensor) -> Tensor:
-        return (torch.where(ids >= 0, log_probs_at(local, rows, ids, shard).log_probs, 0.0) * at_weight).sum()
+        return (
+            torch.where(ids >= 0, VocabLogits.of(local, rows, shard).log_probs_at(ids).log_probs, 0.0) * at_weight
+        ).sum()
 
     def comparison(rule: str, local: Tensor) -> Tensor:
-        result = compare(rule, local, rows, policy, shard=shard, **options)  # type: ignore[arg-type]
+        result = compare(rule, VocabLogits.of(local, rows, shard), policy, Selection(**options))  # type: ignore[arg-type]
         live = result.new_log_probs > -INF
         weight = normal(*result.new_log_probs.shape, seed=164)
         return (torch.where(live, result.new_log_probs, 0.0) * weight).sum() + result.sampled_log_probs.sum()
 
     step = 1e-5
-    functions = {"at": at, **{rule: functools.partial(comparison, rule) for rule in SUPPORT_RULES}}
+    functions = {"at": at, **{rule: functools.partial(comparison, rule) for rule in RULES}}
     for what, function in functions.items():
         local = split.local(new).requires_grad_()
         (grad,) = torch.autograd.grad(function(local), local)
@@ -904,9 +924,9 @@ def shards_by_rank(notes: Notes) -> None:
         logits = torch.zeros(2, columns_)
         row = torch.arange(2)
         for name, call in {
-            "log_probs_at": lambda: log_probs_at(logits, row, row[:, None], shard),  # noqa: B023
+            "log_probs_at": lambda: VocabLogits.of(logits, row, shard).log_probs_at(row[:, None]),  # noqa: B023
             "top_log_probs": lambda: top_log_probs(logits, row, row, 2, shard),  # noqa: B023
-            "select": lambda: select(logits, row, row, k=2, dropped_mass=0.0, shard=shard),  # noqa: B023
+            "select": lambda: select(VocabLogits.of(logits, row, shard), row, Selection(2, 0.0)),  # noqa: B023
         }.items():
             try:
                 call()

@@ -13,8 +13,9 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tests.distributed.batches import VOCAB, make_batch
-from verl_troll.core.support import SparsePolicy, select
-from verl_troll.core.vocab import VocabShard
+from verl_troll.core import wire
+from verl_troll.core.support import Selection, SparsePolicy, select
+from verl_troll.core.vocab import VocabLogits, VocabShard
 from verl_troll.plugin import carry
 from verl_troll.plugin.layout import TokenLayout
 from verl_troll.plugin.passes import OldPolicyPass
@@ -29,12 +30,12 @@ exact = st.floats(min_value=LOWEST, max_value=-SMALLEST, width=32)
 
 
 def there_and_back(pairs: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    words = carry.encode(
+    words = wire.encode(
         torch.tensor([i for i, _ in pairs], dtype=torch.int64), torch.tensor([x for _, x in pairs], dtype=torch.float32)
     )
     assert words.dtype == torch.int16
     assert words.shape == (3 * len(pairs),)
-    decoded, log_probs = carry.decode(words)
+    decoded, log_probs = wire.decode(words)
     assert (decoded.dtype, log_probs.dtype) == (torch.int64, torch.float32)
     return decoded.tolist(), log_probs.tolist()
 
@@ -97,7 +98,7 @@ def old_policy(tokens: carry.ResponseTokens, k: int, columns: int = VOCAB) -> Sp
     generator = torch.Generator().manual_seed(1)
     count = int(tokens.mask.sum())
     logits = 3 * torch.randn(count, columns, generator=generator)
-    return select(logits, torch.arange(count), tokens.ids[tokens.mask], k=k, dropped_mass=1e-3)
+    return select(VocabLogits.of(logits, torch.arange(count)), tokens.ids[tokens.mask], Selection(k, 1e-3))
 
 
 def everywhere(values: Tensor, tokens: carry.ResponseTokens) -> Tensor:

@@ -15,7 +15,7 @@ GPU = torch.device("cuda")
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, serves: bool) -> None:
-    monkeypatch.setattr(kernels, "_triton_serves", lambda: serves)
+    monkeypatch.setattr(kernels, "_triton_is_recent", lambda: serves)
 
 
 def test_the_default_says_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -50,7 +50,7 @@ def test_the_torch_forms_on_a_gpu_are_named(
     reason: str,
 ) -> None:
     serve(monkeypatch, serves)
-    with kernels.chosen(choice), caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING):
         check_kernels(TrollConfig(kernels=choice, k=k), GPU)
     (record,) = caplog.records
     assert reason in record.getMessage() and "milliseconds" in record.getMessage()

@@ -14,7 +14,9 @@ from transformers import PretrainedConfig
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput
 from verl.workers.rollout.replica import TokenOutput
 
-from verl_troll.core.support import select
+from verl_troll.core import wire
+from verl_troll.core.support import Selection, select
+from verl_troll.core.vocab import VocabLogits
 from verl_troll.plugin import carry
 from verl_troll.plugin.rollout.agent_loops import RolloutSupportMixin
 from verl_troll.plugin.rollout.token_support import FIELD, SupportRequest, TokenSupport
@@ -40,7 +42,7 @@ def support_of(logits: torch.Tensor, ids: torch.Tensor) -> TokenSupport:
 def test_selection_is_that_of_the_old_log_prob_pass() -> None:
     logits, ids = policy(200, seed=0)
     mine = support_of(logits, ids)
-    dense = select(logits, torch.arange(len(ids)), ids, k=K, dropped_mass=DROPPED_MASS)
+    dense = select(VocabLogits.of(logits, torch.arange(len(ids))), ids, Selection(K, DROPPED_MASS))
     used = dense.ids >= 0
     assert (used.sum(-1) == K + 1).any(), "the sampled id comes on top at some tokens"
     assert mine.counts.tolist() == used.sum(-1).tolist()
@@ -59,7 +61,7 @@ def test_turns_are_placed_where_the_response_mask_is_set() -> None:
     assert counts.dtype == torch.int16
     assert counts[4:6].tolist() == [0, 0]
     assert (counts[np.asarray(mask, bool)] > 0).all()
-    ids, log_probs = carry.decode(fields[carry.SUPPORT])
+    ids, log_probs = wire.decode(fields[carry.SUPPORT])
     assert len(ids) == len(log_probs) == int(counts.sum())
     assert ids.tolist() == joined.ids[: int(counts.sum())].tolist()
     torch.testing.assert_close(log_probs, torch.tensor(joined.log_probs[: len(ids)]), rtol=0, atol=2**-24)
@@ -135,7 +137,7 @@ def test_an_agent_loop_hands_the_support_of_all_turns_on() -> None:
     outputs = [TokenOutput(token_ids=s.tokens.tolist(), extra_fields={FIELD: s, "global_steps": 2}) for s in supports]
     fields = run_loop(outputs)
     expected = TokenSupport.join(supports)
-    assert carry.decode(fields[carry.SUPPORT])[0].tolist() == expected.ids.tolist()
+    assert wire.decode(fields[carry.SUPPORT])[0].tolist() == expected.ids.tolist()
     assert fields[carry.COUNTS].tolist() == [*supports[0].counts, 0, *supports[1].counts]
     assert fields["extra_fields"]["global_steps"] == 2
     assert FIELD not in fields["extra_fields"]

@@ -12,7 +12,9 @@ from omegaconf import OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine import EngineRegistry
 
+from verl_troll.core.support import RULES
 from verl_troll.plugin import engines
+from verl_troll.plugin.settings import TrollConfig, TrollConfigError
 
 TROLL = "actor_rollout_ref.actor.policy_loss.troll"
 BASE = (
@@ -276,3 +278,10 @@ def test_group_refers_only_to_keys_that_verl_has() -> None:
         "multi_token_prediction": False,
         "external_lib": "verl_troll.plugin",
     }
+
+
+def test_a_new_rule_of_the_core_is_a_value_of_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrollConfigError, match="support='made_up': allowed is one of union, anchored"):
+        TrollConfig(support="made_up")
+    monkeypatch.setitem(RULES, "made_up", RULES["anchored"])
+    assert TrollConfig(support="made_up").support == "made_up"

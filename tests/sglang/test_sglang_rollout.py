@@ -17,7 +17,8 @@ from verl.workers.rollout.sglang_rollout.async_sglang_server import SGLangReplic
 
 from tests.sglang.replica import STOCK, SUPPORT, Served, configuration
 from tests.trainer.run import ROOT, make_assets
-from verl_troll.core.support import select
+from verl_troll.core.support import Selection, select
+from verl_troll.core.vocab import VocabLogits
 from verl_troll.plugin.rollout.sglang import SupportReplica
 
 pytestmark = pytest.mark.timeout(900)
@@ -127,7 +128,7 @@ def test_the_support_is_what_the_policy_itself_would_keep(
             support = output.extra_fields["troll_support"]
             logits = dense_logits(model, prompt, output)
             tokens = torch.tensor(output.token_ids)
-            dense = select(logits, torch.arange(len(tokens)), tokens, k=K, dropped_mass=DROPPED_MASS)
+            dense = select(VocabLogits.of(logits, torch.arange(len(tokens))), tokens, Selection(K, DROPPED_MASS))
             used = dense.ids >= 0
             assert support.tokens.tolist() == tokens.tolist()
             assert support.counts.tolist() == used.sum(-1).tolist()

@@ -32,13 +32,13 @@ from torch.utils._pytree import tree_iter
 from tests.distributed.batches import VOCAB, make_batch
 from tests.distributed.launch import run_ranks
 from tests.distributed.vocab_scenarios import Traffic
-from verl_troll.core import logits as logits_module
-from verl_troll.core import loss as objective
+from verl_troll.core import wire
+from verl_troll.core.kernels import logits_torch as logits_module
 from verl_troll.core.lm_head import LinearHead
-from verl_troll.core.logits import block_elements
-from verl_troll.core.loss import PolicyTerms
-from verl_troll.core.support import SparsePolicy, select
-from verl_troll.core.vocab import VocabShard
+from verl_troll.core.logits import DenseLogits, block_elements
+from verl_troll.core.loss import PolicyTerms, policy_terms
+from verl_troll.core.support import Selection, SparsePolicy, select
+from verl_troll.core.vocab import VocabLogits, VocabShard
 from verl_troll.plugin import carry
 from verl_troll.plugin.layout import TokenLayout
 from verl_troll.tools import cli
@@ -152,7 +152,10 @@ def logits_of(rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> tupl
 
 
 def terms_of(rule: str, logits: Tensor | LinearHead, rows: Tensor, old: SparsePolicy, **options: Any) -> PolicyTerms:
-    return objective.policy_terms(rule, logits, rows, old, kl_bound=0.05, **LIMITS | options)  # type: ignore[arg-type]
+    reuse, entropy = options.pop("reuse_logits", False), options.pop("entropy", False)
+    source = DenseLogits(logits, reuse=reuse) if isinstance(logits, Tensor) else logits
+    new = VocabLogits.of(source, rows, options.pop("shard", None))
+    return policy_terms(rule, new, old, Selection(**LIMITS | options), kl_bound=0.05, entropy=entropy)
 
 
 def loss_of(terms: PolicyTerms) -> Tensor:
@@ -290,12 +293,16 @@ class Passes:
 def test_carried_bytes(k: int) -> None:
     tokens = carry.response_tokens(make_batch(samples=40))
     responses = tokens.mask.shape[0]
-    policy = select(6 * logits_of(responses, VOCAB)[0], torch.arange(responses), tokens.ids, **LIMITS | {"k": k})
+    policy = select(
+        VocabLogits.of(6 * logits_of(responses, VOCAB)[0], torch.arange(responses)),
+        tokens.ids,
+        Selection(**LIMITS | {"k": k}),
+    )
     fields = carry.pack(policy.ids, policy.log_probs, tokens)
     kept = fields[carry.COUNTS].values().float().mean().item()
     carried = sum(field.values().nbytes for field in fields.values())
     assert plan_of(responses, VOCAB, k=k, kept_ids=kept)["troll_step"] == pytest.approx(carried, rel=1e-6)
-    assert carry.MAX_VOCAB_SIZE == MAX_VOCAB
+    assert wire.MAX_VOCAB_SIZE == MAX_VOCAB
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -306,7 +313,7 @@ def test_memory_of_the_update(rule: str, reuse: bool, dtype: torch.dtype) -> Non
     old, new, sampled = logits_of(rows, vocab, dtype)
     # Out of order, as an accelerator reads them: a copy in place of a view.
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
-    policy = select(old, order, sampled, **LIMITS)
+    policy = select(VocabLogits.of(old, order), sampled, Selection(**LIMITS))
     leaf = new.requires_grad_()
     with Meter() as meter:
         loss_of(terms_of(rule, leaf, order, policy, reuse_logits=reuse)).backward()  # type: ignore[no-untyped-call]
@@ -411,7 +418,9 @@ def test_memory_of_fused_heads(dtype: torch.dtype) -> None:
     close("vanilla, old pass", meter.peak, predicted["vanilla_old"])
 
     everything = torch.arange(rows)
-    policy = select(LinearHead(hidden.detach(), weight.detach()), everything, sampled, **LIMITS)
+    policy = select(
+        VocabLogits.of(LinearHead(hidden.detach(), weight.detach()), everything), sampled, Selection(**LIMITS)
+    )
     hidden.grad = weight.grad = None
     with Meter() as meter:
         loss_of(terms_of("anchored", LinearHead(hidden, weight), everything, policy)).backward()  # type: ignore[no-untyped-call]
@@ -430,7 +439,9 @@ def trolls_collectives(rows: int, vocab: int) -> dict[str, list[tuple[str, int]]
     everything = torch.arange(rows)
     sent = {}
     with Traffic() as traffic:
-        policy = select(old[:, here].clone(), everything, sampled, **LIMITS, shard=shard, entropy=True)
+        policy = select(
+            VocabLogits.of(old[:, here].clone(), everything, shard), sampled, Selection(**LIMITS), entropy=True
+        )
     sent["old"] = traffic.sent
     for rule in ("union", "anchored"):
         for entropy in (False, True):

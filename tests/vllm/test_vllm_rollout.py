@@ -15,7 +15,8 @@ from verl.workers.rollout.replica import TokenOutput
 
 from tests.trainer.run import ROOT, make_assets
 from tests.vllm.replica import Served, configuration
-from verl_troll.core.support import select
+from verl_troll.core.support import Selection, select
+from verl_troll.core.vocab import VocabLogits
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -109,7 +110,7 @@ def test_the_support_is_what_the_policy_itself_would_keep(model: Path, observed:
         support = output.extra_fields["troll_support"]
         logits = dense_log_probs(model, prompt, output)
         tokens = torch.tensor(output.token_ids)
-        dense = select(logits, torch.arange(len(tokens)), tokens, k=K, dropped_mass=DROPPED_MASS)
+        dense = select(VocabLogits.of(logits, torch.arange(len(tokens))), tokens, Selection(K, DROPPED_MASS))
         used = dense.ids >= 0
         assert support.tokens.tolist() == tokens.tolist()
         assert support.counts.tolist() == used.sum(-1).tolist()

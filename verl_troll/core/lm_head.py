@@ -1,11 +1,8 @@
-"""The language-model head and the reading of its logits as one: ``[tokens, vocabulary]`` is never held.
+"""The language-model head and the reading of its logits in one: ``[tokens, vocabulary]`` never exists.
 
-Logits are computed block by block, read, and dropped; the backward pass computes each block again, turns it into its
-gradient in place, and multiplies that back into the gradients of the hidden states and of the weight. Of the logits no
-more than one block exists at a time, at the price of a fourth matrix product beside the three of a head whose logits
-are kept.
-
-Shapes: N packed tokens, D hidden units, C rows of the weight (vocabulary ids), R rows of interest, W ids per row.
+Logits are computed block by block, read, and dropped. The backward pass computes each block again, turns it into its
+gradient in place, and multiplies it into the gradients of the hidden states and of the weight. No more than one block
+exists at a time, at the price of a fourth matrix product beside the three of a head that keeps its logits.
 """
 
 from __future__ import annotations
@@ -15,40 +12,42 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from verl_troll.core.logits import Normaliser, Reading, read_rows, slices, working_dtype, write_gradient
+from verl_troll.core import kernels
+from verl_troll.core.kernels.logits_torch import slices, working_dtype
+from verl_troll.core.logits import LogitGradient, Normaliser, Reading, read_dense
 
-# Tokens and columns that are read at a time: on a host what its cache holds; on an accelerator so many columns that
-# most vocabularies need one search. Neither depends on how many tokens there are, so that a row's parts are added in
-# the same order whatever is read beside it.
+# Tokens and columns that are read together: on a host what its cache holds, on an accelerator so many columns that most
+# vocabularies take one search. Neither depends on the number of tokens, so that the parts of a row are added in the
+# same order whatever is read beside it.
 _READ_BLOCK = {"cpu": (128, 8192)}
 _DEVICE_READ_BLOCK = (1024, 1 << 18)
-# Tokens at a time in the backward pass, enough for the weight's gradient to be written seldom, and elements of a block.
+# Tokens per block of the backward pass, many so that the weight's gradient is seldom written, and elements of a block.
 _GRADIENT_BLOCK = {"cpu": (1024, 1 << 20)}
 _DEVICE_GRADIENT_BLOCK = (8192, 1 << 27)
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """Logits ``hidden @ weight.T / temperature`` that are computed where they are read.
+    """Logits ``hidden @ weight.T / temperature``, computed where they are read.
 
-    Takes the place of a logits tensor in :func:`verl_troll.core.support.select` and
-    :func:`verl_troll.core.support.compare`. Where the vocabulary is sharded, the gradient of ``hidden`` is the part
-    that this rank's columns contribute, as after Megatron's output layer; the caller sums it over the group.
+    If the vocabulary is sharded, the gradient of ``hidden`` is only what this rank's columns contribute, as after
+    Megatron's output layer; the caller sums it over the group.
 
     Attributes:
-        hidden: ``[N, D]`` float.
-        weight: ``[C, D]`` of the same dtype.
         temperature: above 0; divides the logits.
+        form: see :data:`verl_troll.core.kernels.Form`.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other, or a temperature that is not above 0.
+        ValueError: shapes or dtypes that do not match, or a temperature that is not above 0.
     """
 
-    hidden: Tensor
-    weight: Tensor
+    hidden: Float[Tensor, "tokens units"]
+    weight: Float[Tensor, "columns units"]
     temperature: float = 1.0
+    form: kernels.Form = "auto"
 
     def __post_init__(self) -> None:
         if self.hidden.ndim != 2 or self.weight.ndim != 2 or self.hidden.shape[1] != self.weight.shape[1]:
@@ -68,16 +67,29 @@ class LinearHead:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What gradients flow to."""
+        """Hidden states and weight."""
         return self.hidden, self.weight
 
     @property
     def builder(self) -> Callable[..., LinearHead]:
         """Makes the same head from ``tensors``."""
-        return partial(LinearHead, temperature=self.temperature)
+        return partial(LinearHead, temperature=self.temperature, form=self.form)
 
-    def read(self, rows: Tensor, ids: Tensor, columns: int, *, k: int = 0, energy: bool = False) -> Reading:
-        """As :func:`verl_troll.core.logits.read_rows`, on logits that are computed on the way."""
+    @property
+    def triton(self) -> bool:
+        """Whether the Triton forms read these logits."""
+        return kernels.reads_with_triton(self.hidden, self.form)
+
+    def read(
+        self,
+        rows: Int[Tensor, " rows"],
+        ids: Int[Tensor, "rows ids"],
+        columns: int,
+        *,
+        k: int = 0,
+        energy: bool = False,
+    ) -> Reading:
+        """See :func:`verl_troll.core.kernels.read_rows`."""
         with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
             height, _ = _READ_BLOCK.get(self.hidden.device.type, _DEVICE_READ_BLOCK)
             blocks = [
@@ -85,12 +97,12 @@ class LinearHead:
                 for tokens in slices(rows.shape[0], height)
             ]
             if not blocks:
-                return read_rows(self.hidden[:, :0], rows, ids, 0, k=k, energy=energy)
+                return self._read_nothing(rows, ids, k, energy)
             normalisers = [block.normaliser for block in blocks]
             return Reading(
                 Normaliser(
-                    torch.cat([part.peak for part in normalisers]),
-                    torch.cat([part.mass for part in normalisers]),
+                    torch.cat([part.max for part in normalisers]),
+                    torch.cat([part.sumexp for part in normalisers]),
                     torch.cat([part.energy for part in normalisers if part.energy is not None]) if energy else None,
                 ),
                 *(torch.cat(parts) for parts in zip(*(block[1:] for block in blocks), strict=True)),
@@ -102,39 +114,31 @@ class LinearHead:
         _, width = _READ_BLOCK.get(hidden.device.type, _DEVICE_READ_BLOCK)
         for vocabulary in slices(columns, width):
             weight = self.weight[vocabulary]
-            part = read_rows(
+            part = read_dense(
                 self._logits(hidden, weight),
                 everything,
                 _within(ids, vocabulary, columns),
                 weight.shape[0],
                 k=k,
                 energy=energy,
+                form=self.form,
             )
             if vocabulary.start > 0:
                 part = part._replace(top_ids=torch.where(part.top_ids >= 0, part.top_ids + vocabulary.start, -1))
             found = part if found is None else _join(found, part, k)
-        return read_rows(hidden[:, :0], everything, ids, 0, k=k, energy=energy) if found is None else found
+        return self._read_nothing(everything, ids, k, energy) if found is None else found
+
+    def _read_nothing(self, rows: Tensor, ids: Tensor, k: int, energy: bool) -> Reading:
+        return read_dense(self.hidden[:, :0], rows, ids, 0, k=k, energy=energy, form=self.form)
 
     def _logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         logits = hidden @ weight.T
         return logits if self.temperature == 1 else logits.div_(self.temperature)
 
     def gradients(
-        self,
-        rows: Tensor,
-        columns: int,
-        peak: Tensor,
-        level: Tensor,
-        slope: Tensor | None,
-        ids: Tensor,
-        corrections: Tensor,
-        needed: tuple[bool, ...],
+        self, rows: Int[Tensor, " rows"], columns: int, gradient: LogitGradient, needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of ``hidden`` and ``weight``; see :func:`~verl_troll.core.logits.write_gradient`.
-
-        Args:
-            needed: which of the two are wanted; the other is None.
-        """
+        """Gradients of the hidden states and of the weight, None where not ``needed``."""
         dtype = working_dtype(self.hidden)
         hidden = self.hidden[rows]
         grad_hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if needed[0] else None
@@ -143,8 +147,8 @@ class LinearHead:
         width = elements // max(1, min(height, rows.shape[0]))
         everything = torch.arange(min(height, rows.shape[0]), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            # All tokens of a part of the vocabulary before the next part, so that each part of the weight's gradient
-            # is summed in working precision and rounded once.
+            # All tokens for one part of the vocabulary, then the next part: each part of the weight's gradient is
+            # summed in working precision and rounded once.
             for vocabulary in slices(columns, width):
                 weight = self.weight[vocabulary]
                 at_once = rows.shape[0] <= height and dtype != weight.dtype
@@ -153,16 +157,17 @@ class LinearHead:
                     grad_part = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
                 for tokens in slices(rows.shape[0], height):
                     block = self._logits(hidden[tokens], weight)
-                    write_gradient(
+                    kernels.write_gradient(
                         block,
                         block,
                         everything[: block.shape[0]],
                         block.shape[1],
-                        peak[tokens],
-                        level[tokens],
-                        None if slope is None else slope[tokens],
-                        _within(ids[tokens], vocabulary, columns),
-                        corrections[tokens],
+                        gradient.max[tokens],
+                        gradient.level[tokens],
+                        None if gradient.slope is None else gradient.slope[tokens],
+                        _within(gradient.ids[tokens], vocabulary, columns),
+                        gradient.corrections[tokens],
+                        form=self.form,
                     )
                     if self.temperature != 1:
                         block.div_(self.temperature)
@@ -189,23 +194,23 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _within(ids: Tensor, vocabulary: slice, columns: int) -> Tensor:
-    """``ids`` below ``columns`` counted from the start of ``vocabulary``, -1 outside."""
+    """``ids`` as columns of the part ``vocabulary``, -1 outside it."""
     if vocabulary.start == 0 and vocabulary.stop >= columns:
         return ids
     return torch.where((ids >= vocabulary.start) & (ids < vocabulary.stop), ids - vocabulary.start, -1)
 
 
 def _join(before: Reading, after: Reading, k: int) -> Reading:
-    """The reading of two neighbouring parts of the vocabulary."""
+    """The reading of two adjacent parts of the vocabulary."""
     first, second = before.normaliser, after.normaliser
     energies = None
     if first.energy is not None and second.energy is not None:
         energies = torch.stack([first.energy, second.energy])
-    # Lower ids stand first among equal values, and a stable sort keeps that.
+    # Equal values are in the order of ids, and a stable sort keeps it.
     top = torch.cat([before.top_values, after.top_values], dim=-1).sort(dim=-1, descending=True, stable=True)
     top_ids = torch.cat([before.top_ids, after.top_ids], dim=-1).gather(-1, top.indices[:, :k])
     return Reading(
-        Normaliser.combine(torch.stack([first.peak, second.peak]), torch.stack([first.mass, second.mass]), energies),
+        Normaliser.combine(torch.stack([first.max, second.max]), torch.stack([first.sumexp, second.sumexp]), energies),
         before.values + after.values,
         top.values[:, :k],
         top_ids,

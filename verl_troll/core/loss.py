@@ -1,36 +1,31 @@
-"""The per-token terms of the TROLL objective (arXiv 2510.03817), to be maximised::
+"""The TROLL objective (arXiv 2510.03817), from logits to losses. Per token, to be maximised::
 
     J = mean_t [ ratio_t A_t  -  alpha KL(p_t || stop_gradient(pi_t)) ],      ratio_t = pi(o_t) / q(o_t)
 
 Only log pi(o) carries the policy gradient; the regression term pulls the network itself into the region. Numerator
 and denominator of the ratio come from the same comparison, so that the ratio is exactly 1 where p = q.
 
-Shapes: R response tokens, B sequences of at most T response tokens.
+:func:`policy_terms` yields what each token contributes, :func:`batch_losses` what a batch of such tokens does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from verl_troll.core import kernels
-from verl_troll.core.logits import LogitsSource, as_source, fused
-from verl_troll.core.projection import TOLERANCE, Projection, StepSizeGradient, check_projection_settings, project
-from verl_troll.core.support import (
-    Comparison,
-    SparsePolicy,
-    SupportRule,
-    at,
-    check_support_settings,
-    compare,
-    mass_to_keep,
-    select_with_normaliser,
-)
-from verl_troll.core.vocab import VocabShard, values_at
+from verl_troll.core.kernels import constants
+from verl_troll.core.kernels.constants import STATISTICS
+from verl_troll.core.logits import LogitGradient
+from verl_troll.core.projection import Projection, StepSizeGradient, check_projection_settings, project
+from verl_troll.core.support import Comparison, Selection, SparsePolicy, SupportRule, compare, rule_named
+from verl_troll.core.vocab import VocabLogits
 
 ImportanceRatio = Literal["token", "sequence"]
 IMPORTANCE_RATIOS: tuple[str, ...] = get_args(ImportanceRatio)
@@ -38,23 +33,27 @@ IMPORTANCE_RATIOS: tuple[str, ...] = get_args(ImportanceRatio)
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """What one response token contributes.
+    """What response tokens contribute.
 
     Attributes:
-        log_ratio: ``[R]`` log pi(o) - log q(o), differentiable.
-        regression_kl: ``[R]`` KL(p || stop_gradient(pi)) in nats, differentiable; 0 inside the region.
-        projected: ``[R]`` bool, p lies outside the region.
+        log_ratio: log pi(o) - log q(o), differentiable.
+        regression_kl: KL(p || stop_gradient(pi)) in nats, differentiable; 0 inside the region.
+        projected: p is outside the region.
         projection: the projection itself.
     """
 
-    log_ratio: Tensor
-    regression_kl: Tensor
-    projected: Tensor
+    log_ratio: Float[Tensor, " rows"]
+    regression_kl: Float[Tensor, " rows"]
+    projected: Bool[Tensor, " rows"]
     projection: Projection
 
 
 def token_terms(
-    comparison: Comparison, kl_bound: float, step_size_gradient: StepSizeGradient = "implicit"
+    comparison: Comparison,
+    kl_bound: float,
+    step_size_gradient: StepSizeGradient = "implicit",
+    *,
+    form: kernels.Form = "auto",
 ) -> TokenTerms:
     """Project the new policy and read off the two terms of the objective.
 
@@ -62,98 +61,78 @@ def token_terms(
         ValueError: ``kl_bound`` or ``step_size_gradient`` out of range.
     """
     projection = project(
-        comparison.new_log_probs, comparison.old_log_probs, kl_bound, step_size_gradient=step_size_gradient
+        comparison.new_log_probs,
+        comparison.old_log_probs,
+        kl_bound,
+        step_size_gradient=step_size_gradient,
+        form=form,
     )
-    place = comparison.sampled.unsqueeze(-1)
-    log_ratio = (projection.log_probs.gather(-1, place) - comparison.old_log_probs.gather(-1, place)).squeeze(-1)
+    index = comparison.sampled.unsqueeze(-1)
+    log_ratio = (projection.log_probs.gather(-1, index) - comparison.old_log_probs.gather(-1, index)).squeeze(-1)
     projected = ~(projection.kl_before <= kl_bound)
     new = comparison.new_log_probs
     target = projection.log_probs.detach()
-    # Rows inside the region have p = pi; unused places have no mass. Neither may meet -inf - (-inf).
+    # p = pi inside the region, and unused outcomes have no mass: neither may compute -inf - (-inf).
     live = projected.unsqueeze(-1) & (new.detach() > -torch.inf)
     gap = torch.where(live, new, 0.0) - torch.where(live, target, 0.0)
     regression_kl = (torch.where(live, new, -torch.inf).exp() * gap).sum(-1)
     return TokenTerms(log_ratio, regression_kl, projected, projection)
 
 
-# What :class:`PolicyTerms` keeps of each token for the metrics; the meaning of each is in ``plugin/metrics.py``.
-STATISTICS = (
-    "kl_before",
-    "kl_after",
-    "projected_share",
-    "fixed_share",
-    "step_size",
-    "regression_kl",
-    "support_size",
-    "old_kept_mass",
-    "new_kept_mass",
-    "cap_hit_share",
-    "solver_evaluations",
-    "unconverged",
-)
-
-
 @dataclass(frozen=True)
 class PolicyTerms:
-    """What R response tokens contribute to the loss and to the metrics; all float32, or the logits' float64.
+    """What response tokens contribute to the loss and to the metrics; all float32, or float64 as the logits.
 
     Attributes:
-        log_ratio: ``[R]`` log pi(o) - log q(o), differentiable down to the logits.
-        regression_kl: ``[R]`` KL(p || stop_gradient(pi)) in nats, differentiable; 0 inside the region.
-        sampled_log_probs: ``[R]`` log p(o) over the full vocabulary, differentiable.
-        entropy: ``[R]`` of the whole new policy in nats, differentiable, where it was asked for.
-        statistics: ``[12, R]``, the rows of :data:`STATISTICS`.
+        log_ratio: log pi(o) - log q(o), differentiable down to the logits.
+        regression_kl: KL(p || stop_gradient(pi)) in nats, differentiable; 0 inside the region.
+        sampled_log_probs: log p(o) over the full vocabulary, differentiable.
+        entropy: of the whole new policy in nats, differentiable, if it was asked for.
+        statistics: the rows are those of :data:`STATISTICS`.
     """
 
-    log_ratio: Tensor
-    regression_kl: Tensor
-    sampled_log_probs: Tensor
-    entropy: Tensor | None
-    statistics: Tensor
+    log_ratio: Float[Tensor, " rows"]
+    regression_kl: Float[Tensor, " rows"]
+    sampled_log_probs: Float[Tensor, " rows"]
+    entropy: Float[Tensor, " rows"] | None
+    statistics: Float[Tensor, "12 rows"]
 
     @property
-    def projected(self) -> Tensor:
-        """``[R]``, 1 where p lies outside the region, 0 elsewhere."""
+    def projected(self) -> Float[Tensor, " rows"]:
+        """1 where p is outside the region, 0 elsewhere."""
         return self.statistics[STATISTICS.index("projected_share")]
 
 
 def policy_terms(
-    rule: SupportRule,
-    logits: Tensor | LogitsSource,
-    rows: Tensor,
+    rule: str,
+    logits: VocabLogits,
     old: SparsePolicy,
+    selection: Selection,
     *,
     kl_bound: float,
-    k: int,
-    dropped_mass: float,
     step_size_gradient: StepSizeGradient = "implicit",
-    shard: VocabShard | None = None,
     entropy: bool = False,
-    reuse_logits: bool = False,
 ) -> PolicyTerms:
-    """The whole chain of one token, from the new policy's logits to the two terms of the objective.
+    """The whole chain of each token, from the new policy's logits to the two terms of the objective.
 
-    The same as :func:`verl_troll.core.support.compare` followed by :func:`token_terms`, which is its torch form. On a
-    GPU it takes three kernels forward (``anchored``: two) and two backward, and the host waits for nothing. Collectives
-    as in :func:`~verl_troll.core.support.compare`.
+    The same as :func:`verl_troll.core.support.compare` followed by :func:`token_terms`, which is the torch form. The
+    Triton form takes three kernels forward (``anchored``: two) and two backward, and the host waits for nothing.
+    Collectives as in :func:`~verl_troll.core.support.compare`.
 
     Args:
-        rule, logits, rows, old, k, dropped_mass, shard, entropy, reuse_logits: as in
-            :func:`~verl_troll.core.support.compare`.
+        rule, logits, old, selection, entropy: as in :func:`~verl_troll.core.support.compare`.
         kl_bound, step_size_gradient: as in :func:`~verl_troll.core.projection.project`.
 
     Raises:
         ValueError: a setting out of range.
     """
-    check_support_settings(k, dropped_mass, rule)
+    support_rule = rule_named(rule)
     check_projection_settings(kl_bound, step_size_gradient)
-    source = as_source(logits, reuse=reuse_logits)
-    shard = shard or VocabShard.whole(source.columns)
-    if fused(source) and k <= kernels.MAX_K_OF_TERMS:
-        settings = _Settings(rule, kl_bound, k, dropped_mass, step_size_gradient == "implicit", entropy)
-        return PolicyTerms(*_PolicyTerms.apply(source, shard, rows, old, settings, *source.tensors))  # type: ignore[no-untyped-call]
-    comparison = compare(rule, source, rows, old, k=k, dropped_mass=dropped_mass, shard=shard, entropy=entropy)
-    terms = token_terms(comparison, kl_bound, step_size_gradient)
+    if logits.source.triton and support_rule.read is not None and selection.k <= kernels.MAX_K_OF_TERMS:
+        settings = _Settings(support_rule, selection, kl_bound, step_size_gradient == "implicit", entropy)
+        return PolicyTerms(*_PolicyTerms.apply(logits, old, settings, *logits.source.tensors))  # type: ignore[no-untyped-call]
+    comparison = compare(rule, logits, old, selection, entropy=entropy)
+    terms = token_terms(comparison, kl_bound, step_size_gradient, form=logits.source.form)
     return PolicyTerms(
         terms.log_ratio,
         terms.regression_kl,
@@ -166,7 +145,7 @@ def policy_terms(
 @torch.no_grad()
 def _statistics(comparison: Comparison, terms: TokenTerms) -> Tensor:
     projection = terms.projection
-    columns = (
+    rows = (
         projection.kl_before,
         projection.kl,
         terms.projected,
@@ -180,92 +159,82 @@ def _statistics(comparison: Comparison, terms: TokenTerms) -> Tensor:
         projection.evaluations,
         ~projection.converged,
     )
-    return torch.stack([column.to(terms.log_ratio.dtype) for column in columns])
+    return torch.stack([row.to(terms.log_ratio.dtype) for row in rows])
 
 
 class _Settings(NamedTuple):
-    rule: str
+    rule: SupportRule
+    selection: Selection
     kl_bound: float
-    k: int
-    dropped_mass: float
     implicit: bool
     entropy: bool
 
 
 class _PolicyTerms(torch.autograd.Function):
-    """The fields of :class:`PolicyTerms` through the kernels; gradients to the tensors of the source."""
+    """The fields of :class:`PolicyTerms` through the Triton kernels; gradients to the tensors of the source."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        source: LogitsSource,
-        shard: VocabShard,
-        rows: Tensor,
-        old: SparsePolicy,
-        settings: _Settings,
-        *tensors: Tensor,
+        ctx: Any, logits: VocabLogits, old: SparsePolicy, settings: _Settings, *tensors: Tensor
     ) -> tuple[Tensor | None, ...]:
-        new_ids = None
-        if settings.rule == "anchored":
-            normaliser, new_values = values_at(source, rows, old.ids, shard, entropy=True)
-        else:
-            new, normaliser = select_with_normaliser(
-                source, rows, at(old.ids, old.sampled), settings.k, settings.dropped_mass, shard, True
-            )
-            new_ids, new_values = new.ids, new.log_probs
-        peak, mass, energy = normaliser
-        values, statistics, ids, *gradients = kernels.terms(
+        from verl_troll.core.kernels import tokens_triton
+
+        assert settings.rule.read is not None
+        new = settings.rule.read(logits, old, settings.selection)
+        max_logit, sumexp, energy = new.normaliser
+        values, statistics, ids, *gradients = tokens_triton.terms(
             old.ids,
             old.log_probs,
             old.sampled,
-            new_ids,
-            new_values,
-            peak,
-            mass,
+            new.ids,
+            new.values,
+            max_logit,
+            sumexp,
             kl_bound=settings.kl_bound,
-            tolerance=TOLERANCE,
+            tolerance=constants.TOLERANCE,
             implicit=settings.implicit,
-            vocab_size=shard.vocab_size,
-            k=settings.k,
-            mass_to_keep=mass_to_keep(settings.dropped_mass),
+            vocab_size=logits.shard.vocab_size,
+            k=settings.selection.k,
+            mass_to_keep=settings.selection.mass_to_keep,
         )
-        ctx.save_for_backward(rows, ids, old.sampled, peak, mass, energy, *gradients, *tensors)
-        ctx.builder, ctx.shard, ctx.entropy = source.builder, shard, settings.entropy
+        ctx.save_for_backward(logits.rows, ids, old.sampled, max_logit, sumexp, energy, *gradients, *tensors)
+        ctx.builder, ctx.shard, ctx.entropy = logits.source.builder, logits.shard, settings.entropy
         ctx.mark_non_differentiable(statistics)
-        return *values.unbind(), normaliser.entropy() if settings.entropy else None, statistics
+        return *values.unbind(), new.normaliser.entropy() if settings.entropy else None, statistics
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_ratio: Tensor, grad_regression: Tensor, grad_sampled: Tensor, grad_entropy: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
-        rows, ids, sampled, peak, mass, energy, ratio_gradient, regression_gradient, *tensors = ctx.saved_tensors
-        corrections, level, slope = kernels.combine(
+        from verl_troll.core.kernels import tokens_triton
+
+        rows, ids, sampled, max_logit, sumexp, energy, ratio_gradient, regression_gradient, *tensors = ctx.saved_tensors
+        corrections, level, slope = tokens_triton.combine(
             (grad_ratio, grad_regression, grad_sampled),
             grad_entropy if ctx.entropy else None,
             ratio_gradient,
             regression_gradient,
             sampled,
-            mass,
+            sumexp,
             energy,
         )
-        source = ctx.builder(*tensors)
-        columns = ctx.shard.columns_of(ids, source)
-        gradients: tuple[Tensor | None, ...] = source.gradients(
-            rows, ctx.shard.columns, peak, level, slope, columns, corrections, ctx.needs_input_grad[5:]
-        )
-        return (None,) * 5 + gradients
+        logits = VocabLogits(ctx.builder(*tensors), rows, ctx.shard)
+        gradient = LogitGradient(max_logit, level, slope, ids, corrections)
+        return (None,) * 3 + logits.gradients(gradient, ctx.needs_input_grad[3:])
 
 
-def importance_ratio(log_ratio: Tensor, response_mask: Tensor, kind: ImportanceRatio) -> Tensor:
+def importance_ratio(
+    log_ratio: Float[Tensor, "sequences tokens"], response_mask: Tensor, kind: ImportanceRatio
+) -> Float[Tensor, "sequences tokens"]:
     """Importance ratios of response tokens, unclipped.
 
     ``token``: ``pi(o_t) / q(o_t)``. ``sequence``: the GSPO form (arXiv 2507.18071)
     ``stop_gradient(exp(mean_t log_ratio_t)) * pi(o_t) / stop_gradient(pi(o_t))``.
 
     Args:
-        log_ratio: ``[B, T]`` log pi(o) - log q(o).
-        response_mask: ``[B, T]`` bool or 0/1; masked tokens get ratio 1 and no gradient.
+        log_ratio: log pi(o) - log q(o).
+        response_mask: of the same shape, bool or 0/1; masked tokens get ratio 1 and no gradient.
 
     Raises:
         ValueError: an unknown kind.
@@ -281,24 +250,100 @@ def importance_ratio(log_ratio: Tensor, response_mask: Tensor, kind: ImportanceR
     raise ValueError(f"importance_ratio must be one of {IMPORTANCE_RATIOS}, got {kind!r}")
 
 
-def keep_corrective_ratios(log_ratio: Tensor, plain_log_ratio: Tensor, projected: Tensor, advantages: Tensor) -> Tensor:
+def keep_corrective_ratios(
+    log_ratio: Float[Tensor, "sequences tokens"],
+    plain_log_ratio: Float[Tensor, "sequences tokens"],
+    projected: Tensor,
+    advantages: Float[Tensor, "sequences tokens"],
+) -> Float[Tensor, "sequences tokens"]:
     """Log-ratios in which tokens that left the region *against* their advantage are not projected.
 
-    Such a token was pushed out by others: its probability fell although its advantage is positive, or rose although
-    it is negative. Its projected ratio has little or no gradient; the plain one pulls it back, as PPO's minimum of
-    clipped and unclipped does. Not in the paper; for study.
+    Other tokens pushed such a token out: its probability fell although its advantage is positive, or rose although it
+    is negative. Its projected ratio has little or no gradient; the plain one pulls it back, as PPO's minimum of clipped
+    and unclipped does. Not in the paper; for study.
 
     Args:
-        log_ratio: ``[B, T]`` log pi(o) - log q(o).
-        plain_log_ratio: ``[B, T]`` log p(o) - log q(o).
-        projected: ``[B, T]``, nonzero outside the region.
-        advantages: ``[B, T]``.
+        log_ratio: log pi(o) - log q(o).
+        plain_log_ratio: log p(o) - log q(o).
+        projected: of the same shape, nonzero outside the region.
     """
     against = projected.bool() & (advantages * plain_log_ratio.detach() < 0)
     return torch.where(against, plain_log_ratio, log_ratio)
 
 
-def surrogate_losses(ratio: Tensor, advantages: Tensor, weights: Tensor | None = None) -> Tensor:
-    """``[B, T]`` policy-gradient losses ``-ratio * A``, times the rollout-correction weights where there are any."""
+def surrogate_losses(
+    ratio: Float[Tensor, "*batch"], advantages: Float[Tensor, "*batch"], weights: Float[Tensor, "*batch"] | None = None
+) -> Float[Tensor, "*batch"]:
+    """Policy-gradient losses ``-ratio * A``, times the rollout-correction weights if there are any."""
     losses = -advantages * ratio
     return losses if weights is None else losses * weights
+
+
+@dataclass(frozen=True)
+class BatchTerms:
+    """The terms of a batch of sequences, padded.
+
+    Attributes:
+        log_ratio: log pi(o) - log q(o).
+        regression_kl: KL(p || stop_gradient(pi)) in nats.
+        projected: nonzero outside the region.
+    """
+
+    log_ratio: Float[Tensor, "sequences tokens"]
+    regression_kl: Float[Tensor, "sequences tokens"]
+    projected: Tensor
+
+
+@dataclass(frozen=True)
+class BatchLosses:
+    """The loss of a batch in its two parts, and by how much the policy moved.
+
+    Attributes:
+        policy: scalar, the policy-gradient part.
+        regression: scalar, the regression part, times alpha.
+        shift: mean of log q(o) - log p(o), and share of projected tokens; without gradient.
+    """
+
+    policy: Float[Tensor, ""]
+    regression: Float[Tensor, ""]
+    shift: Float[Tensor, 2]
+
+
+def batch_losses(
+    terms: BatchTerms,
+    *,
+    log_probs: Float[Tensor, "sequences tokens"],
+    old_log_probs: Float[Tensor, "sequences tokens"],
+    advantages: Float[Tensor, "sequences tokens"],
+    response_mask: Tensor,
+    aggregate: Callable[[Tensor, Tensor], Tensor],
+    alpha: float,
+    ratio: ImportanceRatio = "token",
+    one_sided: bool = False,
+    weights: Float[Tensor, "sequences tokens"] | None = None,
+) -> BatchLosses:
+    """The loss of a batch from its tokens' terms.
+
+    Args:
+        log_probs, old_log_probs: log p(o) and log q(o) over the full vocabulary.
+        response_mask: bool or 0/1.
+        aggregate: from losses of this shape and the mask to a scalar, for example their mean.
+        alpha: weight of the regression term.
+        ratio: see :func:`importance_ratio`.
+        one_sided: see :func:`keep_corrective_ratios`.
+        weights: of rollout correction.
+    """
+    log_ratio = terms.log_ratio
+    if one_sided:
+        log_ratio = keep_corrective_ratios(log_ratio, log_probs - old_log_probs, terms.projected, advantages)
+    losses = surrogate_losses(importance_ratio(log_ratio, response_mask, ratio), advantages, weights)
+    with torch.no_grad():
+        mask = response_mask.bool()
+        tokens = mask.sum().clamp_min(1)
+        shift = torch.where(mask, old_log_probs - log_probs, 0.0).sum() / tokens
+        projected = torch.where(mask, terms.projected, 0.0).sum() / tokens
+    return BatchLosses(
+        policy=aggregate(losses, response_mask),
+        regression=alpha * aggregate(terms.regression_kl, response_mask),
+        shift=torch.stack([shift, projected.to(shift.dtype)]),
+    )

@@ -1,60 +1,85 @@
-"""Which outcomes the two policies are compared on: the old policy's sparse support, and two rules around it.
+"""Which outcomes the two policies are compared on: the old policy's sparse support, and the rules around it.
 
-``union`` is the published rule (arXiv 2510.03817): both policies keep their most probable ids, an id that only one
-side keeps has probability 1e-12 on the other, and both sides are renormalised.
+``union`` is the published rule (arXiv 2510.03817): both policies keep their most probable ids, an id that only one of
+them keeps has probability 1e-12 under the other, and both are renormalised.
 
-``anchored`` keeps the old policy's ids and lumps all other mass into one ``rest`` outcome, so that the new policy
-needs no selection. KL on the lumped outcomes never exceeds the KL on the vocabulary (data processing), is 0 exactly
-where the policies agree, and inside ``rest`` the projected policy keeps the new one's conditional distribution::
+``anchored`` keeps the old policy's ids and puts all other mass into one ``rest`` outcome, so that nothing is selected
+from the new policy. KL on these outcomes never exceeds the KL on the vocabulary (data processing) and is exactly 0 if
+the policies agree. Inside ``rest`` the projected policy keeps the new one's conditional distribution::
 
     KL_vocabulary(pi || q) = KL_anchored(pi || q) + pi(rest) KL(p(. | rest) || q(. | rest))
 
-Logits come as a tensor, or as a head that computes them where they are read
-(:class:`~verl_troll.core.lm_head.LinearHead`). They may be split over a group of ranks
-(:class:`~verl_troll.core.vocab.VocabShard`); every rank then gets the same ids, in the same order, and the same
-values as a single process would.
-
-Shapes: N packed tokens, C local logit columns, R rows of interest (indices into N), W kept ids, n outcomes.
+:data:`RULES` is the table of rules.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from verl_troll.core import kernels
-from verl_troll.core.logits import LogitsSource, Normaliser, as_source, fused
-from verl_troll.core.vocab import VocabShard, log_probs_at, top_log_probs, top_values, with_gradient
+from verl_troll.core.kernels.constants import LOG_MISSING, REST_FLOOR, mass_to_keep
+from verl_troll.core.logits import Normaliser
+from verl_troll.core.vocab import VocabLogits
 
-SupportRule = Literal["union", "anchored"]
-SUPPORT_RULES: tuple[str, ...] = get_args(SupportRule)
 
-# Log-probability of an id that a policy did not keep, under ``union``.
-LOG_MISSING = math.log(1e-12)
-# Least mass of the rest outcome: what a float32 sum of probabilities can resolve.
-REST_FLOOR = 1e-6
+@dataclass(frozen=True)
+class Selection:
+    """How many ids of a policy are kept: the most probable ones, until their mass reaches ``1 - dropped_mass``.
+
+    Attributes:
+        k: maximum number; at least 1. The sampled id may be added.
+        dropped_mass: delta in [0, 1).
+
+    Raises:
+        ValueError: naming the setting that is out of range.
+    """
+
+    k: int = 64
+    dropped_mass: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k!r}")
+        if not 0 <= self.dropped_mass < 1:
+            raise ValueError(f"dropped_mass must be at least 0 and below 1, got {self.dropped_mass!r}")
+
+    @property
+    def mass_to_keep(self) -> float:
+        """Ids are kept as long as the mass of the more probable ones is below this."""
+        return mass_to_keep(self.dropped_mass)
 
 
 @dataclass(frozen=True)
 class SparsePolicy:
-    """Most probable ids of a policy at each row, the sampled one always among them.
+    """Most probable ids of a policy at some rows, always including the sampled one.
 
     Attributes:
-        ids: ``[R, W]`` int64, by falling probability (ties by lower id), the sampled id last where it was not
-            selected; -1 marks an unused place.
-        log_probs: ``[R, W]`` log-probabilities over the full vocabulary, ``-inf`` at unused places.
-        sampled: ``[R]`` int64, place of the sampled id in ``ids``.
-        entropy: ``[R]`` of the whole policy, in nats, where it was asked for.
+        ids: int64, by falling probability (equal ones by rising id); the sampled id last if it was not selected; -1
+            for unused.
+        log_probs: log-probabilities over the full vocabulary, ``-inf`` where unused.
+        sampled: int64, index of the sampled id in ``ids``.
+        entropy: of the whole policy, in nats, if it was asked for.
     """
 
-    ids: Tensor
-    log_probs: Tensor
-    sampled: Tensor
-    entropy: Tensor | None = None
+    ids: Int[Tensor, "rows ids"]
+    log_probs: Float[Tensor, "rows ids"]
+    sampled: Int[Tensor, " rows"]
+    entropy: Float[Tensor, " rows"] | None = None
+
+    @property
+    def sampled_ids(self) -> Int[Tensor, " rows"]:
+        """The sampled ids."""
+        return at(self.ids, self.sampled)
+
+    @property
+    def sampled_log_probs(self) -> Float[Tensor, " rows"]:
+        """Their log-probabilities over the full vocabulary."""
+        return at(self.log_probs, self.sampled)
 
 
 @dataclass(frozen=True)
@@ -62,104 +87,126 @@ class Comparison:
     """Both policies over the same outcomes, and what the restriction to them left out.
 
     Attributes:
-        new_log_probs: ``[R, n]`` normalised log p, differentiable down to the logits; ``-inf`` at unused places.
-        old_log_probs: ``[R, n]`` normalised log q.
-        sampled: ``[R]`` int64, the sampled id's place.
-        sampled_log_probs: ``[R]`` log p of the sampled id over the full vocabulary, differentiable.
-        outcomes: ``[R]`` int64, number of outcomes compared.
-        support_size: ``[R]`` int64, ids kept of the old policy.
-        old_kept_mass: ``[R]`` q of the ids kept of the old policy.
-        new_kept_mass: ``[R]`` p of the ids kept of the new policy (``union``) or of the old one (``anchored``).
-        cap_hit: ``[R]`` bool, the cap K ended the old policy's selection before its mass was reached.
-        entropy: ``[R]`` of the whole new policy, in nats, differentiable, where it was asked for.
+        new_log_probs: normalised log p, differentiable down to the logits; ``-inf`` where unused.
+        old_log_probs: normalised log q.
+        sampled: int64, index of the sampled id among the outcomes.
+        sampled_log_probs: log p of the sampled id over the full vocabulary, differentiable.
+        outcomes: int64, number of outcomes compared.
+        support_size: int64, ids kept of the old policy.
+        old_kept_mass: q of the ids kept of the old policy.
+        new_kept_mass: p of the ids kept of the new policy (``union``) or of the old one (``anchored``).
+        cap_hit: the cap k ended the old policy's selection before its mass was reached.
+        entropy: of the whole new policy, in nats, differentiable, if it was asked for.
     """
 
-    new_log_probs: Tensor
-    old_log_probs: Tensor
-    sampled: Tensor
-    sampled_log_probs: Tensor
-    outcomes: Tensor
-    support_size: Tensor
-    old_kept_mass: Tensor
-    new_kept_mass: Tensor
-    cap_hit: Tensor
-    entropy: Tensor | None = None
+    new_log_probs: Float[Tensor, "rows outcomes"]
+    old_log_probs: Float[Tensor, "rows outcomes"]
+    sampled: Int[Tensor, " rows"]
+    sampled_log_probs: Float[Tensor, " rows"]
+    outcomes: Int[Tensor, " rows"]
+    support_size: Int[Tensor, " rows"]
+    old_kept_mass: Float[Tensor, " rows"]
+    new_kept_mass: Float[Tensor, " rows"]
+    cap_hit: Bool[Tensor, " rows"]
+    entropy: Float[Tensor, " rows"] | None = None
 
 
-def check_support_settings(k: int, dropped_mass: float, rule: str = "union") -> None:
-    """Raise ``ValueError`` naming the setting that is out of range."""
-    if rule not in SUPPORT_RULES:
-        raise ValueError(f"support must be one of {SUPPORT_RULES}, got {rule!r}")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k!r}")
-    if not 0 <= dropped_mass < 1:
-        raise ValueError(f"dropped_mass must be at least 0 and below 1, got {dropped_mass!r}")
+@dataclass(frozen=True)
+class NewPolicyReading:
+    """What a rule reads of the new policy, without gradient, for :func:`~.kernels.tokens_triton.terms`.
+
+    Attributes:
+        normaliser: of the whole vocabulary, with its energy.
+        values: logits at the old policy's ids, or log-probabilities at ``ids``.
+        ids: ids kept of the new policy; None if the rule keeps none.
+    """
+
+    normaliser: Normaliser
+    values: Float[Tensor, "rows ids"]
+    ids: Int[Tensor, "rows ids"] | None = None
+
+
+@dataclass(frozen=True)
+class SupportRule:
+    """One way to put two policies on common outcomes.
+
+    Attributes:
+        compare: the comparison in torch, from the new policy's logits, the old policy, the selection, and whether the
+            entropy is wanted.
+        read: what the Triton form needs of the new policy; None if the rule has no Triton form, so that GPUs run it in
+            torch.
+        max_outcomes: largest number of outcomes of a token whose old policy has so many ids.
+    """
+
+    compare: Callable[[VocabLogits, SparsePolicy, Selection, bool], Comparison]
+    max_outcomes: Callable[[int], int]
+    read: Callable[[VocabLogits, SparsePolicy, Selection], NewPolicyReading] | None = None
+
+
+def rule_named(name: str) -> SupportRule:
+    """The rule of this name in :data:`RULES`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in RULES:
+        raise ValueError(f"support must be one of {tuple(RULES)}, got {name!r}")
+    return RULES[name]
 
 
 def select(
-    logits: Tensor | LogitsSource,
-    rows: Tensor,
-    sampled_ids: Tensor,
-    *,
-    k: int,
-    dropped_mass: float,
-    shard: VocabShard | None = None,
-    entropy: bool = False,
+    logits: VocabLogits, sampled_ids: Int[Tensor, " rows"], selection: Selection, *, entropy: bool = False
 ) -> SparsePolicy:
-    """Keep each row's most probable ids until their mass reaches ``1 - dropped_mass``, at most ``k``, and the sampled.
+    """Keep each row's most probable ids as ``selection`` says, and the sampled id.
 
-    Equal logits are ordered by lower id, so that the choice does not depend on how the row is searched or sharded.
-    One pass over the logits; one all-to-all and one all-gather where the vocabulary is sharded.
+    Equal logits are ordered by id, so that the choice does not depend on how the row is searched or sharded. One pass
+    over the logits, without gradient; one all-to-all and one all-gather if the vocabulary is sharded.
 
     Args:
-        logits: ``[N, C]`` float, temperature already applied, or a head that yields them. No gradient flows.
-        rows: ``[R]`` int64, without repetition.
-        sampled_ids: ``[R]`` int64 below the vocabulary size.
-        k: cap K on the selected ids (the sampled id may add one).
-        dropped_mass: delta in [0, 1).
-        shard: the columns of ``logits``; the whole vocabulary, without padding, by default.
+        sampled_ids: int64 below the vocabulary size.
         entropy: whether the entropy is wanted; it is read in the same pass.
-
-    Raises:
-        ValueError: ``k`` or ``dropped_mass`` out of range, or a shard that does not fit the logits.
     """
-    check_support_settings(k, dropped_mass)
-    source = as_source(logits)
-    policy, normaliser = select_with_normaliser(
-        source, rows, sampled_ids, k, dropped_mass, shard or VocabShard.whole(source.columns), entropy
-    )
+    policy, normaliser = select_with_normaliser(logits, sampled_ids, selection, entropy=entropy)
     return replace(policy, entropy=normaliser.entropy()) if entropy else policy
 
 
 def select_with_normaliser(
-    logits: LogitsSource,
-    rows: Tensor,
-    sampled_ids: Tensor,
-    k: int,
-    dropped_mass: float,
-    shard: VocabShard,
-    entropy: bool,
+    logits: VocabLogits, sampled_ids: Int[Tensor, " rows"], selection: Selection, *, entropy: bool
 ) -> tuple[SparsePolicy, Normaliser]:
-    """:func:`select`, and the normaliser of the whole vocabulary; settings are not checked."""
-    if fused(logits):
-        with torch.no_grad():
-            normaliser, sampled, values, ids = top_values(logits, rows, sampled_ids, k, shard, entropy=entropy)
-            kept = kernels.keep(ids, values, sampled_ids, sampled, *normaliser[:2], mass_to_keep(dropped_mass))
-        return SparsePolicy(*kept), normaliser
-    ids, log_probs, sampled_log_probs, normaliser = top_log_probs(logits, rows, sampled_ids, k, shard, entropy=entropy)
-    return keep_most_probable(ids, log_probs, sampled_ids, sampled_log_probs, dropped_mass), normaliser
+    """:func:`select`, and the normaliser of the whole vocabulary."""
+    with torch.no_grad():
+        top = logits.top(selection.k, sampled_ids, entropy=entropy)
+        if logits.source.triton:
+            from verl_troll.core.kernels import tokens_triton
+
+            kept = tokens_triton.keep(
+                top.ids,
+                top.values,
+                sampled_ids,
+                top.sampled_values,
+                top.normaliser.max,
+                top.normaliser.sumexp,
+                selection.mass_to_keep,
+            )
+            return SparsePolicy(*kept), top.normaliser
+        log_probs = top.log_probs
+        ids = torch.where(log_probs > -math.inf, top.ids, -1)
+        policy = keep_most_probable(ids, log_probs, sampled_ids, top.sampled_log_probs, selection.dropped_mass)
+        return policy, top.normaliser
 
 
 def keep_most_probable(
-    ids: Tensor, log_probs: Tensor, sampled_ids: Tensor, sampled_log_probs: Tensor, dropped_mass: float
+    ids: Int[Tensor, "rows k"],
+    log_probs: Float[Tensor, "rows k"],
+    sampled_ids: Int[Tensor, " rows"],
+    sampled_log_probs: Float[Tensor, " rows"],
+    dropped_mass: float,
 ) -> SparsePolicy:
-    """Of each row's candidates, keep the first until their mass reaches ``1 - dropped_mass``, and the sampled id.
+    """Keep the first candidates until their mass reaches ``1 - dropped_mass``, and the sampled id.
 
     Args:
-        ids: ``[R, k]`` int64, by falling probability.
-        log_probs: ``[R, k]`` over the full vocabulary; ``-inf`` where there are fewer candidates.
-        sampled_ids, sampled_log_probs: ``[R]``.
-        dropped_mass: delta in [0, 1).
+        ids: candidates, by falling probability.
+        log_probs: over the full vocabulary; ``-inf`` where there are fewer candidates.
     """
     width = ids.shape[-1]
     before = log_probs.exp().cumsum(-1) - log_probs.exp()
@@ -178,55 +225,30 @@ def keep_most_probable(
 
 
 def compare(
-    rule: SupportRule,
-    logits: Tensor | LogitsSource,
-    rows: Tensor,
-    old: SparsePolicy,
-    *,
-    k: int,
-    dropped_mass: float,
-    shard: VocabShard | None = None,
-    entropy: bool = False,
-    reuse_logits: bool = False,
+    rule: str, logits: VocabLogits, old: SparsePolicy, selection: Selection, *, entropy: bool = False
 ) -> Comparison:
-    """Put the new policy given by ``logits`` beside the old one on common outcomes.
+    """Put the new policy given by ``logits`` and the old one on common outcomes.
 
-    Where the vocabulary is sharded: one all-reduce (``anchored``) or one all-to-all and one all-gather (``union``) in
-    the forward pass, nothing in the backward pass.
+    If the vocabulary is sharded: one all-reduce (``anchored``) or one all-to-all and one all-gather (``union``) in the
+    forward pass, nothing in the backward pass.
 
     Args:
-        rule: ``union`` (published) or ``anchored``.
-        logits: ``[N, C]`` of the new policy, temperature applied, or a head that yields them; gradients flow to its
-            rows ``rows``.
-        rows: ``[R]`` int64, without repetition.
-        old: the old policy at these rows.
-        k, dropped_mass, shard, entropy: as in :func:`select`.
-        reuse_logits: the backward pass may write the gradient over the logits, see
-            :class:`~verl_troll.core.logits.DenseLogits`.
+        rule: a key of :data:`RULES`, ``union`` (published) or ``anchored``.
+        logits: of the new policy; gradients flow to them.
+        old: the old policy at the same rows.
+        selection: as the old policy was selected.
+        entropy: whether the new policy's entropy is wanted.
 
     Raises:
-        ValueError: an unknown rule, or a setting out of range.
+        ValueError: an unknown rule.
     """
-    check_support_settings(k, dropped_mass, rule)
-    source = as_source(logits, reuse=reuse_logits)
-    shard = shard or VocabShard.whole(source.columns)
-    if rule == "anchored":
-        return _anchored(source, rows, old, k, dropped_mass, shard, entropy)
-    return _union(source, rows, old, k, dropped_mass, shard, entropy)
+    return rule_named(rule).compare(logits, old, selection, entropy)
 
 
-def _anchored(
-    logits: LogitsSource,
-    rows: Tensor,
-    old: SparsePolicy,
-    k: int,
-    dropped_mass: float,
-    shard: VocabShard,
-    want_entropy: bool,
-) -> Comparison:
-    new_log_probs, entropy = log_probs_at(logits, rows, old.ids, shard, entropy=want_entropy)
+def _anchored(logits: VocabLogits, old: SparsePolicy, selection: Selection, want_entropy: bool) -> Comparison:
+    new_log_probs, entropy = logits.log_probs_at(old.ids, entropy=want_entropy)
     support_size = (old.ids >= 0).sum(-1)
-    has_rest = support_size < shard.vocab_size
+    has_rest = support_size < logits.shard.vocab_size
     new_rest, new_mass = _rest(new_log_probs, has_rest)
     old_rest, old_mass = _rest(old.log_probs, has_rest)
     return Comparison(
@@ -238,39 +260,34 @@ def _anchored(
         support_size=support_size,
         old_kept_mass=old_mass,
         new_kept_mass=new_mass.detach(),
-        cap_hit=_cap_hit(old, k, dropped_mass, shard.vocab_size),
+        cap_hit=_cap_hit(old, selection, logits.shard.vocab_size),
         entropy=entropy,
     )
 
 
 def _rest(log_probs: Tensor, has_rest: Tensor) -> tuple[Tensor, Tensor]:
-    """``[R, 1]`` log-mass outside ``log_probs [R, W]`` (``-inf`` where nothing is outside) and ``[R]`` mass inside."""
+    """``[R, 1]`` log-mass outside ``log_probs [R, W]`` (``-inf`` if nothing is outside) and ``[R]`` mass inside."""
     mass = log_probs.exp().sum(-1)
     rest = torch.where(has_rest, (1 - mass).clamp_min(REST_FLOOR), 1.0).log()
     return torch.where(has_rest, rest, -math.inf).unsqueeze(-1), mass
 
 
-def _union(
-    logits: LogitsSource,
-    rows: Tensor,
-    old: SparsePolicy,
-    k: int,
-    dropped_mass: float,
-    shard: VocabShard,
-    want_entropy: bool,
-) -> Comparison:
-    new, normaliser = select_with_normaliser(
-        logits, rows, at(old.ids, old.sampled), k, dropped_mass, shard, want_entropy
-    )
+def _read_anchored(logits: VocabLogits, old: SparsePolicy, selection: Selection) -> NewPolicyReading:
+    normaliser, values = logits.logits_at(old.ids, entropy=True)
+    return NewPolicyReading(normaliser, values)
+
+
+def _union(logits: VocabLogits, old: SparsePolicy, selection: Selection, want_entropy: bool) -> Comparison:
+    new, normaliser = select_with_normaliser(logits, old.sampled_ids, selection, entropy=want_entropy)
     only_new = torch.where(_find(new.ids, old.ids) >= 0, -1, new.ids)
     ids = torch.cat([old.ids, only_new], dim=-1)
     used = ids >= 0
-    place = _find(old.ids, new.ids)
-    kept_by_new = torch.cat([place >= 0, only_new >= 0], dim=-1)
+    index = _find(old.ids, new.ids)
+    kept_by_new = torch.cat([index >= 0, only_new >= 0], dim=-1)
 
-    selected = torch.cat([new.log_probs.gather(-1, place.clamp_min(0)), new.log_probs], dim=-1)
+    selected = torch.cat([new.log_probs.gather(-1, index.clamp_min(0)), new.log_probs], dim=-1)
     selected = torch.where(kept_by_new, selected, -math.inf)
-    new_log_probs, entropy = with_gradient(selected, logits, rows, torch.where(kept_by_new, ids, -1), normaliser, shard)
+    new_log_probs, entropy = logits.differentiable(selected, torch.where(kept_by_new, ids, -1), normaliser)
     sampled_log_probs = at(new_log_probs, old.sampled)
     new_log_probs = torch.where(used & ~kept_by_new, LOG_MISSING, new_log_probs)
     defaults = torch.full_like(new.log_probs, -math.inf).masked_fill(only_new >= 0, LOG_MISSING)
@@ -286,32 +303,38 @@ def _union(
         support_size=support_size,
         old_kept_mass=old_mass,
         new_kept_mass=new.log_probs.exp().sum(-1),
-        cap_hit=_cap_hit(old, k, dropped_mass, shard.vocab_size),
+        cap_hit=_cap_hit(old, selection, logits.shard.vocab_size),
         entropy=entropy,
     )
 
 
-def at(values: Tensor, place: Tensor) -> Tensor:
-    """``[R]`` entries of ``values [R, W]`` at ``place [R]``."""
-    return values.gather(-1, place.unsqueeze(-1)).squeeze(-1)
+def _read_union(logits: VocabLogits, old: SparsePolicy, selection: Selection) -> NewPolicyReading:
+    new, normaliser = select_with_normaliser(logits, old.sampled_ids, selection, entropy=True)
+    return NewPolicyReading(normaliser, new.log_probs, new.ids)
 
 
-def _cap_hit(policy: SparsePolicy, k: int, dropped_mass: float, vocab_size: int) -> Tensor:
+RULES: dict[str, SupportRule] = {
+    "union": SupportRule(_union, max_outcomes=lambda ids: 2 * ids, read=_read_union),
+    "anchored": SupportRule(_anchored, max_outcomes=lambda ids: ids + 1, read=_read_anchored),
+}
+"""Every rule by its name, which is also the value of the setting ``support``."""
+
+
+def at(values: Tensor, index: Int[Tensor, " rows"]) -> Tensor:
+    """``[R]`` elements of ``values [R, W]`` at ``index``."""
+    return values.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+
+def _cap_hit(policy: SparsePolicy, selection: Selection, vocab_size: int) -> Tensor:
     size = (policy.ids >= 0).sum(-1)
-    # The sampled id, where it was added, comes after the k selected ones.
-    selected_mass = policy.log_probs[:, :k].exp().sum(-1)
-    return (size >= k) & (size < vocab_size) & (selected_mass < mass_to_keep(dropped_mass))
-
-
-def mass_to_keep(dropped_mass: float) -> float:
-    """Ids are kept while those before them have less mass than this."""
-    # Without a mass to drop nothing but zero mass is dropped, however float32 rounds the sum.
-    return 1 - dropped_mass if dropped_mass > 0 else math.inf
+    # The sampled id, if it was added, comes after the k selected ones.
+    selected_mass = policy.log_probs[:, : selection.k].exp().sum(-1)
+    return (size >= selection.k) & (size < vocab_size) & (selected_mass < selection.mass_to_keep)
 
 
 def _find(ids: Tensor, among: Tensor) -> Tensor:
-    """``[R, W]`` int64: place of each used id of ``ids [R, W]`` in the same row of ``among [R, M]``, -1 without one."""
+    """``[R, W]`` int64: index of each used id of ``ids [R, W]`` in the same row of ``among [R, M]``, -1 if absent."""
     ordered, order = among.sort(dim=-1)
-    place = torch.searchsorted(ordered, ids.contiguous()).clamp_max(ordered.shape[-1] - 1)
-    found = (ordered.gather(-1, place) == ids) & (ids >= 0)
-    return torch.where(found, order.gather(-1, place), -1)
+    index = torch.searchsorted(ordered, ids.contiguous()).clamp_max(ordered.shape[-1] - 1)
+    found = (ordered.gather(-1, index) == ids) & (ids >= 0)
+    return torch.where(found, order.gather(-1, index), -1)

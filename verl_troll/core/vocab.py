@@ -1,26 +1,21 @@
-"""Log-probabilities from logits whose vocabulary is split over the ranks of a group.
+"""Log-probabilities from logits whose vocabulary may be split over the ranks of a group.
 
-Every rank holds all N tokens and the columns ``[start, stop)`` of the vocabulary. Each function below gives every rank
-the same result, the one that a single process would get from all columns; backward touches the local columns only.
-Without a group nothing is sent.
+Every rank holds all tokens and the columns ``[start, stop)`` of the vocabulary. Each method of :class:`VocabLogits`
+gives every rank the same result, the one that a single process would get from all columns; backward touches the local
+columns only. Without a group nothing is sent.
 
-============================  ==============================  =======================  ========
-call                          forward                         message per row, bytes   backward
-============================  ==============================  =======================  ========
-:func:`log_probs_at`, W ids   one all-reduce                  4 (W + 2 P)              none
-:func:`top_log_probs`, K ids  one all-to-all, one all-gather  8 K + 12                 none
-:func:`with_gradient`         none                            0                        none
-============================  ==============================  =======================  ========
+======================================  ==============================  =======================  ========
+call                                    forward                         message per row, bytes   backward
+======================================  ==============================  =======================  ========
+:meth:`VocabLogits.log_probs_at`, W ids  one all-reduce                  4 (W + 2 P)              none
+:meth:`VocabLogits.top`, K ids           one all-to-all, one all-gather  8 K + 12                 none
+:meth:`VocabLogits.differentiable`       none                            0                        none
+======================================  ==============================  =======================  ========
 
 P is the number of ranks; the entropy adds one number per rank (4 P) or per row (4). Each rank sends and receives 2 (P -
 1) / P times the message, so that the cost per rank hardly grows with P. float64 logits send twice the bytes for each
-number that is not an id. An all-reduce stands in for a gather because each id lives on one rank: all others add zero,
-so that the sum is exact.
-
-Logits come as a tensor or as a head that computes them where they are read
-(:class:`~verl_troll.core.logits.LogitsSource`).
-
-Shapes: N tokens, C local columns, R rows of interest (indices into N), W or K ids per row.
+number that is not an id. An all-reduce replaces a gather because each id lives on one rank: all others add zero, so
+that the sum is exact.
 """
 
 from __future__ import annotations
@@ -31,10 +26,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from verl_troll.core.logits import LogitsSource, Normaliser, Reading, as_source, fused
+from verl_troll.core.logits import DenseLogits, LogitGradient, LogitsSource, Normaliser, Reading
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class VocabShard:
     Attributes:
         start, stop: ids of the local columns, ``[start, stop)``; they rise with the rank in ``group`` and leave no gap.
         vocab_size: true vocabulary size; columns of ids at or above it are padding, which never counts.
-        group: ranks that hold the other columns; None where all are here.
+        group: ranks that hold the other columns; None if all are here.
 
     Raises:
         ValueError: bounds that are no interval, a vocabulary without an id, or one that a lone rank does not hold.
@@ -73,7 +69,7 @@ class VocabShard:
 
     @classmethod
     def even(cls, columns: int, vocab_size: int, group: dist.ProcessGroup) -> VocabShard:
-        """``columns`` on every rank of ``group`` in order of ranks, as Megatron splits its output layer."""
+        """``columns`` on every rank of ``group``, in the order of ranks, as Megatron splits its output layer."""
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         if ranks * columns < vocab_size:
             raise ValueError(
@@ -88,7 +84,7 @@ class VocabShard:
 
     @property
     def rank(self) -> int:
-        """This rank's place among them."""
+        """This rank among them."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     @property
@@ -97,144 +93,172 @@ class VocabShard:
         return max(0, min(self.stop, self.vocab_size) - self.start)
 
     def local(self, ids: Tensor) -> Tensor:
-        """Local columns of ``ids`` (global, negative for none), -1 where this rank does not own them."""
+        """Local columns of ``ids`` (global, negative for none), -1 where another rank owns them."""
         columns = ids - self.start
         return torch.where((ids >= 0) & (columns >= 0) & (columns < self.columns), columns, -1)
 
-    def columns_of(self, ids: Tensor, logits: LogitsSource) -> Tensor:
-        """As :meth:`local`; the kernels pass over columns that ``logits`` have not, which saves these operations."""
-        return ids if self.start == 0 and fused(logits) else self.local(ids)
-
-    def check(self, logits: LogitsSource) -> None:
-        """Raise ``ValueError`` where ``logits`` has other columns than the shard says."""
-        if logits.columns != self.stop - self.start:
-            raise ValueError(
-                f"the vocabulary shard [{self.start}, {self.stop}) does not fit {logits.columns} logit columns"
-            )
-
 
 class LogProbs(NamedTuple):
-    """What :func:`log_probs_at` reads off the logits, alike on every rank and differentiable.
+    """Log-probabilities that are alike on every rank and differentiable in the local logits.
 
     Attributes:
-        log_probs: ``[R, W]`` nats, over the whole vocabulary; ``-inf`` for a negative id.
-        entropy: ``[R]`` nats, where it was asked for.
+        log_probs: nats, over the whole vocabulary; ``-inf`` for a negative id.
+        entropy: nats, if it was asked for.
     """
 
-    log_probs: Tensor
-    entropy: Tensor | None
+    log_probs: Float[Tensor, "rows ids"]
+    entropy: Float[Tensor, " rows"] | None
 
 
-class TopLogProbs(NamedTuple):
-    """What :func:`top_log_probs` reads off the logits, alike on every rank.
+class TopLogits(NamedTuple):
+    """The most probable ids, alike on every rank.
 
     Attributes:
-        ids: ``[R, K]`` int64, by falling log-probability (equal ones by rising id); -1 for an id without mass.
-        log_probs: ``[R, K]`` nats, over the whole vocabulary; ``-inf`` for an id without mass.
-        sampled_log_probs: ``[R]``.
+        ids: int64, by falling logit (equal ones by rising id).
+        values: their logits; ``-inf`` for an id without mass.
+        sampled_values: logits of the sampled ids.
         normaliser: of the whole vocabulary.
     """
 
-    ids: Tensor
-    log_probs: Tensor
-    sampled_log_probs: Tensor
+    ids: Int[Tensor, "rows k"]
+    values: Float[Tensor, "rows k"]
+    sampled_values: Float[Tensor, "rows 1"]
     normaliser: Normaliser
 
+    @property
+    def log_probs(self) -> Float[Tensor, "rows k"]:
+        """Of ``ids``, over the whole vocabulary, in nats; ``-inf`` for an id without mass."""
+        return self.normaliser.log_probs(self.values)
 
-def log_probs_at(
-    logits: Tensor | LogitsSource, rows: Tensor, ids: Tensor, shard: VocabShard, *, entropy: bool = False
-) -> LogProbs:
-    """``log_softmax(logits[rows]).gather(-1, ids)`` over the whole vocabulary, differentiable in the local logits.
+    @property
+    def sampled_log_probs(self) -> Float[Tensor, " rows"]:
+        """Of the sampled ids, over the whole vocabulary, in nats."""
+        return self.normaliser.log_probs(self.sampled_values).squeeze(-1)
 
-    One all-reduce of ``W + 2 P`` numbers per row in the forward pass (``W + 3 P`` with the entropy), nothing in the
-    backward pass.
 
-    Args:
-        logits: ``[N, C]`` float, or a source of such.
-        rows: ``[R]`` int64, without repetition, alike on every rank.
-        ids: ``[R, W]`` int64 below ``vocab_size``, alike on every rank, each once per row; negative ids give ``-inf``
-            and no gradient.
-        shard: the columns of ``logits``.
-        entropy: whether the entropy is wanted.
+@dataclass(frozen=True)
+class VocabLogits:
+    """Logits of some rows over the whole vocabulary, of which this rank holds a shard.
 
-    Returns:
-        Values in the working dtype (at least float32).
+    Attributes:
+        source: the local columns of all tokens, temperature applied.
+        rows: int64 indices into the tokens, without repetition, alike on every rank.
+        shard: the columns of ``source``.
+
+    Raises:
+        ValueError: the shard does not match the columns.
     """
-    source = as_source(logits)
-    with torch.no_grad():
-        normaliser, values = values_at(source, rows, ids, shard, entropy=entropy)
-        log_probs = torch.where(ids >= 0, normaliser.log_probs(values), -math.inf)
-    return with_gradient(log_probs, source, rows, ids, normaliser, shard)
 
+    source: LogitsSource
+    rows: Int[Tensor, " rows"]
+    shard: VocabShard
 
-def values_at(
-    logits: LogitsSource, rows: Tensor, ids: Tensor, shard: VocabShard, *, entropy: bool
-) -> tuple[Normaliser, Tensor]:
-    """The normaliser of the whole vocabulary and the logits ``[R, W]`` at ``ids``, 0 where negative; no gradient.
+    def __post_init__(self) -> None:
+        if self.source.columns != self.shard.stop - self.shard.start:
+            raise ValueError(
+                f"the vocabulary shard [{self.shard.start}, {self.shard.stop}) does not fit "
+                f"{self.source.columns} logit columns"
+            )
 
-    The one all-reduce of :func:`log_probs_at`.
-    """
-    shard.check(logits)
-    normaliser, values, *_ = logits.read(rows, shard.columns_of(ids, logits), shard.columns, energy=entropy)
-    if shard.ranks > 1 and rows.shape[0] > 0:
-        # A slot per rank for its normaliser, zero on all others.
-        parts = torch.stack([part for part in normaliser if part is not None], dim=-1)
-        slots = values.new_zeros(rows.shape[0], shard.ranks, parts.shape[-1])
-        slots[:, shard.rank] = parts
-        message = torch.cat([values, slots.flatten(1)], dim=-1)
-        dist.all_reduce(message, group=shard.group)
-        values, slots = message[:, : ids.shape[-1]], message[:, ids.shape[-1] :].view(slots.shape)
-        normaliser = Normaliser.combine(*slots.permute(2, 1, 0))
-    return normaliser, values
+    @classmethod
+    def of(
+        cls, logits: Tensor | LogitsSource, rows: Tensor | None = None, shard: VocabShard | None = None
+    ) -> VocabLogits:
+        """From a tensor ``[tokens, columns]`` or a source; by default at all rows, with the whole vocabulary."""
+        source = DenseLogits(logits) if isinstance(logits, Tensor) else logits
+        if rows is None:
+            rows = torch.arange(source.tensors[0].shape[0], device=source.tensors[0].device)
+        return cls(source, rows, shard or VocabShard.whole(source.columns))
 
+    def top(self, k: int, sampled_ids: Int[Tensor, " rows"], *, entropy: bool = False) -> TopLogits:
+        """The ``min(k, vocab_size)`` most probable ids of each row, and the sampled id's logit; no gradient.
 
-def top_log_probs(
-    logits: Tensor | LogitsSource,
-    rows: Tensor,
-    sampled_ids: Tensor,
-    k: int,
-    shard: VocabShard,
-    *,
-    entropy: bool = False,
-) -> TopLogProbs:
-    """The ``min(k, vocab_size)`` most probable ids of each row and the sampled id's log-probability; no gradient.
+        Each rank contributes its best candidates, its part of the normaliser and, if it owns it, the sampled id's
+        logit: one all-to-all and one all-gather of ``8 k + 12`` bytes per row (``8 k + 16`` with the entropy).
 
-    Each rank brings its own best candidates, its part of the normaliser and, if it owns it, the sampled id's logit:
-    one all-to-all and one all-gather of ``8 K + 12`` bytes per row (``8 K + 16`` with the entropy).
+        Args:
+            k: at least 1.
+            sampled_ids: below the vocabulary size.
+            entropy: whether the normaliser's entropy will be asked for.
+        """
+        shard = self.shard
+        own = self._columns_of(sampled_ids.unsqueeze(-1))
+        reading = self.source.read(self.rows, own, shard.columns, k=min(k, shard.vocab_size), energy=entropy)
+        if shard.start > 0:
+            reading = reading._replace(top_ids=torch.where(reading.top_ids >= 0, reading.top_ids + shard.start, -1))
+        if shard.ranks > 1 and self.rows.shape[0] > 0:
+            reading = _merge(reading, shard)
+        return TopLogits(reading.top_ids, reading.top_values, reading.values, reading.normaliser)
 
-    Args:
-        logits, rows, shard: as in :func:`log_probs_at`.
-        sampled_ids: ``[R]`` int64 below ``vocab_size``.
-        k: at least 1.
-        entropy: whether the normaliser's entropy will be asked for.
-    """
-    with torch.no_grad():
-        normaliser, sampled, values, ids = top_values(as_source(logits), rows, sampled_ids, k, shard, entropy=entropy)
-        log_probs = normaliser.log_probs(values)
-        sampled_log_probs = normaliser.log_probs(sampled).squeeze(-1)
-        return TopLogProbs(torch.where(log_probs > -math.inf, ids, -1), log_probs, sampled_log_probs, normaliser)
+    def logits_at(self, ids: Int[Tensor, "rows ids"], *, entropy: bool) -> tuple[Normaliser, Float[Tensor, "rows ids"]]:
+        """The normaliser of the whole vocabulary, and the logits at ``ids``, 0 where negative; no gradient.
 
+        One all-reduce, that of :meth:`log_probs_at`.
+        """
+        shard = self.shard
+        normaliser, values, *_ = self.source.read(self.rows, self._columns_of(ids), shard.columns, energy=entropy)
+        if shard.ranks > 1 and self.rows.shape[0] > 0:
+            # One slot per rank for its part of the normaliser, zero on all others.
+            parts = torch.stack([part for part in normaliser if part is not None], dim=-1)
+            slots = values.new_zeros(self.rows.shape[0], shard.ranks, parts.shape[-1])
+            slots[:, shard.rank] = parts
+            message = torch.cat([values, slots.flatten(1)], dim=-1)
+            dist.all_reduce(message, group=shard.group)
+            values, slots = message[:, : ids.shape[-1]], message[:, ids.shape[-1] :].view(slots.shape)
+            normaliser = Normaliser.combine(*slots.permute(2, 1, 0))
+        return normaliser, values
 
-def top_values(
-    logits: LogitsSource, rows: Tensor, sampled_ids: Tensor, k: int, shard: VocabShard, *, entropy: bool
-) -> Reading:
-    """As :func:`top_log_probs`, but logits: of the sampled id ``[R, 1]``, and of the best ids; ids of the vocabulary.
+    def log_probs_at(self, ids: Int[Tensor, "rows ids"], *, entropy: bool = False) -> LogProbs:
+        """``log_softmax(logits[rows]).gather(-1, ids)`` over the whole vocabulary, differentiable in the local logits.
 
-    The collectives of :func:`top_log_probs`.
-    """
-    shard.check(logits)
-    own = shard.columns_of(sampled_ids.unsqueeze(-1), logits)
-    reading = logits.read(rows, own, shard.columns, k=min(k, shard.vocab_size), energy=entropy)
-    if shard.start > 0:
-        reading = reading._replace(top_ids=torch.where(reading.top_ids >= 0, reading.top_ids + shard.start, -1))
-    return _merge(reading, shard) if shard.ranks > 1 and rows.shape[0] > 0 else reading
+        One all-reduce of ``W + 2 P`` numbers per row in the forward pass (``W + 3 P`` with the entropy), nothing in the
+        backward pass.
+
+        Args:
+            ids: int64 below the vocabulary size, alike on every rank, each once per row; negative ids give ``-inf`` and
+                no gradient.
+            entropy: whether the entropy is wanted.
+
+        Returns:
+            Values in the working dtype (at least float32).
+        """
+        with torch.no_grad():
+            normaliser, values = self.logits_at(ids, entropy=entropy)
+            log_probs = torch.where(ids >= 0, normaliser.log_probs(values), -math.inf)
+        return self.differentiable(log_probs, ids, normaliser)
+
+    def differentiable(
+        self, log_probs: Float[Tensor, "rows ids"], ids: Int[Tensor, "rows ids"], normaliser: Normaliser
+    ) -> LogProbs:
+        """Connect known ``log_probs`` at ``ids``, and the entropy, to the local logits that they are a function of.
+
+        Backward writes the gradient of both to the logits' columns in one pass. The loss must be the same function of
+        them on every rank, as Megatron's losses are: then each rank's gradient of its own columns is complete, and
+        nothing is sent.
+
+        Args:
+            normaliser: of the whole vocabulary; with its energy if the entropy is wanted.
+        """
+        entropy = None if normaliser.energy is None else normaliser.entropy()
+        return LogProbs(
+            *_Differentiable.apply(log_probs, entropy, ids, *normaliser, self, *self.source.tensors)  # type: ignore[no-untyped-call]
+        )
+
+    def gradients(self, gradient: LogitGradient, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """Gradients of the source's tensors, from a gradient whose ``ids`` are those of the whole vocabulary."""
+        gradient = gradient._replace(ids=self._columns_of(gradient.ids))
+        return self.source.gradients(self.rows, self.shard.columns, gradient, needed)
+
+    def _columns_of(self, ids: Tensor) -> Tensor:
+        # Triton's kernels ignore columns that the logits do not have, which saves these operations.
+        return ids if self.shard.start == 0 and self.source.triton else self.shard.local(ids)
 
 
 def _merge(reading: Reading, shard: VocabShard) -> Reading:
-    """The reading of the vocabulary from each rank's own.
+    """The reading of the whole vocabulary from those of all ranks.
 
-    Each rank merges its share of the rows: an all-to-all brings it what all ranks found there, an all-gather hands
-    the results round.
+    Each rank merges its share of the rows: an all-to-all brings it what all ranks found there, an all-gather
+    distributes the results.
     """
     normaliser, sampled, values, ids = reading
     rows, width = ids.shape
@@ -245,7 +269,7 @@ def _merge(reading: Reading, shard: VocabShard) -> Reading:
     dist.all_to_all_single(received, found, group=shard.group)
     parts, values, ids, sampled = _unpack(received.view(shard.ranks, share, -1), width, values.dtype)
 
-    # Candidates stand in order of ranks, thus equal values in order of ids; a stable sort keeps that.
+    # Candidates are in the order of ranks, so equal values are in the order of ids; a stable sort keeps that.
     best = values.transpose(0, 1).flatten(1).sort(dim=-1, descending=True, stable=True)
     ids = ids.transpose(0, 1).flatten(1).gather(-1, best.indices[:, :width])
     own = _pack(Normaliser.combine(*parts), best.values[:, :width], ids, sampled.sum(0))
@@ -261,7 +285,7 @@ def _pack(normaliser: Normaliser, values: Tensor, ids: Tensor, sampled: Tensor) 
 
 
 def _unpack(message: Tensor, width: int, dtype: torch.dtype) -> tuple[Normaliser, Tensor, Tensor, Tensor]:
-    # A copy: contiguous() would leave the stride of a single row, which float64 cannot be viewed with.
+    # A copy: contiguous() would keep the stride of a single row, with which it cannot be viewed as float64.
     numbers = message[..., :-width].clone(memory_format=torch.contiguous_format).view(dtype)
     return (
         Normaliser(*numbers[..., width + 1 :].unbind(-1)),
@@ -271,58 +295,35 @@ def _unpack(message: Tensor, width: int, dtype: torch.dtype) -> tuple[Normaliser
     )
 
 
-def with_gradient(
-    log_probs: Tensor, logits: LogitsSource, rows: Tensor, ids: Tensor, normaliser: Normaliser, shard: VocabShard
-) -> LogProbs:
-    """``log_probs [R, W]``, known already, as the function of the local logits that they are; so the entropy.
-
-    Backward writes the gradient of both to the logits' columns in one pass. The loss must be the same function of
-    them on every rank, as Megatron's losses are: then each rank's gradient of its own columns is complete, and nothing
-    is sent.
-
-    Args:
-        log_probs: values at ``ids``.
-        logits, rows, ids, shard: as in :func:`log_probs_at`.
-        normaliser: of the whole vocabulary at ``rows``, with its energy where the entropy is wanted.
-    """
-    entropy = None if normaliser.energy is None else normaliser.entropy()
-    return LogProbs(
-        *_WithGradient.apply(log_probs, entropy, rows, ids, *normaliser, logits, shard, *logits.tensors)  # type: ignore[no-untyped-call]
-    )
-
-
-class _WithGradient(torch.autograd.Function):
+class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         log_probs: Tensor,
         entropy: Tensor | None,
-        rows: Tensor,
         ids: Tensor,
-        peak: Tensor,
-        mass: Tensor,
+        max_logit: Tensor,
+        sumexp: Tensor,
         energy: Tensor | None,
-        source: LogitsSource,
-        shard: VocabShard,
+        logits: VocabLogits,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(rows, ids, peak, mass, energy, *tensors)
-        ctx.builder, ctx.shard = source.builder, shard
+        ctx.save_for_backward(logits.rows, ids, max_logit, sumexp, energy, *tensors)
+        ctx.builder, ctx.shard = logits.source.builder, logits.shard
         ctx.set_materialize_grads(False)
         return log_probs.view_as(log_probs), None if entropy is None else entropy.view_as(entropy)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, ids, peak, mass, energy, *tensors = ctx.saved_tensors
-        grad = torch.zeros(ids.shape, dtype=mass.dtype, device=mass.device) if grad is None else grad
+        rows, ids, max_logit, sumexp, energy, *tensors = ctx.saved_tensors
+        grad = torch.zeros(ids.shape, dtype=sumexp.dtype, device=sumexp.device) if grad is None else grad
         grad = torch.where(ids >= 0, grad, 0.0)
-        level, slope = -grad.sum(-1) / mass, None
+        level, slope = -grad.sum(-1) / sumexp, None
         if grad_entropy is not None:
-            # dH / dx_j = -p_j (log p_j + H), and H = log mass - energy / mass.
-            slope = -grad_entropy / mass
-            level = level - slope * (energy / mass)
-        gradients: tuple[Tensor | None, ...] = ctx.builder(*tensors).gradients(
-            rows, ctx.shard.columns, peak, level, slope, ctx.shard.local(ids), grad, ctx.needs_input_grad[9:]
-        )
-        return (None,) * 9 + gradients
+            # dH / dx_j = -p_j (log p_j + H), and H = log sumexp - energy / sumexp.
+            slope = -grad_entropy / sumexp
+            level = level - slope * (energy / sumexp)
+        gradient = LogitGradient(max_logit, level, slope, ids, grad)
+        logits = VocabLogits(ctx.builder(*tensors), rows, ctx.shard)
+        return (None,) * 7 + logits.gradients(gradient, ctx.needs_input_grad[7:])

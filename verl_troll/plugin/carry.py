@@ -1,17 +1,13 @@
-"""The old policy's support on its way from the old-log-prob pass to the update.
+"""The old policy's support in the batch, between the old-log-prob pass and the update.
 
-It travels with the batch as two ragged fields, one row per sample, response tokens only:
+Two ragged fields hold it, one row per sample, response tokens only:
 
     troll_old_counts   [B, r]   int16  ids kept at each response token; 0 where ``response_mask`` is 0
     troll_old_support  [B, 3s]  int16  three words for each kept id, token after token (s = sum of the counts)
 
-Ragged and one-dimensional per sample, they take part in verl's own slicing, shuffling and queueing unchanged: 2 bytes
-per response token and 6 per kept id.
+verl slices, shuffles and queues them like its own fields. They cost 2 bytes per response token and 6 per kept id.
 
-The 48 bits of a kept id hold the id (20) and its float32 log-probability (28). Of the latter nothing is lost above -128
-nats and up to -2^-24 nats: no sign is needed, and 5 bits tell the 31 binades and 0 apart. What lies closer to 0 becomes
-0, an error of at most 2^-24 nats; from -128 down, where float32's exponential is 0, all becomes just above -128. NaN
-stays NaN.
+Ids and log-probabilities are encoded by :mod:`verl_troll.core.wire`.
 """
 
 from __future__ import annotations
@@ -24,17 +20,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from verl_troll.core.support import SparsePolicy
+from verl_troll.core.wire import WORDS, decode, encode
 
 COUNTS = "troll_old_counts"
 SUPPORT = "troll_old_support"
-
-_ID_BITS = 20
-MAX_VOCAB_SIZE = 1 << _ID_BITS
-_WORDS = 3
-_MANTISSA_BITS = 23
-# The exponent that stands for 0; the next one is that of 2^-24.
-_ZERO_EXPONENT = 127 - 24 - 1
-_NAN_CODE = (1 << 28) - 1
 
 
 class MissingSupportError(RuntimeError):
@@ -46,10 +35,10 @@ class ResponseTokens:
     """Response tokens of a packed micro-batch, all ``[R]`` in order of samples.
 
     Attributes:
-        rows: int64, position in the packed sequence whose logits predict the token.
+        rows: int64, position in the packed sequence at which the logits predict the token.
         ids: int64, the token itself.
         mask: bool, ``response_mask``.
-        offsets: ``[B + 1]`` int64, where each sample's tokens start.
+        offsets: ``[B + 1]`` int64, where the tokens of each sample start.
     """
 
     rows: Tensor
@@ -58,8 +47,8 @@ class ResponseTokens:
     offsets: Tensor
 
     @cached_property
-    def kept(self) -> Tensor:
-        """``[M]`` int64, places of the M tokens whose mask is set. One host synchronisation, the first time."""
+    def in_loss(self) -> Tensor:
+        """``[M]`` int64, indices of the M tokens whose mask is set. One host synchronisation, the first time."""
         return self.mask.nonzero().squeeze(-1)
 
 
@@ -76,37 +65,18 @@ def response_tokens(data: TensorDict) -> ResponseTokens:
     offsets = response_mask.offsets().long()
     lengths = offsets.diff()
     mask = response_mask.values().bool()
-    # Told the size, repeat_interleave does not stall an accelerator.
+    # With output_size, repeat_interleave does not wait for the accelerator.
     sample = torch.arange(lengths.shape[0], device=lengths.device)
     sample = torch.repeat_interleave(sample, lengths, output_size=mask.shape[0])
-    place = torch.arange(mask.shape[0], device=lengths.device) - offsets[sample]
-    rows = input_ids.offsets().long()[1:][sample] - lengths[sample] - 1 + place
+    index = torch.arange(mask.shape[0], device=lengths.device) - offsets[sample]
+    rows = input_ids.offsets().long()[1:][sample] - lengths[sample] - 1 + index
     return ResponseTokens(rows, input_ids.values()[rows + 1].long(), mask, offsets)
 
 
-def encode(ids: Tensor, log_probs: Tensor) -> Tensor:
-    """``[3 s]`` int16 words for ``ids [s]`` below :data:`MAX_VOCAB_SIZE` and their log-probabilities ``[s]``."""
-    magnitude = (-log_probs.float()).clamp_min(0.0).contiguous()
-    code = magnitude.view(torch.int32).long() - (_ZERO_EXPONENT << _MANTISSA_BITS)
-    code = torch.where(code < 1 << _MANTISSA_BITS, 0, code.clamp_max(_NAN_CODE - 1))
-    code = torch.where(magnitude.isnan(), _NAN_CODE, code)
-    words = ids.long() | code << _ID_BITS
-    return words.unsqueeze(-1).view(torch.int16)[:, :_WORDS].reshape(-1)
-
-
-def decode(words: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids ``[s]`` int64 and log-probabilities ``[s]`` float32 from :func:`encode`'s words."""
-    whole = torch.nn.functional.pad(words.reshape(-1, _WORDS), (0, 1)).view(torch.int64).squeeze(-1)
-    code = whole >> _ID_BITS
-    magnitude = (code + (_ZERO_EXPONENT << _MANTISSA_BITS)).int().view(torch.float32)
-    log_probs = torch.where(code > 0, -magnitude, 0.0)
-    return whole & (MAX_VOCAB_SIZE - 1), torch.where(code == _NAN_CODE, torch.nan, log_probs)
-
-
 def pack(ids: Tensor, log_probs: Tensor, tokens: ResponseTokens) -> dict[str, Tensor]:
-    """Nested fields for the support ``ids, log_probs [R, W]`` of all response tokens.
+    """Nested fields for the support ``ids, log_probs [R, W]`` of the response tokens, masked ones left out.
 
-    That of masked ones is left out. One host synchronisation.
+    One host synchronisation.
     """
     used = (ids >= 0) & tokens.mask.unsqueeze(-1)
     counts = used.sum(-1)
@@ -114,7 +84,7 @@ def pack(ids: Tensor, log_probs: Tensor, tokens: ResponseTokens) -> dict[str, Te
     starts = before[tokens.offsets]
     return {
         COUNTS: torch.nested.nested_tensor_from_jagged(counts.to(torch.int16), tokens.offsets),
-        SUPPORT: torch.nested.nested_tensor_from_jagged(encode(ids[used], log_probs[used]), _WORDS * starts),
+        SUPPORT: torch.nested.nested_tensor_from_jagged(encode(ids[used], log_probs[used]), WORDS * starts),
     }
 
 
@@ -137,8 +107,8 @@ def unpack(data: TensorDict, tokens: ResponseTokens, width: int | None = None) -
     """Support of the response tokens whose mask is set.
 
     Args:
-        width: number of places; by default as many as there are ids, for which the host waits. With a width given,
-            :func:`check_counts` must be called once the host waits anyway.
+        width: W; by default the largest number of ids, for which the host waits. With a width given, call
+            :func:`check_counts` when the host waits anyway.
 
     Raises:
         MissingSupportError: the fields, or the support of a token that takes part in the loss, are missing.
@@ -152,7 +122,7 @@ def unpack(data: TensorDict, tokens: ResponseTokens, width: int | None = None) -
             )
     counts = data[COUNTS].values().long()
     starts = counts.cumsum(0) - counts
-    counts, starts, sampled_ids = counts[tokens.kept], starts[tokens.kept], tokens.ids[tokens.kept]
+    counts, starts, sampled_ids = counts[tokens.in_loss], starts[tokens.in_loss], tokens.ids[tokens.in_loss]
     if counts.numel() == 0:
         empty = counts.new_zeros(0, 1)
         return Unpacked(SparsePolicy(empty, empty.float(), counts), counts.new_ones(2), 1)
@@ -161,9 +131,9 @@ def unpack(data: TensorDict, tokens: ResponseTokens, width: int | None = None) -
         fewest, most = extremes.tolist()
         check_counts(fewest, most, most)
         width = most
-    place = torch.arange(width, device=counts.device)
-    used = place < counts.unsqueeze(-1)
-    index = torch.where(used, starts.unsqueeze(-1) + place, 0)
+    column = torch.arange(width, device=counts.device)
+    used = column < counts.unsqueeze(-1)
+    index = torch.where(used, starts.unsqueeze(-1) + column, 0)
     kept_ids, kept_log_probs = decode(data[SUPPORT].values())
     ids = torch.where(used, kept_ids[index], -1)
     log_probs = torch.where(used, kept_log_probs[index], -torch.inf)
@@ -172,7 +142,7 @@ def unpack(data: TensorDict, tokens: ResponseTokens, width: int | None = None) -
 
 
 def check_counts(fewest: int, most: int, width: int) -> None:
-    """Refuse a support that lacks a token, or that was unpacked into too few places.
+    """Refuse a support that lacks a token, or that is wider than it was unpacked for.
 
     Raises:
         MissingSupportError: saying which of the two.

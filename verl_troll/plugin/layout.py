@@ -1,4 +1,4 @@
-"""Where the tokens of a micro-batch lie in the logits that a rank sees: packed, padded, or shared out over ranks."""
+"""Which rows of a rank's logits hold which tokens of a micro-batch: packed, padded, or shared by ranks."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Places of packed positions in the logits.
+    """From positions in the packed sequence to rows of the logits.
 
     Attributes:
-        place: ``[T]`` int64, the row of the flattened logits that holds each packed position, -1 where another rank
+        row_of: ``[T]`` int64, the row of the flattened logits that holds each packed position, -1 if another rank
             holds it.
         shape: leading dimensions of the logits, ``(1, N)`` packed or ``(b, s)`` padded.
-        group: ranks that share the micro-batch's tokens (context parallel, Ulysses); None where all are here.
+        group: ranks that share the micro-batch's tokens (context parallel, Ulysses); None if all are here.
     """
 
-    place: Tensor
+    row_of: Tensor
     shape: tuple[int, int]
     group: dist.ProcessGroup | None
 
     def local(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Places among ``positions`` of those that lie here, and the rows of these; both int64."""
-        rows = self.place[positions]
+        """Indices of the ``positions`` that this rank holds, and their rows; both int64."""
+        rows = self.row_of[positions]
         if self.group is None:
             return torch.arange(rows.shape[0], device=rows.device), rows
         here = (rows >= 0).nonzero().squeeze(-1)
@@ -38,9 +38,9 @@ class TokenLayout:
         return full.index_copy(0, rows, values).view(self.shape)
 
     def gather(self, here: Tensor, values: Tensor, total: int) -> Tensor:
-        """``[total, ...]`` integers from each rank's own ``values``, which belong at ``here``.
+        """``[total, ...]`` integers from each rank's ``values``, which belong at indices ``here``.
 
-        One all-reduce where ranks share the tokens: every position has one owner, all others add zero.
+        One all-reduce if ranks share the tokens: every position has one owner, all others add zero.
         """
         if self.group is None:
             return values

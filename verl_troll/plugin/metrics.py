@@ -1,7 +1,7 @@
 """Metrics under ``troll/``, reduced on the device and read by the host once per micro-batch.
 
-Means are over all response tokens of the mini-batch, however it is cut: each micro-batch contributes its sum over the
-mini-batch's token count, verl adds those up and averages over data-parallel ranks.
+Means are over all response tokens of the mini-batch, however it is cut: each micro-batch contributes its sum divided by
+the mini-batch's number of tokens; verl adds these up and averages over data-parallel ranks.
 
     kl_before, kl_before_max    KL(p || q) in nats
     kl_after, kl_after_max      KL(pi || q) in nats
@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 from verl.utils.metric import AggregationType, Metric
 
-from verl_troll.core.loss import STATISTICS, PolicyTerms
+from verl_troll.core.kernels.constants import STATISTICS
+from verl_troll.core.loss import PolicyTerms
 
 _MAXIMA = ("kl_before", "kl_after")
 
 
 @torch.no_grad()
 def token_statistics(terms: PolicyTerms) -> tuple[Tensor, Tensor]:
-    """Sums ``[12]`` over the tokens in the order of :data:`~verl_troll.core.loss.STATISTICS`, and maxima ``[2]``."""
+    """Sums ``[12]`` over the tokens, in the order of :data:`STATISTICS`, and maxima ``[2]``."""
     statistics = terms.statistics
     if statistics.shape[1] == 0:
         return statistics.sum(-1), statistics.new_zeros(len(_MAXIMA))
@@ -49,6 +50,6 @@ def as_metrics(values: list[float], batch_num_tokens: int, dp_size: int, kl_boun
     for name, value in zip(_MAXIMA, values[len(STATISTICS) :], strict=True):
         metrics[f"troll/{name}_max"] = Metric(AggregationType.MAX, value)
     violation = values[-1] / kl_bound - 1
-    # What is not a number stays visible.
+    # NaN compares as False, so that it stays visible.
     metrics["troll/violation_max"] = Metric(AggregationType.MAX, 0.0 if violation < 0 else violation)
     return metrics

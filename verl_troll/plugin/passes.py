@@ -1,16 +1,15 @@
 """The two passes over the actor's logits: the old policy's support, and the projected update.
 
-Each is a callable in two roles, as verl's distillation loss is (``verl.trainer.distillation.losses``). verl first
-calls it with the temperature-scaled logits (``student_logits``) and stores the per-token tensors that it returns, then
-as the loss, with those in ``model_output``. verl's own cross-entropy and entropy are skipped: both come from the same
-reading of the logits as everything else, so that the gradient may be written over them.
+verl calls each of them in two roles, like its distillation loss (``verl.trainer.distillation.losses``): first with the
+temperature-scaled logits (``student_logits``), to get per-token tensors, then as the loss, with these tensors in
+``model_output``. verl's own cross-entropy and entropy are skipped: both come from the same reading of the logits as
+everything else, so that the gradient may be written over them.
 
-Collectives per micro-batch, over the ranks that share the vocabulary: two in the old pass and in the update under
-``union``, one under ``anchored``, none in backward; see
-:mod:`verl_troll.core.vocab`. Over the ranks that share the tokens: one all-reduce in the old pass, two small ones
-in the update.
+Collectives per micro-batch: over the ranks that share the vocabulary, two in the old pass and in the update under
+``union``, one in the update under ``anchored``, none in backward (:mod:`verl_troll.core.vocab`); over the ranks that
+share the tokens, one all-reduce in the old pass, two small ones in the update.
 
-Shapes: V local logit columns, R response tokens on this rank, M of them (on all ranks) that take part in the loss.
+Shapes: V local logit columns, R response tokens on this rank, M tokens (on all ranks) that take part in the loss.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from torch import Tensor
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
-from verl_troll.core import kernels
+from verl_troll.core import kernels, wire
 from verl_troll.core.lm_head import LinearHead
 from verl_troll.core.logits import DenseLogits, LogitsSource
-from verl_troll.core.loss import PolicyTerms, policy_terms
-from verl_troll.core.support import SparsePolicy, at, select
-from verl_troll.core.vocab import VocabShard
+from verl_troll.core.loss import BatchTerms, PolicyTerms, policy_terms
+from verl_troll.core.support import SparsePolicy, select
+from verl_troll.core.vocab import VocabLogits, VocabShard
 from verl_troll.plugin import carry
 from verl_troll.plugin.layout import TokenLayout
 from verl_troll.plugin.metrics import as_metrics, token_statistics
@@ -47,26 +46,15 @@ _PROJECTED = "troll_projected"
 _SHIFT = ("actor/ppo_kl", "actor/pg_clipfrac", "actor/pg_clipfrac_lower")
 
 
-def update_terms(
-    settings: TrollConfig,
-    logits: Tensor | LogitsSource,
-    rows: Tensor,
-    old: SparsePolicy,
-    *,
-    shard: VocabShard | None,
-    entropy: bool,
-) -> PolicyTerms:
+def update_terms(settings: TrollConfig, logits: VocabLogits, old: SparsePolicy, *, entropy: bool) -> PolicyTerms:
     """:func:`verl_troll.core.loss.policy_terms` with these settings."""
     return policy_terms(
-        settings.support,  # type: ignore[arg-type]
+        settings.support,
         logits,
-        rows,
         old,
+        settings.selection,
         kl_bound=settings.kl_bound,
-        k=settings.k,
-        dropped_mass=settings.dropped_mass,
         step_size_gradient=settings.step_size_gradient,  # type: ignore[arg-type]
-        shard=shard,
         entropy=entropy,
     )
 
@@ -75,19 +63,19 @@ class LogitsOwner(Protocol):
     """What a pass asks of the engine whose logits it reads."""
 
     def token_layout(self, shape: tuple[int, int], data: TensorDict, data_format: str) -> TokenLayout:
-        """Places of the micro-batch's tokens in logits with these leading dimensions."""
+        """Which of the micro-batch's tokens the rows of logits with these leading dimensions hold."""
         ...
 
     def vocab_shard(self, columns: int) -> VocabShard:
-        """The part of the vocabulary that logits with so many columns hold."""
+        """The part of the vocabulary that logits with this many columns hold."""
         ...
 
 
 class _LogitsPass(ABC):
-    """The two roles, told apart as verl does it: by whether logits are given.
+    """Both roles; the one is meant if logits are given, as in verl.
 
-    With fused kernels no logits are given: :meth:`read_head` is called inside the model, where verl computes
-    log-probs from hidden states, and its tensors travel stacked in the place of those log-probs.
+    With fused kernels no logits are given. Then :meth:`read_head` is called inside the model, where verl would compute
+    log-probs from hidden states, and returns its tensors stacked in place of those log-probs.
     """
 
     def __init__(self, settings: TrollConfig, owner: LogitsOwner, *, entropy: bool) -> None:
@@ -109,7 +97,7 @@ class _LogitsPass(ABC):
             raise TypeError("data is missing")
         if student_logits is not None:
             rows, columns, _ = student_logits.shape
-            logits = DenseLogits(student_logits.flatten(0, 1), reuse=self.settings.reuse_logits)
+            logits = DenseLogits(student_logits.flatten(0, 1), self.settings.reuse_logits, self.settings.form)
             return self._read(logits, (rows, columns), data, data_format)
         if model_output is None:
             raise TypeError("model_output is missing")
@@ -121,7 +109,7 @@ class _LogitsPass(ABC):
         return self._loss(model_output, data, dp_group)
 
     def read_head(self, head: LinearHead, shape: tuple[int, int], data: TensorDict, data_format: str) -> Tensor:
-        """The same tensors from the head, stacked, ``[b, s, names]``; ``head`` holds the ``b s`` tokens."""
+        """The same tensors from the head, stacked, ``[b, s, names]``; ``head`` has the ``b * s`` tokens."""
         tensors = self._read(head, shape, data, data_format)
         self._stacked = list(tensors)
         return torch.stack(list(tensors.values()), dim=-1)
@@ -130,8 +118,7 @@ class _LogitsPass(ABC):
         self, logits: LogitsSource, shape: tuple[int, int], data: TensorDict, data_format: str
     ) -> dict[str, Tensor]:
         layout = self.owner.token_layout(shape, data, data_format)
-        shard = self.owner.vocab_shard(logits.columns)
-        rows, tensors = self._read_logits(logits, data, layout, shard)
+        rows, tensors = self._read_logits(logits, data, layout, self.owner.vocab_shard(logits.columns))
         return {name: layout.spread(rows, values) for name, values in tensors.items() if values is not None}
 
     @abstractmethod
@@ -147,7 +134,7 @@ class _LogitsPass(ABC):
 
 
 class OldPolicyPass(_LogitsPass):
-    """Takes the place of the missing loss function in the old-log-prob pass; adds the support to its output."""
+    """Serves as the loss function of the old-log-prob pass, which has none, and adds the support to its output."""
 
     def __init__(self, settings: TrollConfig, owner: LogitsOwner, *, entropy: bool) -> None:
         super().__init__(settings, owner, entropy=entropy)
@@ -156,30 +143,23 @@ class OldPolicyPass(_LogitsPass):
     def _read_logits(
         self, logits: LogitsSource, data: TensorDict, layout: TokenLayout, shard: VocabShard
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
-        if shard.vocab_size > carry.MAX_VOCAB_SIZE:
+        if shard.vocab_size > wire.MAX_VOCAB_SIZE:
             raise ValueError(
-                f"the model has {shard.vocab_size} ids; the support is carried with at most {carry.MAX_VOCAB_SIZE}"
+                f"the model has {shard.vocab_size} ids; the support is carried with at most {wire.MAX_VOCAB_SIZE}"
             )
         tokens = carry.response_tokens(data)
         here, rows = layout.local(tokens.rows)
-        # verl wants the log-probs and the entropy of masked response tokens as well.
+        # verl also needs the log-probs and the entropy of masked response tokens.
         policy = select(
-            logits,
-            rows,
-            tokens.ids[here],
-            k=self.settings.k,
-            dropped_mass=self.settings.dropped_mass,
-            shard=shard,
-            entropy=self.entropy,
+            VocabLogits(logits, rows, shard), tokens.ids[here], self.settings.selection, entropy=self.entropy
         )
-        log_probs = at(policy.log_probs, policy.sampled)
         self._support = (layout, tokens, here, policy.ids, policy.log_probs)
-        return rows, {"log_probs": log_probs, "entropy": policy.entropy}
+        return rows, {"log_probs": policy.sampled_log_probs, "entropy": policy.entropy}
 
     def _loss(
         self, model_output: dict[str, Tensor], data: TensorDict, dp_group: dist.ProcessGroup | None
     ) -> tuple[Tensor, dict[str, Any]]:
-        # verl stores what is in model_output once its loss function has returned.
+        # verl stores what model_output holds when its loss function returns.
         model_output.update(self._packed_support())
         return torch.ones((), device=data["input_ids"].device), {}
 
@@ -196,7 +176,7 @@ class OldPolicyPass(_LogitsPass):
 
 
 class UpdatePass(_LogitsPass):
-    """Wraps verl's loss function in the update."""
+    """Wraps verl's loss function of the update."""
 
     def __init__(self, settings: TrollConfig, owner: LogitsOwner, inner: LossFunction, *, entropy: bool) -> None:
         super().__init__(settings, owner, entropy=entropy)
@@ -209,14 +189,14 @@ class UpdatePass(_LogitsPass):
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         settings = self.settings
         tokens = carry.response_tokens(data)
-        # Kernels are compiled for a width, and the host need not wait for the widest row.
-        width = settings.k + 1 if kernels.available(tokens.rows.device) else None
+        # A fixed width saves compilations, and the host need not wait to learn the largest.
+        width = settings.k + 1 if kernels.available(tokens.rows.device, settings.form) else None
         self._unpacked = carry.unpack(data, tokens, width)
         old = self._unpacked.policy
-        here, rows = layout.local(tokens.rows[tokens.kept])
+        here, rows = layout.local(tokens.rows[tokens.in_loss])
         if layout.group is not None:
             old = SparsePolicy(old.ids[here], old.log_probs[here], old.sampled[here])
-        terms = update_terms(settings, logits, rows, old, shard=shard, entropy=self.entropy)
+        terms = update_terms(settings, VocabLogits(logits, rows, shard), old, entropy=self.entropy)
         self._statistics = (layout, *token_statistics(terms))
         return rows, {
             "log_probs": terms.sampled_log_probs,
@@ -235,14 +215,16 @@ class UpdatePass(_LogitsPass):
         unpacked = self._unpacked
         self._statistics = self._unpacked = None
         terms = ProjectedTerms(
-            settings=self.settings,
-            log_ratio=no_padding_2_padding(model_output.pop(_LOG_RATIO), data),
-            regression_kl=no_padding_2_padding(model_output.pop(_REGRESSION_KL), data),
-            projected=no_padding_2_padding(model_output.pop(_PROJECTED), data),
+            self.settings,
+            BatchTerms(
+                log_ratio=no_padding_2_padding(model_output.pop(_LOG_RATIO), data),
+                regression_kl=no_padding_2_padding(model_output.pop(_REGRESSION_KL), data),
+                projected=no_padding_2_padding(model_output.pop(_PROJECTED), data),
+            ),
         )
         with projected_terms(terms):
             loss, metrics = self.inner(model_output=model_output, data=data, dp_group=dp_group)
-        if terms.regression_loss is None or terms.shift is None:
+        if terms.losses is None:
             raise RuntimeError(
                 "the engine projected the policy, but the loss function did not use it: "
                 "actor_rollout_ref.actor.policy_loss.loss_mode must be 'troll'"
@@ -250,14 +232,14 @@ class UpdatePass(_LogitsPass):
         if layout.group is not None:
             dist.all_reduce(sums, group=layout.group)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=layout.group)
-        # All that the host reads of the micro-batch, at once.
+        # The only transfer to the host in this micro-batch.
         *values, fewest, most = torch.cat(
-            [terms.shift.to(sums.dtype), sums, maxima, unpacked.counts.to(sums.dtype)]
+            [terms.losses.shift.to(sums.dtype), sums, maxima, unpacked.counts.to(sums.dtype)]
         ).tolist()
         carry.check_counts(int(fewest), int(most), unpacked.width)
-        # Dashboards read pg_clipfrac: the projected share is what takes its place.
+        # Dashboards read pg_clipfrac: under TROLL the projected share takes its place.
         for name, value in zip(_SHIFT, (*values[:2], 0.0), strict=True):
             metrics[name] = Metric(AggregationType.MEAN, value)
         metrics.update(as_metrics(values[2:], data["batch_num_tokens"], data["dp_size"], self.settings.kl_bound))
-        metrics["troll/regression_loss"] = Metric(AggregationType.SUM, terms.regression_loss)
-        return loss + terms.regression_loss, metrics
+        metrics["troll/regression_loss"] = Metric(AggregationType.SUM, terms.losses.regression)
+        return loss + terms.losses.regression, metrics

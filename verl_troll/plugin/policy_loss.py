@@ -11,32 +11,24 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register_policy_loss
 from verl.workers.config import ActorConfig
 
-from verl_troll.core.loss import importance_ratio, keep_corrective_ratios, surrogate_losses
+from verl_troll.core.loss import BatchLosses, BatchTerms, batch_losses
 from verl_troll.plugin.settings import LOSS_MODE, TrollConfig
 
 
 @dataclass
 class ProjectedTerms:
-    """Projected terms of one micro-batch, ``[B, T]``, and what the policy loss leaves for the engine.
-
-    Attributes:
-        regression_loss: scalar, to be added to the loss.
-        shift: ``[2]``, mean of log q(o) - log p(o) and share of projected tokens, over the micro-batch.
-    """
+    """The terms of one micro-batch, and the losses that the policy loss leaves for the engine."""
 
     settings: TrollConfig
-    log_ratio: Tensor
-    regression_kl: Tensor
-    projected: Tensor
-    regression_loss: Tensor | None = None
-    shift: Tensor | None = None
+    batch: BatchTerms
+    losses: BatchLosses | None = None
 
 
 _terms: contextvars.ContextVar[ProjectedTerms | None] = contextvars.ContextVar("verl_troll_terms", default=None)
@@ -77,22 +69,20 @@ def troll_policy_loss(
             "Switch TROLL on with 'hydra.searchpath=[pkg://verl_troll.configs]' +troll=default, and run "
             "'verl-troll doctor' on this host."
         )
-    log_ratio = terms.log_ratio
-    if terms.settings.one_sided:
-        log_ratio = keep_corrective_ratios(log_ratio, log_prob - old_log_prob, terms.projected, advantages)
-    ratio = importance_ratio(log_ratio, response_mask, terms.settings.importance_ratio)  # type: ignore[arg-type]
-    losses = surrogate_losses(ratio, advantages, rollout_is_weights)
-    pg_loss = agg_loss(losses, response_mask, loss_agg_mode, **config.global_batch_info)
-    terms.regression_loss = terms.settings.alpha * agg_loss(
-        terms.regression_kl, response_mask, loss_agg_mode, **config.global_batch_info
+    settings = terms.settings
+    terms.losses = batch_losses(
+        terms.batch,
+        log_probs=log_prob,
+        old_log_probs=old_log_prob,
+        advantages=advantages,
+        response_mask=response_mask,
+        aggregate=partial(agg_loss, loss_agg_mode=loss_agg_mode, **config.global_batch_info),
+        alpha=settings.alpha,
+        ratio=settings.importance_ratio,  # type: ignore[arg-type]
+        one_sided=settings.one_sided,
+        weights=rollout_is_weights,
     )
-    with torch.no_grad():
-        mask = response_mask.bool()
-        tokens = mask.sum().clamp_min(1)
-        shift = torch.where(mask, old_log_prob - log_prob, 0.0).sum() / tokens
-        projected = torch.where(mask, terms.projected, 0.0).sum() / tokens
-        terms.shift = torch.stack([shift, projected.to(shift.dtype)])
-    return pg_loss, {}
+    return terms.losses.policy, {}
 
 
 def register() -> None:

@@ -1,7 +1,6 @@
-"""Typed settings of the method, and verl's settings that it depends on; every value checked when it is built.
+"""The method's settings, and the settings of verl that it depends on; every value is checked on construction.
 
-``configs/troll/default.yaml`` fills :class:`HostSettings` by interpolation, so that the checks see the values that the
-run will use.
+``configs/troll/default.yaml`` fills :class:`HostSettings` by interpolation, so that the checks see the run's values.
 """
 
 from __future__ import annotations
@@ -12,16 +11,15 @@ from typing import Any
 
 from verl.base_config import BaseConfig
 
-from verl_troll.core import kernels
+from verl_troll.core import wire
+from verl_troll.core.kernels import FORMS, Form
 from verl_troll.core.loss import IMPORTANCE_RATIOS
 from verl_troll.core.projection import STEP_SIZE_GRADIENTS
-from verl_troll.core.support import SUPPORT_RULES
+from verl_troll.core.support import RULES, Selection
 
 PREFIX = "actor_rollout_ref.actor.policy_loss.troll"
 LOSS_MODE = "troll"
 PLUGIN_MODULE = "verl_troll.plugin"
-# Counts of kept ids travel as int16, and the sampled id may come on top.
-LARGEST_K = 2**15 - 2
 TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 # Rollout engines whose top log-probabilities can be the old policy's support.
 SUPPORT_ENGINES = ("vllm", "sglang")
@@ -31,9 +29,9 @@ class TrollConfigError(ValueError):
     """A setting is out of range, or a combination with the host's settings is not supported."""
 
 
-def refusal(key: str, value: object, allowed: str, mend: str = "") -> TrollConfigError:
+def refusal(key: str, value: object, allowed: str, hint: str = "") -> TrollConfigError:
     """The error for a host setting that TROLL cannot work with: key, value, what is allowed, what to do."""
-    return TrollConfigError(f"{key}={value!r} is not supported with TROLL: allowed is {allowed}. {mend}".rstrip())
+    return TrollConfigError(f"{key}={value!r} is not supported with TROLL: allowed is {allowed}. {hint}".rstrip())
 
 
 @dataclass
@@ -69,7 +67,7 @@ class RolloutSettings(BaseConfig):
                 "engine, write +troll=rollout_support in the place of +troll=default.",
             )
         with_engine = "with the old policy from the rollout engine"
-        for key, value, allowed, mend in (
+        for key, value, allowed, hint in (
             ("trainer.v1.trainer_mode", trainer_mode, ("sync",), "verl's asynchronous client drops what engines add."),
             (f"{rollout}.name", self.name, SUPPORT_ENGINES, "Other engines do not return top log-probabilities."),
             (f"{rollout}.top_p", self.top_p, (1.0,), "Below 1 tokens are not sampled from the policy."),
@@ -88,7 +86,7 @@ class RolloutSettings(BaseConfig):
             (f"{correction}.rollout_rs", self.correction_rejection, (None,), "In bypass mode it would have no effect."),
         ):
             if value not in allowed:
-                raise refusal(key, value, f"{' or '.join(map(str, allowed))} {with_engine}", mend)
+                raise refusal(key, value, f"{' or '.join(map(str, allowed))} {with_engine}", hint)
         if self.agent_loop in ("single_turn_agent", "tool_agent"):
             raise refusal(
                 f"{rollout}.agent.default_agent_loop",
@@ -187,18 +185,28 @@ class TrollConfig(BaseConfig):
         self._check_number("kl_bound", 0, math.inf, "a finite number above 0 (nats)", low_open=True)
         self._check_number("alpha", 0, math.inf, "a finite number of at least 0")
         self._check_number("dropped_mass", 0, 1, "a number of at least 0 and below 1")
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k <= LARGEST_K:
-            self._reject("k", f"an integer from 1 to {LARGEST_K}")
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k <= wire.MAX_K:
+            self._reject("k", f"an integer from 1 to {wire.MAX_K}")
         for name, choices in (
-            ("support", SUPPORT_RULES),
+            ("support", tuple(RULES)),
             ("importance_ratio", IMPORTANCE_RATIOS),
             ("step_size_gradient", STEP_SIZE_GRADIENTS),
-            ("kernels", kernels.CHOICES),
+            ("kernels", FORMS),
             ("one_sided", (True, False)),
             ("reuse_logits", (True, False)),
         ):
             if getattr(self, name) not in choices:
                 self._reject(name, f"one of {', '.join(map(str, choices))}")
+
+    @property
+    def selection(self) -> Selection:
+        """How many ids of a policy are kept."""
+        return Selection(self.k, self.dropped_mass)
+
+    @property
+    def form(self) -> Form:
+        """The setting ``kernels``, as :mod:`verl_troll.core` takes it."""
+        return self.kernels  # type: ignore[return-value]
 
     def _check_number(self, name: str, low: float, high: float, allowed: str, low_open: bool = False) -> None:
         value = getattr(self, name)

@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from tests.core.kernels import interpreter
 from verl_troll.core import lm_head
-from verl_troll.core.kernels import logits as logits_form
-from verl_troll.core.kernels import tokens as tokens_form
+from verl_troll.core.kernels import logits_triton as logits_form
+from verl_troll.core.kernels import tokens_triton as tokens_form
 from verl_troll.core.lm_head import LinearHead
 from verl_troll.core.logits import DenseLogits, LogitsSource
 from verl_troll.core.loss import policy_terms
-from verl_troll.core.support import SUPPORT_RULES, SparsePolicy, select
+from verl_troll.core.support import RULES, Selection, SparsePolicy, select
+from verl_troll.core.vocab import VocabLogits
 
 # What launches nothing: views, and memory that is only reserved.
 FREE = {
@@ -81,12 +82,12 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
 
 def old_pass(source: LogitsSource | Tensor, *, entropy: bool) -> SparsePolicy:
     _, rows, ids = problem()
-    return select(source, rows, ids, k=K, dropped_mass=1e-3, entropy=entropy)
+    return select(VocabLogits.of(source, rows), ids, Selection(K, 1e-3), entropy=entropy)
 
 
 def update(rule: str, source: LogitsSource, leaves: list[Tensor], old: SparsePolicy, *, entropy: bool) -> None:
     rows = torch.arange(ROWS)
-    terms = policy_terms(rule, source, rows, old, kl_bound=0.05, k=K, dropped_mass=1e-3, entropy=entropy)  # type: ignore[arg-type]
+    terms = policy_terms(rule, VocabLogits.of(source, rows), old, Selection(K, 1e-3), kl_bound=0.05, entropy=entropy)
     loss = (terms.log_ratio.exp() + terms.regression_kl).sum()
     torch.autograd.grad(loss if terms.entropy is None else loss + terms.entropy.sum(), leaves)
 
@@ -101,7 +102,7 @@ def test_an_old_pass(counting: Counting, entropy: bool) -> None:
     assert counting.launches == Counter(["_read", "_search", "_keep"])
 
 
-@pytest.mark.parametrize("rule", SUPPORT_RULES)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("entropy", [False, True], ids=["plain", "entropy"])
 def test_an_update(counting: Counting, rule: str, entropy: bool) -> None:
     logits, *_ = problem()
@@ -115,7 +116,7 @@ def test_an_update(counting: Counting, rule: str, entropy: bool) -> None:
     assert counting.launches == Counter(["_read", *searched, "_terms", "_combine", "_write"])
 
 
-@pytest.mark.parametrize("rule", SUPPORT_RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_a_fused_head_with_the_blocks_of_a_gpu(counting: Counting, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many blocks as 8,192 tokens of 151,936 columns take: 8 of tokens to read, 10 of columns on the way back."""
     tokens, read_columns = lm_head._DEVICE_READ_BLOCK

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from verl_troll.core import kernels
-from verl_troll.core.kernels import logits as form
+from verl_troll.core.kernels import logits_triton as form
 
 INF = math.inf
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,7 +51,8 @@ def padded(values: Tensor, dtype: torch.dtype, extra: int = 3) -> Tensor:
 
 def read(logits: Tensor, rows: Tensor, columns: int, k: int = 0, ids: Tensor | None = None) -> tuple[Tensor, ...]:
     none = torch.empty(rows.shape[0], 0, dtype=torch.int64)
-    return kernels.read_rows(logits, rows, none if ids is None else ids, columns, k=k)
+    found = kernels.read_rows(logits, rows, none if ids is None else ids, columns, k=k, energy=True)
+    return tuple(part for part in found if part is not None)
 
 
 def assert_reads(logits: Tensor, rows: Tensor, columns: int, k: int) -> None:
@@ -151,9 +152,14 @@ def test_broken_logits_leave_no_mass_to_trust(bad: float, column: int) -> None:
 
 def test_no_rows() -> None:
     found = kernels.read_rows(
-        normal(2, 9).float(), torch.tensor([], dtype=torch.int64), torch.empty(0, 2, dtype=torch.int64), 9, k=3
+        normal(2, 9).float(),
+        torch.tensor([], dtype=torch.int64),
+        torch.empty(0, 2, dtype=torch.int64),
+        9,
+        k=3,
+        energy=True,
     )
-    assert [tuple(x.shape) for x in found] == [(0,), (0,), (0,), (0, 2), (0, 3), (0, 3)]
+    assert [tuple(x.shape) for x in found if x is not None] == [(0,), (0,), (0,), (0, 2), (0, 3), (0, 3)]
 
 
 @settings(max_examples=30, deadline=None, database=None, derandomize=True)

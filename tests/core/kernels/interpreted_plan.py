@@ -27,9 +27,10 @@ from tests.tools.test_plan import (
     trolls_collectives,
 )
 from verl_troll.core import kernels, lm_head
-from verl_troll.core.kernels import logits as form
+from verl_troll.core.kernels import logits_triton as form
 from verl_troll.core.lm_head import LinearHead
-from verl_troll.core.support import select
+from verl_troll.core.support import Selection, select
+from verl_troll.core.vocab import VocabLogits
 
 by_rule = pytest.mark.parametrize("rule", ["union", "anchored"])
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,7 +103,7 @@ def test_memory_of_the_search(rule: str, dtype: torch.dtype) -> None:
     everything = torch.arange(rows)
     watch(meter := Meter())
     with meter:
-        policy = select(old, everything, sampled, k=k, dropped_mass=1e-5, entropy=True)
+        policy = select(VocabLogits.of(old, everything), sampled, Selection(k, 1e-5), entropy=True)
     close("old pass", meter.peak, predicted["troll_old"])
     leaf = new.requires_grad_()
     watch(meter := Meter())
@@ -128,7 +129,9 @@ def test_memory_of_fused_heads(rows: int, elements: int, dtype: torch.dtype, mon
     sampled, everything = torch.randint(vocab, (rows,)), torch.arange(rows)
     watch(meter := Meter())
     with meter:
-        policy = select(LinearHead(hidden.detach(), weight.detach()), everything, sampled, k=k, dropped_mass=1e-5)
+        policy = select(
+            VocabLogits.of(LinearHead(hidden.detach(), weight.detach()), everything), sampled, Selection(k, 1e-5)
+        )
     close("old pass", meter.peak, predicted["troll_old"])
     watch(meter := Meter())
     with meter:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.families import FAMILIES, Family, draw
 from verl_troll.core import kernels
-from verl_troll.core.projection import _Project
+from verl_troll.core.kernels import projection_torch
 
 INF = math.inf
 NAN = math.nan
@@ -24,7 +24,7 @@ by_gradient = pytest.mark.parametrize("implicit", [True, False], ids=["implicit"
 
 
 def reference(new: Tensor, old: Tensor, kl_bound: float, tolerance: float, implicit: bool) -> Fields:
-    fields: Fields = _Project.apply(new, old, kl_bound, tolerance, implicit)  # type: ignore[no-untyped-call]
+    fields: Fields = projection_torch.Project.apply(new, old, kl_bound, tolerance, implicit)  # type: ignore[no-untyped-call]
     return fields
 
 
@@ -99,7 +99,7 @@ def test_rows_of_every_kind(dtype: torch.dtype, implicit: bool) -> None:
 
 @by_dtype
 def test_what_is_not_solved_to_tolerance_is_feasible(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("verl_troll.core.projection.MAX_EVALUATIONS", 3)
+    monkeypatch.setattr("verl_troll.core.kernels.constants.MAX_EVALUATIONS", 3)
     log_p, log_q = (x[:3].to(dtype) for x in draw(FAMILIES[13]))
     _, _, kl_before, kl, converged, evaluations = assert_agree(log_p, log_q, FAMILIES[13].bound)
     assert bool((kl_before > FAMILIES[13].bound).all()) and not bool(converged.all())

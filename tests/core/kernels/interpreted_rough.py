@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tests.families import FAMILIES, Family, draw
-from verl_troll.core.kernels.projection import rough_kl
+from verl_troll.core.kernels.projection_triton import rough_kl
 from verl_troll.core.projection import project
 
 INF, NAN = math.inf, math.nan

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from tests.core.kernels import interpreter
 from verl_troll.core import kernels
+from verl_troll.core.kernels.constants import STATISTICS
 from verl_troll.core.logits import DenseLogits
-from verl_troll.core.loss import STATISTICS, PolicyTerms, policy_terms
-from verl_troll.core.support import SUPPORT_RULES, SparsePolicy, compare, keep_most_probable, select
-from verl_troll.core.vocab import VocabShard
+from verl_troll.core.loss import PolicyTerms, policy_terms
+from verl_troll.core.support import RULES, Selection, SparsePolicy, compare, keep_most_probable, select
+from verl_troll.core.vocab import VocabLogits, VocabShard
 
 INF = math.inf
 BOUND = 0.05
-by_rule = pytest.mark.parametrize("rule", SUPPORT_RULES)
+by_rule = pytest.mark.parametrize("rule", RULES)
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 by_mode = pytest.mark.parametrize("mode", ["implicit", "detached"])
 
@@ -52,12 +53,13 @@ def loss_of(terms: PolicyTerms) -> Tensor:
 
 def assert_chain(rule: str, new: Tensor, rows: Tensor, old: SparsePolicy, **options: Any) -> PolicyTerms:
     """Values, statistics and gradient of the kernels are those of the torch form."""
-    options = {"kl_bound": BOUND, "k": 8, "dropped_mass": 1e-3, "entropy": True} | options
+    options = {"kl_bound": BOUND, "entropy": True} | options
+    selection = Selection(options.pop("k", 8), options.pop("dropped_mass", 1e-3))
     found = []
-    for form in ("torch", "auto"):
+    for form in kernels.FORMS[::-1]:
         leaf = new.clone().requires_grad_()
-        with kernels.chosen(form):
-            terms = policy_terms(rule, leaf, rows, old, **options)  # type: ignore[arg-type]
+        logits = VocabLogits.of(DenseLogits(leaf, form=form), rows)  # type: ignore[arg-type]
+        terms = policy_terms(rule, logits, old, selection, **options)
         found.append((terms, torch.autograd.grad(loss_of(terms), leaf)[0]))
     (expected, expected_gradient), (terms, gradient) = found
     for name in ("log_ratio", "regression_kl", "sampled_log_probs", "entropy"):
@@ -81,7 +83,7 @@ def test_the_chain(rule: str, dtype: torch.dtype, mode: str, vocab: int, columns
     before[:, vocab:] = after[:, vocab:] = 50
     rows, shard = torch.tensor([6, 0, 2, 3, 5]), VocabShard.whole(columns, vocab)
     sampled = sampled_from(before[rows, :vocab])
-    old = select(before, rows, sampled, k=8, dropped_mass=1e-3, shard=shard)
+    old = select(VocabLogits.of(before, rows, shard), sampled, Selection(8, 1e-3))
     terms = assert_chain(rule, after, rows, old, step_size_gradient=mode, shard=shard)
     assert 0 < terms.projected.mean() <= 1
     assert_chain(rule, after, rows, old, step_size_gradient=mode, shard=shard, entropy=False, kl_bound=10.0)
@@ -92,10 +94,10 @@ def test_the_chain(rule: str, dtype: torch.dtype, mode: str, vocab: int, columns
 def test_equal_policies_have_ratio_one(rule: str, dtype: torch.dtype) -> None:
     logits = normal(9, 60, seed=3).to(dtype)
     rows = torch.arange(9)
-    old = select(logits, rows, sampled_from(logits), k=8, dropped_mass=1e-3)
+    old = select(VocabLogits.of(logits, rows), sampled_from(logits), Selection(8, 1e-3))
     some = torch.tensor([7, 1, 2])
     part = SparsePolicy(old.ids[some], old.log_probs[some], old.sampled[some])
-    terms = policy_terms(rule, logits, some, part, kl_bound=BOUND, k=8, dropped_mass=1e-3)  # type: ignore[arg-type]
+    terms = policy_terms(rule, VocabLogits.of(logits, some), part, Selection(8, 1e-3), kl_bound=BOUND)
     assert not bool(terms.log_ratio.any() or terms.regression_kl.any())
 
 
@@ -114,7 +116,7 @@ def test_tokens_of_every_kind(rule: str) -> None:
     after[7] = math.nan
     sampled = torch.tensor([3, 7, 11, 39, 2, 9, 1, 0])
     rows = torch.arange(8)
-    old = select(before, rows, sampled, k=8, dropped_mass=1e-3)
+    old = select(VocabLogits.of(before, rows), sampled, Selection(8, 1e-3))
     new = after[:7]
     kept = SparsePolicy(old.ids[:7], old.log_probs[:7], old.sampled[:7])
     finite = torch.tensor([0, 1, 3, 4, 5, 6])
@@ -122,11 +124,11 @@ def test_tokens_of_every_kind(rule: str) -> None:
     assert_chain(rule, new[finite], torch.arange(6), SparsePolicy(*(x[finite] for x in fields(kept))), **options)
 
     leaf = after.clone().requires_grad_()
-    terms = policy_terms(rule, leaf, rows, old, kl_bound=BOUND, k=8, dropped_mass=1e-3)  # type: ignore[arg-type]
+    terms = policy_terms(rule, VocabLogits.of(leaf, rows), old, Selection(8, 1e-3), kl_bound=BOUND)
     assert bool(terms.log_ratio[7].isnan()) and bool(terms.log_ratio[finite].isfinite().all())
     assert bool(terms.statistics[STATISTICS.index("kl_after")][:7].le(BOUND).all())
-    with kernels.chosen("torch"):
-        expected = policy_terms(rule, after, rows, old, kl_bound=BOUND, k=8, dropped_mass=1e-3)  # type: ignore[arg-type]
+    logits = VocabLogits.of(DenseLogits(after, form="torch"), rows)
+    expected = policy_terms(rule, logits, old, Selection(8, 1e-3), kl_bound=BOUND)
     assert torch.equal(terms.log_ratio.isfinite(), expected.log_ratio.isfinite())
 
 
@@ -143,8 +145,8 @@ def test_any_pair(data: st.DataObject) -> None:
     before, after = (torch.tensor([data.draw(row)]) for _ in range(2))
     k, dropped = data.draw(st.integers(1, 8)), data.draw(st.sampled_from([0.0, 1e-5, 0.1]))
     sampled = torch.tensor([data.draw(st.integers(0, vocab - 1))])
-    rule = data.draw(st.sampled_from(SUPPORT_RULES))
-    old = select(before, torch.tensor([0]), sampled, k=k, dropped_mass=dropped)
+    rule = data.draw(st.sampled_from(list(RULES)))
+    old = select(VocabLogits.of(before, torch.tensor([0])), sampled, Selection(k, dropped))
     assert_chain(rule, after, torch.tensor([0]), old, k=k, dropped_mass=dropped)
 
 
@@ -154,9 +156,9 @@ def test_kept_ids(dropped_mass: float) -> None:
     logits[1, 4:] = -INF
     logits[2] = 0
     sampled, rows = sampled_from(logits), torch.arange(6)
-    ours = select(logits, rows, sampled, k=8, dropped_mass=dropped_mass, entropy=True)
-    with kernels.chosen("torch"):
-        theirs = select(logits, rows, sampled, k=8, dropped_mass=dropped_mass, entropy=True)
+    ours = select(VocabLogits.of(logits, rows), sampled, Selection(8, dropped_mass), entropy=True)
+    in_torch = VocabLogits.of(DenseLogits(logits, form="torch"), rows)
+    theirs = select(in_torch, sampled, Selection(8, dropped_mass), entropy=True)
     assert torch.equal(ours.ids, theirs.ids) and torch.equal(ours.sampled, theirs.sampled)
     torch.testing.assert_close(ours.log_probs, theirs.log_probs, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours.entropy, theirs.entropy, rtol=1e-6, atol=1e-6)
@@ -170,9 +172,9 @@ def test_kept_ids(dropped_mass: float) -> None:
 def test_no_tokens() -> None:
     leaf = normal(3, 20, seed=7).requires_grad_()
     none = torch.zeros(0, dtype=torch.int64)
-    for rule in SUPPORT_RULES:
-        old = select(leaf, none, none, k=4, dropped_mass=1e-3)
-        terms = policy_terms(rule, leaf, none, old, kl_bound=BOUND, k=4, dropped_mass=1e-3, entropy=True)  # type: ignore[arg-type]
+    for rule in RULES:
+        old = select(VocabLogits.of(leaf, none), none, Selection(4, 1e-3))
+        terms = policy_terms(rule, VocabLogits.of(leaf, none), old, Selection(4, 1e-3), kl_bound=BOUND, entropy=True)
         (gradient,) = torch.autograd.grad(loss_of(terms), leaf)
         assert terms.statistics.shape == (len(STATISTICS), 0) and not bool(gradient.any())
 
@@ -181,14 +183,18 @@ def test_no_tokens() -> None:
 
 
 def chain_loss(rule: str, logits: Tensor, rows: Tensor, *, reuse: bool) -> Tensor:
-    old = select(normal(*logits.shape, seed=8), rows, torch.zeros_like(rows), k=6, dropped_mass=1e-3)
+    old = select(VocabLogits.of(normal(*logits.shape, seed=8), rows), torch.zeros_like(rows), Selection(6, 1e-3))
     source = DenseLogits(logits, reuse=reuse)
-    return loss_of(policy_terms(rule, source, rows, old, kl_bound=BOUND, k=6, dropped_mass=1e-3, entropy=True))  # type: ignore[arg-type]
+    return loss_of(
+        policy_terms(rule, VocabLogits.of(source, rows), old, Selection(6, 1e-3), kl_bound=BOUND, entropy=True)
+    )
 
 
 def comparison_loss(rule: str, logits: Tensor, rows: Tensor, *, reuse: bool) -> Tensor:
-    old = select(normal(*logits.shape, seed=8), rows, torch.zeros_like(rows), k=6, dropped_mass=1e-3)
-    result = compare(rule, logits, rows, old, k=6, dropped_mass=1e-3, entropy=True, reuse_logits=reuse)  # type: ignore[arg-type]
+    old = select(VocabLogits.of(normal(*logits.shape, seed=8), rows), torch.zeros_like(rows), Selection(6, 1e-3))
+    result = compare(
+        rule, VocabLogits.of(DenseLogits(logits, reuse=reuse), rows), old, Selection(6, 1e-3), entropy=True
+    )
     assert result.entropy is not None
     return result.sampled_log_probs.sum() + 0.3 * result.entropy.sum()
 

@@ -1,33 +1,39 @@
-"""GPU forms, in Triton, of what :mod:`verl_troll.core.logits` and :mod:`verl_troll.core.projection` compute in torch.
+"""The heavy operations, each in two forms: torch, which runs anywhere and is the reference, and Triton for GPUs.
 
-Importing this package needs no Triton; its modules do. Ask :func:`available` first.
-
-Shapes: N packed tokens, C columns, R rows of interest (indices into N), W, M and V ids per row, n outcomes.
+The forms stand side by side, ``logits_torch`` beside ``logits_triton`` and ``projection_torch`` beside
+``projection_triton``; ``tokens_triton`` holds, for Triton, what :mod:`~verl_troll.core.support` and
+:mod:`~verl_troll.core.loss` do in torch for each token. The functions below choose a form for each call. Importing this
+package does not import Triton.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
+from jaxtyping import Float, Int
 from packaging.version import Version
 from torch import Tensor
+
+from verl_troll.core.kernels import logits_torch, projection_torch
 
 # The first release with tl.topk (torch 2.8 brings it along), and the first that compiles it for AMD GPUs.
 MINIMUM_TRITON = Version("3.4")
 MINIMUM_TRITON_ROCM = Version("3.8")
 MAX_K = 1024
-# With more ids per policy the solver's kernel runs out of registers.
+"""Largest ``k`` of the Triton form of :func:`read_rows`."""
 MAX_K_OF_TERMS = 511
-CHOICES = ("auto", "torch")
-_choice = ["auto"]
+"""Largest number of ids per policy for the solver's kernel, which runs out of registers beyond it."""
+
+Form = Literal["auto", "torch"]
+"""``auto``: Triton where it is :func:`available`; ``torch``: never."""
+FORMS: tuple[str, ...] = get_args(Form)
 
 
 @functools.cache
-def _triton_serves() -> bool:
+def _triton_is_recent() -> bool:
     try:
         import triton
     except ImportError:
@@ -35,228 +41,146 @@ def _triton_serves() -> bool:
     return Version(triton.__version__) >= (MINIMUM_TRITON if torch.version.hip is None else MINIMUM_TRITON_ROCM)
 
 
-def choose(choice: str) -> None:
-    """Let :func:`available` decide (``auto``), or do without the kernels in this process (``torch``)."""
-    if choice not in CHOICES:
-        raise ValueError(f"kernels must be one of {CHOICES}, got {choice!r}")
-    _choice[0] = choice
+def available(device: torch.device, form: str = "auto") -> bool:
+    """Whether the Triton forms run on tensors of ``device``.
 
-
-@contextlib.contextmanager
-def chosen(choice: str) -> Iterator[None]:
-    """:func:`choose` inside, what was chosen before afterwards, also where something raises."""
-    before = _choice[0]
-    choose(choice)
-    try:
-        yield
-    finally:
-        _choice[0] = before
-
-
-def available(device: torch.device) -> bool:
-    """Whether the kernels run on tensors of ``device``.
-
-    True on a GPU with Triton 3.4 (CUDA) or 3.8 (ROCm) or later, and on the CPU where Triton's interpreter is on
+    True on a GPU with Triton 3.4 (CUDA) or 3.8 (ROCm) or later, and on the CPU under Triton's interpreter
     (``TRITON_INTERPRET=1`` before Triton is first imported). The interpreter is for tests: it is slow.
     """
-    if _choice[0] == "torch":
+    if form == "torch":
         return False
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    return device.type == ("cpu" if interpreted else "cuda") and _triton_serves()
+    return device.type == ("cpu" if interpreted else "cuda") and _triton_is_recent()
 
 
-def hindrance(device: torch.device, k: int) -> str | None:
-    """Why the kernels cannot take ``k`` ids on an accelerator, None where they can or where there is no accelerator."""
+def reads_with_triton(logits: Tensor, form: str = "auto") -> bool:
+    """Whether logits like these are read by the Triton form: they are computed with in float32."""
+    return available(logits.device, form) and logits_torch.working_dtype(logits) == torch.float32
+
+
+def why_torch(device: torch.device, k: int, form: str = "auto") -> str | None:
+    """Why a GPU needs the torch forms for ``k`` ids per policy; None if it does not, or if there is no GPU."""
     if device.type != "cuda":
         return None
-    if _choice[0] == "torch":
+    if form == "torch":
         return "kernels=torch was chosen"
-    if not _triton_serves():
-        least = MINIMUM_TRITON if torch.version.hip is None else MINIMUM_TRITON_ROCM
-        return f"Triton {least} or later is not installed (torch 2.8 brings 3.4 along)"
+    if not _triton_is_recent():
+        minimum = MINIMUM_TRITON if torch.version.hip is None else MINIMUM_TRITON_ROCM
+        return f"Triton {minimum} or later is not installed (torch 2.8 brings 3.4 along)"
     return None if k <= MAX_K_OF_TERMS else f"they hold at most {MAX_K_OF_TERMS} ids of a policy"
 
 
 def read_rows(
-    logits: Tensor, rows: Tensor, ids: Tensor, columns: int, *, k: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The softmax's normaliser over the first ``columns`` columns at ``rows``, logits at ``ids``, and the k largest.
+    logits: Float[Tensor, "tokens columns"],
+    rows: Int[Tensor, " rows"],
+    ids: Int[Tensor, "rows ids"],
+    columns: int,
+    *,
+    k: int = 0,
+    energy: bool = False,
+    form: str = "auto",
+) -> tuple[
+    Float[Tensor, " rows"],
+    Float[Tensor, " rows"],
+    Float[Tensor, " rows"] | None,
+    Float[Tensor, "rows ids"],
+    Float[Tensor, "rows k"],
+    Int[Tensor, "rows k"],
+]:
+    """Read the first ``columns`` columns of ``logits`` at ``rows`` once, without gradient.
 
-    One pass over the logits of these rows, without gradient; with ``k`` a few groups of columns are read again. The
-    normaliser has the same bits whatever else is read, and whichever rows are read beside.
+    The normaliser has the same bits whatever else is read, and whichever rows are read beside. In Triton, a few groups
+    of columns are read again for the ``k`` largest.
 
     Args:
-        logits: ``[N, C]`` float32, bfloat16 or float16, contiguous in the last dimension.
-        rows: ``[R]`` int64.
-        ids: ``[R, W]`` int64 below ``columns``; negative for none.
-        columns: at most C.
-        k: at most 1024; may exceed ``columns``.
+        logits: float32, float64 (torch only), bfloat16 or float16; in Triton contiguous in the last dimension.
+        rows: indices into the tokens.
+        ids: columns whose logits are wanted, below ``columns``; negative for none.
+        columns: at most the columns of ``logits``.
+        k: number of largest logits wanted; may exceed ``columns``.
+        energy: whether the entropy will be asked for.
 
     Returns:
-        peak, mass, energy: ``[R]`` float32, as in :class:`verl_troll.core.logits.Normaliser`. A NaN or ``+inf`` among
-            the logits makes mass NaN.
-        values: ``[R, W]`` float32; 0 where the id is negative.
-        top_values: ``[R, k]`` float32 by falling value, equal ones by rising column; beyond the columns, ``-inf``.
-        top_ids: ``[R, k]`` int64, their columns; beyond the columns there are, -1.
+        max_logit, sumexp, energy: as in :class:`verl_troll.core.logits.Normaliser`, in the working dtype (float32 for
+            half precisions); energy is None where it was not wanted. In Triton, a NaN or ``+inf`` among the logits
+            makes sumexp NaN.
+        values: logits at ``ids``; 0 where the id is negative.
+        top_values: the largest logits by falling value, equal ones by rising column; ``-inf`` beyond ``columns``.
+        top_ids: int64, their columns; -1 beyond ``columns``.
 
     Raises:
-        ValueError: an argument is out of range; the message names it.
+        ValueError: in Triton, an argument is out of range; the message names it.
     """
-    from verl_troll.core.kernels import logits as form
+    with torch.no_grad():
+        if not reads_with_triton(logits, form) or k > MAX_K:
+            return logits_torch.read_rows(logits, rows, ids, columns, k, energy)
+        from verl_troll.core.kernels import logits_triton
 
-    return form.read_rows(logits, rows, ids, columns, k)
+        max_logit, sumexp, total_energy, *read = logits_triton.read_rows(logits, rows, ids, columns, k)
+        values, top_values, top_ids = read
+        return max_logit, sumexp, total_energy if energy else None, values, top_values, top_ids
 
 
 def write_gradient(
-    out: Tensor,
-    logits: Tensor,
-    rows: Tensor,
+    out: Float[Tensor, "tokens columns"],
+    logits: Float[Tensor, "tokens columns"],
+    rows: Int[Tensor, " rows"],
     columns: int,
-    peak: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    ids: Tensor,
-    corrections: Tensor,
+    max_logit: Float[Tensor, " rows"],
+    level: Float[Tensor, " rows"],
+    slope: Float[Tensor, " rows"] | None,
+    ids: Int[Tensor, "rows ids"],
+    corrections: Float[Tensor, "rows ids"],
+    *,
+    form: str = "auto",
 ) -> None:
-    """Write ``exp(x - peak) (a + b (x - peak)) + correction`` for the logits x at ``rows``, and 0 everywhere else.
+    """Write the gradient of everything that was read to ``out``, once.
 
-    One read of the logits at ``rows``, one write of ``out``, whose version counter rises. Sums are rounded to the
-    dtype of ``out`` once. A logit of ``-inf`` counts as no mass.
+    At the first ``columns`` columns j of row ``rows[r]``, with ``x`` the logits::
+
+        out[j] = exp(x[j] - max_logit[r]) (level[r] + slope[r] (x[j] - max_logit[r]))
+                 + corrections[r, w where ids[r, w] == j]
+
+    and 0 everywhere else. A sum is rounded to the dtype of ``out`` once. A logit of ``-inf`` counts as no mass.
 
     Args:
-        out: ``[N, C]``, of the dtype of ``logits``; may be ``logits`` itself, but must not overlap it otherwise.
-        logits: ``[N, C]`` float32, bfloat16 or float16, contiguous in the last dimension.
-        rows: ``[R]`` int64 without repetition.
-        columns: columns from here on are 0.
-        peak, a: ``[R]`` float32.
-        b: ``[R]`` float32, or None for 0.
-        ids: ``[R, W]`` int64 below ``columns``, each once per row; negative for none.
-        corrections: ``[R, W]`` float32.
+        out: of the dtype of ``logits``; may be ``logits`` itself, but must not overlap it otherwise.
+        rows: without repetition.
+        slope: None for 0.
+        ids: columns, each once per row; negative for none.
 
     Raises:
-        ValueError: an argument is out of range; the message names it.
+        ValueError: in Triton, an argument is out of range; the message names it.
     """
-    from verl_troll.core.kernels import logits as form
+    if reads_with_triton(logits, form):
+        from verl_troll.core.kernels import logits_triton
 
-    form.write_gradient(out, logits, rows, columns, peak, a, b, ids, corrections)
-
-
-def keep(
-    ids: Tensor,
-    values: Tensor,
-    sampled_ids: Tensor,
-    sampled_values: Tensor,
-    peak: Tensor,
-    mass: Tensor,
-    mass_to_keep: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields of :class:`verl_troll.core.support.SparsePolicy` from the k largest logits of each row.
-
-    Args:
-        ids, values: ``[R, k]`` int64 and float32, by falling value; ``-inf`` where there are fewer.
-        sampled_ids, sampled_values: ``[R]`` int64 and ``[R, 1]`` float32.
-        peak, mass: ``[R]`` float32, over the whole vocabulary.
-        mass_to_keep: ids are kept while those before them have less mass.
-
-    Returns:
-        ids ``[R, k + 1]`` int64, log_probs ``[R, k + 1]`` float32, sampled ``[R]`` int64.
-    """
-    from verl_troll.core.kernels import tokens as form
-
-    return form.keep(ids, values, sampled_ids, sampled_values, peak, mass, mass_to_keep)
-
-
-def terms(
-    old_ids: Tensor,
-    old_log_probs: Tensor,
-    sampled: Tensor,
-    new_ids: Tensor | None,
-    new_values: Tensor,
-    peak: Tensor,
-    mass: Tensor,
-    *,
-    kl_bound: float,
-    tolerance: float,
-    implicit: bool,
-    vocab_size: int,
-    k: int,
-    mass_to_keep: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The terms of :func:`verl_troll.core.loss.policy_terms` and their gradients to log-probabilities, in one kernel.
-
-    Args:
-        old_ids, old_log_probs: ``[R, W]`` int64 and float32.
-        sampled: ``[R]`` int64.
-        new_ids: ``[R, M]`` int64, ids kept of the new policy (``union``); None for ``anchored``.
-        new_values: ``[R, M]`` log-probabilities of these, or ``[R, W]`` logits at ``old_ids``.
-        peak, mass: ``[R]`` of the new policy, over the whole vocabulary.
-        kl_bound, tolerance, implicit: as in :func:`project`.
-        vocab_size, k, mass_to_keep: as the support was selected.
-
-    Returns:
-        values: ``[3, R]`` log-ratio, regression KL, log-probability of the sampled id.
-        statistics: ``[12, R]``, see :data:`verl_troll.core.loss.STATISTICS`.
-        ids: ``[R, V]`` int64 ids whose log-probability the terms depend on, V being W or W + M; negative for none.
-        ratio_gradient, regression_gradient: ``[R, V]``, gradients of the first two values to these log-probabilities.
-    """
-    from verl_troll.core.kernels import tokens as form
-
-    return form.terms(
-        old_ids,
-        old_log_probs,
-        sampled,
-        new_ids,
-        new_values,
-        peak,
-        mass,
-        kl_bound=kl_bound,
-        tolerance=tolerance,
-        implicit=implicit,
-        vocab_size=vocab_size,
-        k=k,
-        mass_to_keep=mass_to_keep,
-    )
-
-
-def combine(
-    grads: tuple[Tensor, Tensor, Tensor],
-    grad_entropy: Tensor | None,
-    ratio_gradient: Tensor,
-    regression_gradient: Tensor,
-    sampled: Tensor,
-    mass: Tensor,
-    energy: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What :func:`write_gradient` takes, from the gradients of the loss to the values of :func:`terms`.
-
-    Args:
-        grads: three times ``[R]``, in the order of the values.
-        grad_entropy: ``[R]``, or None.
-        ratio_gradient, regression_gradient: as :func:`terms` gave them.
-        sampled: ``[R]`` int64.
-        mass, energy: ``[R]`` of the new policy.
-
-    Returns:
-        corrections ``[R, V]``, level ``[R]`` and slope ``[R]``, None without the entropy.
-    """
-    from verl_troll.core.kernels import tokens as form
-
-    return form.combine(grads, grad_entropy, ratio_gradient, regression_gradient, sampled, mass, energy)
+        logits_triton.write_gradient(out, logits, rows, columns, max_logit, level, slope, ids, corrections)
+    else:
+        logits_torch.write_gradient(out, logits, rows, columns, max_logit, level, slope, ids, corrections)
 
 
 def project(
-    new: Tensor, old: Tensor, kl_bound: float, tolerance: float, implicit: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of :class:`verl_troll.core.projection.Projection` from ``new, old [R, n]``, differentiable in ``new``.
+    new: Float[Tensor, "rows outcomes"],
+    old: Float[Tensor, "rows outcomes"],
+    kl_bound: float,
+    tolerance: float,
+    implicit: bool,
+    *,
+    form: str = "auto",
+) -> projection_torch.Fields:
+    """The fields of :class:`verl_troll.core.projection.Projection`, differentiable in ``new``.
 
-    As :func:`verl_troll.core.projection.project` computes them, without a host synchronisation.
+    The Triton form does not synchronise with the host.
 
     Args:
-        new, old: ``[R, n]`` float32 or float64.
+        new, old: float32 or float64 log-probabilities.
         kl_bound: eps > 0, in nats.
         tolerance: relative slack below the bound.
         implicit: whether to differentiate through the step size.
     """
-    from verl_troll.core.kernels import projection as form
+    if available(new.device, form):
+        from verl_troll.core.kernels import projection_triton
 
-    return form.ProjectKernel.apply(new, old, kl_bound, tolerance, implicit)  # type: ignore[no-untyped-call, no-any-return]
+        return projection_triton.Project.apply(new, old, kl_bound, tolerance, implicit)  # type: ignore[no-untyped-call, no-any-return]
+    return projection_torch.Project.apply(new, old, kl_bound, tolerance, implicit)  # type: ignore[no-untyped-call, no-any-return]

@@ -18,8 +18,9 @@ from verl.workers.engine import BaseEngine
 
 from verl_troll.core import kernels
 from verl_troll.core.lm_head import LinearHead
+from verl_troll.core.logits import DenseLogits
 from verl_troll.core.support import select
-from verl_troll.core.vocab import VocabShard
+from verl_troll.core.vocab import VocabLogits, VocabShard
 from verl_troll.patches import registry, verl_fused_head
 from verl_troll.plugin.layout import TokenLayout
 from verl_troll.plugin.passes import LossFunction, OldPolicyPass, UpdatePass, update_terms
@@ -46,7 +47,7 @@ def check_kernels(settings: TrollConfig, device: torch.device) -> None:
     Raises:
         TrollConfigError: ``kernels=auto`` and a ``k`` beyond what the kernels hold.
     """
-    reason = kernels.hindrance(device, settings.k)
+    reason = kernels.why_torch(device, settings.k, settings.form)
     if reason is None:
         return
     if settings.kernels == "auto" and settings.k > kernels.MAX_K_OF_TERMS:
@@ -67,11 +68,12 @@ def compile_kernels(settings: TrollConfig, columns: int, dtype: torch.dtype, dev
     """Run an old pass and an update of two tokens, so that nothing is compiled in the first step."""
     logits = torch.zeros(2, columns, dtype=dtype, device=device)
     rows = torch.arange(2, device=device)
-    old = select(logits, rows, rows, k=settings.k, dropped_mass=settings.dropped_mass, entropy=True)
+    old = select(VocabLogits.of(DenseLogits(logits, form=settings.form)), rows, settings.selection, entropy=True)
     for entropy in (False, True):
         leaf = torch.zeros_like(logits).requires_grad_()
         with torch.enable_grad():
-            terms = update_terms(settings, leaf, rows, old, shard=None, entropy=entropy)
+            new = VocabLogits.of(DenseLogits(leaf, form=settings.form))
+            terms = update_terms(settings, new, old, entropy=entropy)
             loss = (terms.log_ratio + terms.regression_kl).sum()
             torch.autograd.grad(loss if terms.entropy is None else loss + terms.entropy.sum(), leaf)
 
@@ -116,10 +118,9 @@ class TrollEngineMixin(BaseEngine):
         if settings is None or self.engine_config.forward_only:
             return
         device = torch.device(get_device_name())
-        kernels.choose(settings.kernels)
         check_kernels(settings, device)
         weight = getattr(self.head_module, "weight", None)
-        if kernels.available(device) and weight is not None:
+        if kernels.available(device, settings.form) and weight is not None:
             dtype = getattr(self, "_autocast_dtype", weight.dtype)
             compile_kernels(settings, weight.shape[0], dtype, device)
 
@@ -156,7 +157,6 @@ class TrollEngineMixin(BaseEngine):
             elif loss_function is None:
                 loss_function = OldPolicyPass(settings, self, entropy=entropy)
             if isinstance(loss_function, OldPolicyPass | UpdatePass):
-                kernels.choose(settings.kernels)
                 with self._shown_to(loss_function, data):
                     return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
         return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
@@ -182,7 +182,7 @@ class TrollEngineMixin(BaseEngine):
         hidden, data_format = self.head_inputs(hidden)
 
         def read(hidden: Tensor, weight: Tensor) -> Tensor:
-            head = LinearHead(hidden.flatten(0, 1).to(weight.dtype), weight, temperature)
+            head = LinearHead(hidden.flatten(0, 1).to(weight.dtype), weight, temperature, reader.settings.form)
             return reader.read_head(head, (hidden.shape[0], hidden.shape[1]), self._micro_batch, data_format)
 
         return self.within_head(read, hidden, weight)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from verl_troll.core.support import keep_most_probable
+from verl_troll.core.wire import encode
 
 FIELD = "troll_support"
 """Name in ``TokenOutput.extra_fields``."""
@@ -127,5 +128,5 @@ class TokenSupport:
         kept = int(self.counts[:number].sum())
         return {
             carry.COUNTS: torch.from_numpy(counts),
-            carry.SUPPORT: carry.encode(torch.tensor(self.ids[:kept]), torch.tensor(self.log_probs[:kept])),
+            carry.SUPPORT: encode(torch.tensor(self.ids[:kept]), torch.tensor(self.log_probs[:kept])),
         }

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from verl_troll.core.support import SUPPORT_RULES
+from verl_troll.core.support import RULES
 from verl_troll.tools.plan import report
 from verl_troll.tools.plan.setting import (
     BACKENDS,
@@ -87,7 +87,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="mean ids kept of a token (default 10: the paper, arXiv 2510.03817, reports 5 to 10 on average at the "
         "default settings); a run logs it as troll/support_size",
     )
-    troll.add_argument("--support", choices=SUPPORT_RULES, default="union", help="default union")
+    troll.add_argument("--support", choices=tuple(RULES), default="union", help="default union")
     troll.add_argument("--fused", action="store_true", help="use_fused_kernels=True, also for vanilla")
     troll.add_argument("--entropy", action="store_true", help="the update needs the entropy")
     troll.add_argument("--no-reuse-logits", action="store_true", help="reuse_logits=False")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from verl_troll.core import lm_head
-from verl_troll.core.logits import block_elements
+from verl_troll.core.kernels.logits_torch import block_elements
 from verl_troll.tools.plan.setting import Setting
 
 _MEMORY = "test_memory_of_the_update"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from verl_troll.core.kernels import MAX_K_OF_TERMS
-from verl_troll.core.support import SUPPORT_RULES
+from verl_troll.core.support import RULES
 
 Backend = Literal["fsdp", "megatron"]
 Form = Literal["triton", "torch"]
@@ -129,7 +129,7 @@ class Setting:
         _require(kernels_hold, "k", self.k, f"at most {MAX_K_OF_TERMS}, or --kernels torch must be given")
         most = min(self.k + 1, model.vocab)
         _require(1 <= self.kept_ids <= most, "kept_ids", self.kept_ids, f"between 1 and {most} (k and the sampled id)")
-        for name, allowed in (("backend", BACKENDS), ("support", SUPPORT_RULES), ("form", FORMS)):
+        for name, allowed in (("backend", BACKENDS), ("support", tuple(RULES)), ("form", FORMS)):
             _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {', '.join(allowed)}")
         _require(self.dtype_bytes in DTYPE_BYTES.values(), "dtype_bytes", self.dtype_bytes, "2 or 4")
         if self.backend == "fsdp":

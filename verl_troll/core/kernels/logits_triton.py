@@ -1,16 +1,16 @@
 # mypy: disable-error-code="no-untyped-def"
 """Reading and writing ``[tokens, columns]`` logits once. See :mod:`verl_troll.core.kernels` for the contracts.
 
-**Reading.** One program per row streams its columns in tiles of ``lanes x wide``. A lane keeps its own peak, mass and
-energy, and rescales them once per tile, so that nothing crosses lanes before the row ends. Where the largest entries
-are wanted, the largest of every group of neighbouring columns is kept as well.
+**Reading.** One program per row streams its columns in tiles of ``lanes x wide``. A lane keeps its own maximum, sum and
+energy, and rescales them once per tile, so that lanes exchange nothing before the row ends. If the largest logits are
+wanted, the maximum of every group of consecutive columns is kept as well.
 
-**Searching.** The k largest entries, by value and then by lower column, lie in the k groups whose own largest entries
-are largest. A second kernel finds these groups by bisection on the values' bits, then in the same way the k largest
-entries of these groups: 1 to 3 % of the row is read again.
+**Searching.** The k largest logits, by value and then by lower column, lie in the k groups with the largest maxima. A
+second kernel finds these groups by bisection on the bits of the values, then in the same way the k largest logits in
+them: 1 to 3 % of the row is read again.
 
-**Writing.** One program per row. The corrected entries are read before the dense pass may write over them, and stored
-after it; barriers inside the program order the three.
+**Writing.** One program per row. Logits that get a correction are read before the dense pass can overwrite them,
+and stored after it; barriers inside the program order the three.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch import Tensor
 
 from verl_troll.core.kernels import MAX_K
 
-# Bytes of a tile, and the columns of it that one lane holds: 16 bytes of half precision, what a thread loads at once.
+# Bytes per tile, and columns per lane: 16 bytes of half precision, what a thread loads at once.
 READ_TILE_BYTES = 8192
 READ_WIDE = 8
-# Sums must have the same bits whatever else is read along: without fusion their arithmetic does not depend on it.
+# Sums must have the same bits whatever else is read. With fusion, the compiler's choices would depend on it.
 READ_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 READ_STAGES = 3
-# Columns per group: fewer where more entries are wanted, so that groups and candidates are about as many.
+# Columns per group for k up to a limit: fewer for a larger k, so that there are about as many groups as candidates.
 GROUP_COLUMNS = ((64, 64), (256, 32), (MAX_K, 16))
 # Groups or candidates per warp of a searching program.
 SEARCHED_PER_WARP = 1024
@@ -44,31 +44,32 @@ WRITE_COLUMNS = 8192
 WRITE_OPTIONS = {"num_warps": 16, "enable_fp_fusion": True}
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
-# The least float32: the peak of a lane that has seen nothing yet. Of -inf by -inf no difference could be taken.
+# Lowest float32, the maximum of a lane that has seen nothing yet: -inf minus -inf would be NaN.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
-# Below this shift a weight is 0 in float32; the product of both stays 0.
+# Below this shift a weight is 0 in float32, and so is its product with the shift.
 _LEAST_SHIFT = tl.constexpr(-1e4)
-# Keys of what is no entry: below all others.
+# Keys of unused lanes: below all others.
 _NO_KEY = tl.constexpr(-(2**31))
 _NO_ENTRY = tl.constexpr(-(2**63))
-# Bits of a float32's key that are alike for all numbers of the dtype.
+# Low bits of a float32 key that are the same for all numbers of the dtype.
 _IDLE_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
 def read_rows(
     logits: Tensor, rows: Tensor, ids: Tensor, columns: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`verl_troll.core.kernels.read_rows`."""
     _check_logits(logits, columns)
     if not 0 <= k <= MAX_K:
         raise ValueError(f"k must lie between 0 and {MAX_K}, got {k!r}")
     count, width = ids.shape
     device = logits.device
-    peak, mass, energy = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(3))
+    max_logit, sumexp, energy = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(3))
     values = torch.empty(count, width, dtype=torch.float32, device=device)
     top_values = torch.empty(count, k, dtype=torch.float32, device=device)
     top_ids = torch.empty(count, k, dtype=torch.int64, device=device)
     if count == 0:
-        return peak, mass, energy, values, top_values, top_ids
+        return max_logit, sumexp, energy, values, top_values, top_ids
     group = group_columns(k)
     groups = triton.cdiv(max(columns, 1), group)
     maxima = torch.empty(count, groups if k > 0 else 0, dtype=logits.dtype, device=device)
@@ -82,8 +83,8 @@ def read_rows(
             columns,
             ids,
             width,
-            peak,
-            mass,
+            max_logit,
+            sumexp,
             energy,
             values,
             maxima,
@@ -115,11 +116,11 @@ def read_rows(
                 num_warps=min(16, max(1, searched // SEARCHED_PER_WARP)),
                 **SEARCH_OPTIONS,
             )
-    return peak, mass, energy, values, top_values, top_ids
+    return max_logit, sumexp, energy, values, top_values, top_ids
 
 
 def group_columns(k: int) -> int:
-    """Columns per group where the ``k`` largest entries are wanted."""
+    """Columns per group if the ``k`` largest logits are wanted."""
     return next(columns for most, columns in GROUP_COLUMNS if k <= most)
 
 
@@ -128,12 +129,13 @@ def write_gradient(
     logits: Tensor,
     rows: Tensor,
     columns: int,
-    peak: Tensor,
+    max_logit: Tensor,
     a: Tensor,
     b: Tensor | None,
     ids: Tensor,
     corrections: Tensor,
 ) -> None:
+    """See :func:`verl_troll.core.kernels.write_gradient`."""
     _check_logits(logits, columns)
     if out.shape != logits.shape or out.dtype != logits.dtype or (out.shape[-1] > 1 and out.stride(-1) != 1):
         raise ValueError(
@@ -143,20 +145,20 @@ def write_gradient(
     if out.numel() == 0:
         return
     count, width = ids.shape
-    # Which of ``rows`` each token is.
-    place = torch.full((logits.shape[0],), -1, dtype=torch.int32, device=logits.device)
-    place[rows] = torch.arange(count, dtype=torch.int32, device=logits.device)
-    peak, a, ids, corrections = (x.contiguous() for x in (peak, a, ids, corrections))
+    # Index into ``rows`` of each token, -1 for the others.
+    index_of_token = torch.full((logits.shape[0],), -1, dtype=torch.int32, device=logits.device)
+    index_of_token[rows] = torch.arange(count, dtype=torch.int32, device=logits.device)
+    max_logit, a, ids, corrections = (x.contiguous() for x in (max_logit, a, ids, corrections))
     with on_device(logits):
         _write[(logits.shape[0],)](
             out,
             out.stride(0),
             logits,
             logits.stride(0),
-            place,
+            index_of_token,
             logits.shape[1],
             columns,
-            peak,
+            max_logit,
             a,
             a if b is None else b.contiguous(),
             ids,
@@ -167,7 +169,7 @@ def write_gradient(
             BLOCK=WRITE_COLUMNS,
             **WRITE_OPTIONS,
         )
-    # autograd does not see what a kernel writes: whoever kept the logits for a backward pass must hear of it.
+    # autograd does not see what a kernel writes; if another backward pass needs the logits, it has to raise.
     torch.autograd.graph.increment_version(out)
 
 
@@ -182,23 +184,23 @@ def _check_logits(logits: Tensor, columns: int) -> None:
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, wherever the tensors are."""
+    """Makes the tensor's device current, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
 @triton.jit
-def _absorb(x, peak, mass, energy):
+def _absorb(x, max_logit, sumexp, energy):
     """Each lane's state after one more tile ``x [lanes, wide]``, and the lane's largest entry of it."""
     best = tl.max(x, 1)
-    new = tl.maximum(peak, best)
-    moved = peak - new
+    new = tl.maximum(max_logit, best)
+    moved = max_logit - new
     scale = tl.exp2(moved * _LOG2_E)
     shift = x - new[:, None]
     weight = tl.exp2(shift * _LOG2_E)
-    energy = scale * (energy + tl.maximum(moved, _LEAST_SHIFT) * mass)
+    energy = scale * (energy + tl.maximum(moved, _LEAST_SHIFT) * sumexp)
     energy += tl.sum(weight * tl.maximum(shift, _LEAST_SHIFT), 1)
-    mass = mass * scale + tl.sum(weight, 1)
-    return best, new, mass, energy
+    sumexp = sumexp * scale + tl.sum(weight, 1)
+    return best, new, sumexp, energy
 
 
 @triton.jit
@@ -209,8 +211,8 @@ def _read(
     columns,
     ids,
     width,
-    peak_out,
-    mass_out,
+    max_logit_out,
+    sumexp_out,
     energy_out,
     values_out,
     maxima_out,
@@ -226,8 +228,8 @@ def _read(
     row = logits + tl.load(rows + index) * stride
     lane = tl.arange(0, LANES)
     column = lane[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
-    peak = tl.full((LANES,), _LOWEST, tl.float32)
-    mass = tl.zeros((LANES,), tl.float32)
+    max_logit = tl.full((LANES,), _LOWEST, tl.float32)
+    sumexp = tl.zeros((LANES,), tl.float32)
     energy = tl.zeros((LANES,), tl.float32)
     LANES_PER_GROUP: tl.constexpr = GROUP // WIDE  # noqa: N806
     GROUPS_PER_TILE: tl.constexpr = LANES // LANES_PER_GROUP  # noqa: N806
@@ -236,45 +238,45 @@ def _read(
     full_tiles = columns // (LANES * WIDE)
     for tile in tl.range(full_tiles, num_stages=STAGES):
         x = tl.load(row + tile * (LANES * WIDE) + column).to(tl.float32)
-        best, peak, mass, energy = _absorb(x, peak, mass, energy)
+        best, max_logit, sumexp, energy = _absorb(x, max_logit, sumexp, energy)
         if TOP:
             largest = tl.max(tl.reshape(best, (GROUPS_PER_TILE, LANES_PER_GROUP)), 1)
             tl.store(maxima + tile * GROUPS_PER_TILE + group, largest.to(maxima_out.dtype.element_ty))
     rest = full_tiles * (LANES * WIDE) + column
     x = tl.load(row + rest, mask=rest < columns, other=-math.inf).to(tl.float32)
-    best, peak, mass, energy = _absorb(x, peak, mass, energy)
+    best, max_logit, sumexp, energy = _absorb(x, max_logit, sumexp, energy)
     if TOP:
         largest = tl.max(tl.reshape(best, (GROUPS_PER_TILE, LANES_PER_GROUP)), 1)
         group += full_tiles * GROUPS_PER_TILE
         tl.store(maxima + group, largest.to(maxima_out.dtype.element_ty), mask=group < groups)
 
-    highest = tl.max(peak, 0)
-    moved = peak - highest
+    highest = tl.max(max_logit, 0)
+    moved = max_logit - highest
     scale = tl.exp2(moved * _LOG2_E)
-    total = tl.sum(mass * scale, 0)
-    # A lane that saw no number has the least one as its peak, and no mass.
-    tl.store(peak_out + index, tl.where((highest == _LOWEST) & (total == 0), -math.inf, highest))
-    tl.store(mass_out + index, total)
-    tl.store(energy_out + index, tl.sum(scale * (energy + tl.maximum(moved, _LEAST_SHIFT) * mass), 0))
+    total = tl.sum(sumexp * scale, 0)
+    # Lanes that saw no finite logit still have the initial maximum, and a sum of 0.
+    tl.store(max_logit_out + index, tl.where((highest == _LOWEST) & (total == 0), -math.inf, highest))
+    tl.store(sumexp_out + index, total)
+    tl.store(energy_out + index, tl.sum(scale * (energy + tl.maximum(moved, _LEAST_SHIFT) * sumexp), 0))
 
-    place = tl.arange(0, IDS)
-    wanted = tl.load(ids + index * width + place, mask=place < width, other=-1)
+    item = tl.arange(0, IDS)
+    wanted = tl.load(ids + index * width + item, mask=item < width, other=-1)
     value = tl.load(row + wanted, mask=(wanted >= 0) & (wanted < columns), other=0.0).to(tl.float32)
-    tl.store(values_out + index * width + place, value, mask=place < width)
+    tl.store(values_out + index * width + item, value, mask=item < width)
 
 
 @triton.jit
 def _keys(x):
-    """int32 that order float32 ``x``; -0.0 counts as 0.0, and what is not a number comes first."""
+    """int32 keys with the order of float32 ``x``; -0.0 equals 0.0, and NaN sorts first."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _threshold(keys, wanted, low, high):
-    """The largest key that at least ``wanted`` of ``keys`` reach, or one that exactly so many reach.
+    """The largest key that at least ``wanted`` of ``keys`` reach, or any that exactly ``wanted`` reach.
 
-    ``low`` is one that so many reach, ``high`` one that none exceeds; both int64.
+    At least ``wanted`` keys reach ``low``, and none exceeds ``high``; both int64.
     """
     while low < high:
         middle = (low + high + 1) >> 1
@@ -286,15 +288,15 @@ def _threshold(keys, wanted, low, high):
 
 @triton.jit
 def _counts(keys, threshold):
-    """Of each key, whether it exceeds the threshold, and in the upper half whether it equals it."""
+    """1 for each key above the threshold, 1 << 16 for each key equal to it."""
     return (keys > threshold).to(tl.int32) + ((keys == threshold).to(tl.int32) << 16)
 
 
 @triton.jit
 def _choose(keys, threshold, wanted, seen):
-    """Which keys are the ``wanted`` largest, the first of equal ones, and how many of them stand before each.
+    """Which keys are the ``wanted`` largest (the first of equal ones), and how many chosen ones precede each.
 
-    ``seen`` are the :func:`_counts` summed up to each key.
+    ``seen`` is the cumulative sum of :func:`_counts`.
     """
     missing = wanted - tl.sum((keys > threshold).to(tl.int32))
     equal_seen = seen >> 16
@@ -321,7 +323,7 @@ def _search(
     index = tl.program_id(0).to(tl.int64)
     row = logits + tl.load(rows + index) * stride
     ids = ids_out + index * k
-    # Before the result is there, the same memory holds the chosen groups, then the chosen columns.
+    # Until the result is written, its memory holds the chosen groups, then the chosen columns.
     chosen_out = ids.to(tl.pointer_type(tl.int32), bitcast=True)
 
     group = tl.arange(0, GROUPS)
@@ -335,14 +337,14 @@ def _search(
     tl.store(chosen_out + before, group, mask=chosen)
     tl.debug_barrier()
 
-    place = tl.arange(0, K)
-    own_group = tl.load(chosen_out + place, mask=place < wanted, other=0)
+    item = tl.arange(0, K)
+    own_group = tl.load(chosen_out + item, mask=item < wanted, other=0)
     column = own_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    real = (place < wanted)[:, None] & (column < columns)
+    real = (item < wanted)[:, None] & (column < columns)
     x = tl.load(row + column, mask=real, other=-math.inf).to(tl.float32)
     keys = tl.where(real, _keys(x) >> IDLE_BITS, _NO_KEY)
-    # Each of k groups has an entry that reaches their threshold, and few others do: these are sorted. Where more do
-    # than there is room for, the threshold rises to that of the entries.
+    # Each of the k groups has a logit that reaches their threshold, and few other logits do: all of these are sorted.
+    # If there is not enough room for them, the threshold is raised to that of the k-th logit.
     found = tl.minimum(k, columns)
     lowest = tl.min(tl.where(real, keys, 0x7FFFFFFF)).to(tl.int64)
     low = tl.where(wanted == k, threshold.to(tl.int64), lowest)
@@ -358,22 +360,22 @@ def _search(
     tl.store(chosen_out + before, column, mask=chosen)
     tl.debug_barrier()
 
-    place = tl.arange(0, 2 * K)
-    column = tl.load(chosen_out + place, mask=place < taken, other=0)
-    x = tl.load(row + column, mask=place < taken, other=-math.inf).to(tl.float32)
+    item = tl.arange(0, 2 * K)
+    column = tl.load(chosen_out + item, mask=item < taken, other=0)
+    x = tl.load(row + column, mask=item < taken, other=-math.inf).to(tl.float32)
     # An entry is its key, then its inverted column.
     entry = (_keys(x).to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
-    best = tl.sort(tl.where(place < taken, entry, _NO_ENTRY), descending=True)
+    best = tl.sort(tl.where(item < taken, entry, _NO_ENTRY), descending=True)
     bits = (best >> 32).to(tl.int32)
     value = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
     tl.debug_barrier()
-    tl.store(values_out + index * k + place, tl.where(place < found, value, -math.inf), mask=place < k)
-    tl.store(ids + place, tl.where(place < found, 0x7FFFFFFF - (best & 0x7FFFFFFF), -1), mask=place < k)
+    tl.store(values_out + index * k + item, tl.where(item < found, value, -math.inf), mask=item < k)
+    tl.store(ids + item, tl.where(item < found, 0x7FFFFFFF - (best & 0x7FFFFFFF), -1), mask=item < k)
 
 
 @triton.jit
-def _gradient(x, peak, a, b, SLOPE: tl.constexpr):  # noqa: N803
-    shift = tl.maximum(x - peak, _LEAST_SHIFT)
+def _gradient(x, max_logit, a, b, SLOPE: tl.constexpr):  # noqa: N803
+    shift = tl.maximum(x - max_logit, _LEAST_SHIFT)
     weight = tl.exp2(shift * _LOG2_E)
     if SLOPE:
         return weight * (a + b * shift)
@@ -386,10 +388,10 @@ def _write(
     out_stride,
     logits,
     stride,
-    place,
+    index_of_token,
     all_columns,
     columns,
-    peak_in,
+    max_logit_in,
     a_in,
     b_in,
     ids,
@@ -400,7 +402,7 @@ def _write(
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     token = tl.program_id(0).to(tl.int64)
-    index = tl.load(place + token).to(tl.int64)
+    index = tl.load(index_of_token + token).to(tl.int64)
     row = logits + token * stride
     target = out + token * out_stride
     dtype: tl.constexpr = out.dtype.element_ty
@@ -409,8 +411,8 @@ def _write(
         for start in range(0, all_columns, BLOCK):
             tl.store(target + start + lane, tl.zeros((BLOCK,), dtype), mask=start + lane < all_columns)
     else:
-        peak = tl.load(peak_in + index)
-        peak = tl.where(peak == -math.inf, 0.0, peak)
+        max_logit = tl.load(max_logit_in + index)
+        max_logit = tl.where(max_logit == -math.inf, 0.0, max_logit)
         a = tl.load(a_in + index)
         b = tl.load(b_in + index)
         entry = tl.arange(0, IDS)
@@ -418,12 +420,12 @@ def _write(
         mine = (corrected >= 0) & (corrected < columns)
         there = tl.load(row + corrected, mask=mine, other=-math.inf).to(tl.float32)
         correction = tl.load(corrections + index * width + entry, mask=mine, other=0.0)
-        total = _gradient(there, peak, a, b, SLOPE) + correction
+        total = _gradient(there, max_logit, a, b, SLOPE) + correction
         tl.debug_barrier()
         for start in range(0, columns, BLOCK):
             here = start + lane < columns
             x = tl.load(row + start + lane, mask=here, other=-math.inf).to(tl.float32)
-            tl.store(target + start + lane, _gradient(x, peak, a, b, SLOPE).to(dtype), mask=here)
+            tl.store(target + start + lane, _gradient(x, max_logit, a, b, SLOPE).to(dtype), mask=here)
         for start in range(columns, all_columns, BLOCK):
             tl.store(target + start + lane, tl.zeros((BLOCK,), dtype), mask=start + lane < all_columns)
         tl.debug_barrier()

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The projection onto the KL trust region, forward and backward in one kernel each, one program per row.
+"""Solver and gradient of the projection in Triton: one kernel forward, one backward, one program per row.
 
-The algorithm is that of :mod:`verl_troll.core.projection`, in float64. Each row ends its search when it has converged,
-so that rows inside the region cost one evaluation, and the host waits for nothing. The backward pass computes log pi
-again from the inputs and six numbers per row.
+The algorithm is that of :mod:`~verl_troll.core.kernels.projection_torch`, in float64. Each row stops when it has
+converged, so that rows inside the region cost one evaluation, and the host waits for nothing. The backward pass
+recomputes log pi from the inputs and six numbers per row.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from verl_troll.core import projection as reference
-from verl_troll.core.kernels.logits import on_device
-
-Fields = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+from verl_troll.core.kernels import constants
+from verl_troll.core.kernels.logits_triton import on_device
+from verl_troll.core.kernels.projection_torch import Fields
 
 # Outcomes per warp: one warp (up to 128 outcomes) needs no barrier for its sums; with more than four float64 numbers of
 # each kind per thread, registers run out.
@@ -31,6 +30,10 @@ OUTCOMES_PER_WARP = 128
 _MOVED = tl.constexpr(1)
 _ON_BOUND = tl.constexpr(2)
 _BROKEN = tl.constexpr(4)
+
+_CONVERGED = tl.constexpr(constants.CONVERGED)
+_CAP_REACHED = tl.constexpr(constants.CAP_REACHED)
+_NOT_A_DISTRIBUTION = tl.constexpr(constants.NOT_A_DISTRIBUTION)
 
 
 class Saved(NamedTuple):
@@ -50,7 +53,7 @@ def project_rows(new: Tensor, old: Tensor, kl_bound: float, tolerance: float) ->
     rows, n = new.shape
     log_probs = torch.empty(rows, n, dtype=new.dtype, device=new.device)
     step_size, kl_before, kl = (torch.empty(rows, dtype=new.dtype, device=new.device) for _ in range(3))
-    converged = torch.empty(rows, dtype=torch.bool, device=new.device)
+    failure = torch.empty(rows, dtype=torch.int32, device=new.device)
     evaluations = torch.empty(rows, dtype=torch.int32, device=new.device)
     moments = torch.empty(4, rows, dtype=torch.float64, device=new.device)
     flags = torch.empty(rows, dtype=torch.int32, device=new.device)
@@ -67,14 +70,14 @@ def project_rows(new: Tensor, old: Tensor, kl_bound: float, tolerance: float) ->
                 step_size,
                 kl_before,
                 kl,
-                converged,
+                failure,
                 evaluations,
                 moments,
                 flags,
                 **solver_constants(),
                 **_shape(n),
             )
-    return (log_probs, step_size, kl_before, kl, converged, evaluations), Saved(moments, flags)
+    return (log_probs, step_size, kl_before, kl, failure, evaluations), Saved(moments, flags)
 
 
 def project_gradient(grad: Tensor, new: Tensor, old: Tensor, saved: Saved, implicit: bool) -> Tensor:
@@ -95,15 +98,15 @@ def project_gradient(grad: Tensor, new: Tensor, old: Tensor, saved: Saved, impli
                 n,
                 result,
                 IMPLICIT=implicit,
-                LOG_RATIO_OF_ZERO=reference._LOG_RATIO_OF_ZERO,
-                VARIANCE_FLOOR=reference._VARIANCE_FLOOR,
+                LOG_RATIO_OF_ZERO=constants.LOG_RATIO_OF_ZERO,
+                VARIANCE_FLOOR=constants.VARIANCE_FLOOR,
                 **_shape(n),
             )
     return result
 
 
-class ProjectKernel(torch.autograd.Function):
-    """Takes and gives what ``verl_troll.core.projection._Project`` does."""
+class Project(torch.autograd.Function):
+    """The same as :class:`verl_troll.core.kernels.projection_torch.Project`."""
 
     @staticmethod
     def forward(ctx: Any, new: Tensor, old: Tensor, kl_bound: float, tolerance: float, implicit: bool) -> Fields:
@@ -124,11 +127,11 @@ class ProjectKernel(torch.autograd.Function):
 def solver_constants() -> dict[str, float]:
     """The constants of :func:`prepare_pair` and :func:`solve`."""
     return {
-        "MAX_EVALUATIONS": reference.MAX_EVALUATIONS,
-        "PATIENCE": reference._PATIENCE,
-        "LEAST_DIVISOR": reference._CURVATURE_RANGE[0],
-        "LARGEST_DIVISOR": reference._CURVATURE_RANGE[1],
-        "LOG_RATIO_OF_ZERO": reference._LOG_RATIO_OF_ZERO,
+        "MAX_EVALUATIONS": constants.MAX_EVALUATIONS,
+        "PATIENCE": constants.PATIENCE,
+        "LEAST_DIVISOR": constants.CURVATURE_RANGE[0],
+        "LARGEST_DIVISOR": constants.CURVATURE_RANGE[1],
+        "LOG_RATIO_OF_ZERO": constants.LOG_RATIO_OF_ZERO,
     }
 
 
@@ -140,13 +143,11 @@ def _shape(n: int) -> dict[str, int]:
 @functools.lru_cache(maxsize=16)
 def solver_limits(kl_bound: float, tolerance: float, device: torch.device) -> Tensor:
     """The solver's numbers in float64, which Triton would round to float32 if they were passed by value."""
-    # The window ends short of the bound, so that rounding the result to float32 cannot carry it across.
-    upper = math.log(kl_bound) + math.log1p(-0.1 * tolerance)
-    lower = math.log(kl_bound) + math.log1p(-tolerance)
+    lower, target, upper = constants.window(kl_bound, tolerance)
     safe = kl_bound * (1 - tolerance)
-    # What float32 finds to be below this is inside the region: it errs by less than 1e-6 there.
+    # A KL that float32 finds below this is inside the region: the error there is less than 1e-6.
     plainly_inside = 0.99 * kl_bound - 1e-5
-    numbers = (kl_bound, upper, lower, 0.5 * (upper + lower), safe, math.sqrt(8 * safe), 1 - 1e-9, plainly_inside)
+    numbers = (kl_bound, upper, lower, target, safe, math.sqrt(8 * safe), 1 - 1e-9, plainly_inside)
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
@@ -162,10 +163,10 @@ def _read_pair(
     WIDTH: tl.constexpr,  # noqa: N803
 ):
     """:func:`prepare_pair` of a row in memory."""
-    place = tl.arange(0, WIDTH)
-    here = place < n
-    log_p = tl.load(new + row * new_stride + place, mask=here, other=-math.inf).to(tl.float64)
-    log_q = tl.load(old + row * old_stride + place, mask=here, other=-math.inf).to(tl.float64)
+    lane = tl.arange(0, WIDTH)
+    here = lane < n
+    log_p = tl.load(new + row * new_stride + lane, mask=here, other=-math.inf).to(tl.float64)
+    log_q = tl.load(old + row * old_stride + lane, mask=here, other=-math.inf).to(tl.float64)
     return prepare_pair(log_p, log_q, here, LOG_RATIO_OF_ZERO)
 
 
@@ -352,7 +353,7 @@ def _project(
     step_size_out,
     kl_before_out,
     kl_out,
-    converged_out,
+    failure_out,
     evaluations_out,
     moments_out,
     flags_out,
@@ -372,17 +373,17 @@ def _project(
         log_q, s, broken, escaped, skipped, limits, MAX_EVALUATIONS, PATIENCE, LEAST_DIVISOR, LARGEST_DIVISOR
     )
     moved = (escaped & ~broken) | outside
-    place = tl.arange(0, WIDTH)
-    here = place < n
+    lane = tl.arange(0, WIDTH)
+    here = lane < n
     dtype: tl.constexpr = log_probs_out.dtype.element_ty
     nan = tl.where(broken, math.nan, 0.0).to(dtype)
     log_pi = (log_q + t * s - log_normaliser).to(dtype)
-    log_p = tl.load(new + row * new_stride + place, mask=here, other=-math.inf)
-    tl.store(log_probs_out + row * n + place, tl.where(moved, log_pi, log_p) + nan, mask=here)
+    log_p = tl.load(new + row * new_stride + lane, mask=here, other=-math.inf)
+    tl.store(log_probs_out + row * n + lane, tl.where(moved, log_pi, log_p) + nan, mask=here)
     tl.store(step_size_out + row, t.to(dtype) + nan)
     tl.store(kl_before_out + row, kl_before.to(dtype) + nan)
     tl.store(kl_out + row, kl.to(dtype) + nan)
-    tl.store(converged_out + row, done)
+    tl.store(failure_out + row, tl.where(broken, _NOT_A_DISTRIBUTION, tl.where(done, _CONVERGED, _CAP_REACHED)))
     tl.store(evaluations_out + row, evaluations)
     tl.store(moments_out + row, t)
     tl.store(moments_out + rows + row, mean)
@@ -418,9 +419,9 @@ def _project_gradient(
     variance = tl.load(moments + 2 * rows + row)
     log_normaliser = tl.load(moments + 3 * rows + row)
     flags = tl.load(flags_in + row)
-    place = tl.arange(0, WIDTH)
-    here = place < n
-    g = tl.load(grad + row * n + place, mask=here, other=0.0).to(tl.float64)
+    lane = tl.arange(0, WIDTH)
+    here = lane < n
+    g = tl.load(grad + row * n + lane, mask=here, other=0.0).to(tl.float64)
     g = tl.where(live, g, 0.0)
     on_bound = (flags & _ON_BOUND) != 0
     grad_s = pull_back(
@@ -428,4 +429,4 @@ def _project_gradient(
     )
     gradient = tl.where((flags & _MOVED) != 0, grad_s, g)
     gradient = tl.where((flags & _BROKEN) != 0, math.nan, gradient)
-    tl.store(result + row * n + place, gradient.to(result.dtype.element_ty), mask=here)
+    tl.store(result + row * n + lane, gradient.to(result.dtype.element_ty), mask=here)

@@ -1,8 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
-"""What is small and per token, one program per row: choosing the kept ids, and the two terms with their gradient.
+"""Work per token in Triton, one program each: choosing the kept ids, and the two terms with their gradient.
 
 The torch forms are :func:`verl_troll.core.support.keep_most_probable`, and :func:`verl_troll.core.support.compare`
-followed by :func:`verl_troll.core.loss.token_terms`. See :mod:`verl_troll.core.kernels` for the contracts.
+followed by :func:`verl_troll.core.loss.token_terms`.
+
+Shapes: R rows, one per token; W ids kept of the old policy, M of the new one, V ids of both.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from verl_troll.core import projection as reference
-from verl_troll.core.kernels.logits import on_device
-from verl_troll.core.kernels.projection import (
+from verl_troll.core.kernels import constants
+from verl_troll.core.kernels.logits_triton import on_device
+from verl_troll.core.kernels.projection_triton import (
     OUTCOMES_PER_WARP,
     prepare_pair,
     pull_back,
@@ -25,12 +27,10 @@ from verl_troll.core.kernels.projection import (
     solver_constants,
     solver_limits,
 )
-from verl_troll.core.support import LOG_MISSING, REST_FLOOR
 
 # Ids per warp of the kernels without a solver.
 IDS_PER_WARP = 256
 TERMS = 3
-STATISTICS = 12
 
 
 def keep(
@@ -38,17 +38,28 @@ def keep(
     values: Tensor,
     sampled_ids: Tensor,
     sampled_values: Tensor,
-    peak: Tensor,
-    mass: Tensor,
+    max_logit: Tensor,
+    sumexp: Tensor,
     mass_to_keep: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of :class:`verl_troll.core.support.SparsePolicy` from the k largest logits of each row.
+
+    Args:
+        ids, values: ``[R, k]`` int64 and float32, by falling value; ``-inf`` where there are fewer.
+        sampled_ids, sampled_values: ``[R]`` int64 and ``[R, 1]`` float32.
+        max_logit, sumexp: ``[R]`` float32, over the whole vocabulary.
+        mass_to_keep: ids are kept as long as the mass of the more probable ones is below this.
+
+    Returns:
+        ids ``[R, k + 1]`` int64, log_probs ``[R, k + 1]`` float32, sampled ``[R]`` int64.
+    """
     rows, k = ids.shape
     kept_ids = torch.empty(rows, k + 1, dtype=torch.int64, device=ids.device)
     log_probs = torch.empty(rows, k + 1, dtype=torch.float32, device=ids.device)
     sampled = torch.empty(rows, dtype=torch.int64, device=ids.device)
     if rows > 0:
         width = triton.next_power_of_2(k)
-        inputs = (x.contiguous() for x in (ids, values, sampled_ids, sampled_values, peak, mass))
+        inputs = (x.contiguous() for x in (ids, values, sampled_ids, sampled_values, max_logit, sumexp))
         with on_device(ids):
             _keep[(rows,)](
                 *inputs,
@@ -70,8 +81,8 @@ def terms(
     sampled: Tensor,
     new_ids: Tensor | None,
     new_values: Tensor,
-    peak: Tensor,
-    mass: Tensor,
+    max_logit: Tensor,
+    sumexp: Tensor,
     *,
     kl_bound: float,
     tolerance: float,
@@ -80,18 +91,35 @@ def terms(
     k: int,
     mass_to_keep: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The terms of :func:`verl_troll.core.loss.policy_terms` and their gradients to log-probabilities.
+
+    Args:
+        old_ids, old_log_probs: ``[R, W]`` int64 and float32.
+        sampled: ``[R]`` int64.
+        new_ids: ``[R, M]`` int64, ids kept of the new policy (``union``); None for ``anchored``.
+        new_values: ``[R, M]`` their log-probabilities, or ``[R, W]`` logits at ``old_ids``.
+        max_logit, sumexp: ``[R]`` of the new policy, over the whole vocabulary.
+        kl_bound, tolerance, implicit: as in :func:`verl_troll.core.kernels.project`.
+        vocab_size, k, mass_to_keep: as the support was selected.
+
+    Returns:
+        values: ``[3, R]`` log-ratio, regression KL, log-probability of the sampled id.
+        statistics: ``[12, R]``, see :data:`verl_troll.core.kernels.constants.STATISTICS`.
+        ids: ``[R, V]`` int64 ids whose log-probability the terms depend on, V being W or W + M; negative for none.
+        ratio_gradient, regression_gradient: ``[R, V]``, gradients of the first two values to these log-probabilities.
+    """
     rows, old_width = old_ids.shape
     new_width = 0 if new_ids is None else new_ids.shape[1]
     device = old_ids.device
     values = torch.empty(TERMS, rows, dtype=torch.float32, device=device)
-    statistics = torch.empty(STATISTICS, rows, dtype=torch.float32, device=device)
+    statistics = torch.empty(len(constants.STATISTICS), rows, dtype=torch.float32, device=device)
     width = old_width + new_width
     ids = old_ids if new_ids is None else torch.empty(rows, width, dtype=torch.int64, device=device)
     ratio_gradient, regression_gradient = (torch.empty(rows, width, device=device) for _ in range(2))
     if rows > 0:
         lanes = triton.next_power_of_2(width if new_ids is not None else width + 1)
         inputs = (x.contiguous() for x in (old_ids, old_log_probs, sampled))
-        new_inputs = (x.contiguous() for x in (old_ids if new_ids is None else new_ids, new_values, peak, mass))
+        new_inputs = (x.contiguous() for x in (old_ids if new_ids is None else new_ids, new_values, max_logit, sumexp))
         with on_device(old_ids):
             _terms[(rows,)](
                 *inputs,
@@ -109,9 +137,9 @@ def terms(
                 regression_gradient,
                 UNION=new_ids is not None,
                 IMPLICIT=implicit,
-                LOG_MISSING=LOG_MISSING,
-                REST_FLOOR=REST_FLOOR,
-                VARIANCE_FLOOR=reference._VARIANCE_FLOOR,
+                LOG_MISSING=constants.LOG_MISSING,
+                REST_FLOOR=constants.REST_FLOOR,
+                VARIANCE_FLOOR=constants.VARIANCE_FLOOR,
                 **solver_constants(),
                 WIDTH=lanes,
                 num_warps=max(1, lanes // OUTCOMES_PER_WARP),
@@ -126,24 +154,36 @@ def combine(
     ratio_gradient: Tensor,
     regression_gradient: Tensor,
     sampled: Tensor,
-    mass: Tensor,
+    sumexp: Tensor,
     energy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What :func:`verl_troll.core.kernels.write_gradient` takes, from the gradients to the values of :func:`terms`.
+
+    Args:
+        grads: three times ``[R]``, in the order of the values.
+        grad_entropy: ``[R]``, or None.
+        ratio_gradient, regression_gradient: as :func:`terms` returned them.
+        sampled: ``[R]`` int64.
+        sumexp, energy: ``[R]`` of the new policy.
+
+    Returns:
+        corrections ``[R, V]``, level ``[R]`` and slope ``[R]``, None without the entropy.
+    """
     rows, width = ratio_gradient.shape
-    mass, energy = mass.contiguous(), energy.contiguous()
+    sumexp, energy = sumexp.contiguous(), energy.contiguous()
     corrections = torch.empty_like(ratio_gradient)
-    level = torch.empty_like(mass)
-    slope = None if grad_entropy is None else torch.empty_like(mass)
+    level = torch.empty_like(sumexp)
+    slope = None if grad_entropy is None else torch.empty_like(sumexp)
     if rows > 0:
         lanes = triton.next_power_of_2(width)
         inputs = [x.contiguous() for x in (*grads, grads[0] if grad_entropy is None else grad_entropy)]
-        with on_device(mass):
+        with on_device(sumexp):
             _combine[(rows,)](
                 *inputs,
                 ratio_gradient,
                 regression_gradient,
                 sampled,
-                mass,
+                sumexp,
                 energy,
                 width,
                 corrections,
@@ -163,8 +203,8 @@ def _keep(
     values,
     sampled_ids,
     sampled_values,
-    peak_in,
-    mass_in,
+    max_logit_in,
+    sumexp_in,
     mass_to_keep,
     ids_out,
     log_probs_out,
@@ -173,27 +213,27 @@ def _keep(
     WIDTH: tl.constexpr,  # noqa: N803
 ):
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, WIDTH)
-    here = place < k
-    peak = tl.load(peak_in + row)
-    log_mass = tl.log(tl.load(mass_in + row))
-    log_probs = (tl.load(values + row * k + place, mask=here, other=-math.inf) - peak) - log_mass
+    lane = tl.arange(0, WIDTH)
+    here = lane < k
+    max_logit = tl.load(max_logit_in + row)
+    log_sumexp = tl.log(tl.load(sumexp_in + row))
+    log_probs = (tl.load(values + row * k + lane, mask=here, other=-math.inf) - max_logit) - log_sumexp
     has_mass = log_probs > -math.inf
-    # Of what has no mass nothing is known but that it comes last.
-    own = tl.where(has_mass, tl.load(ids + row * k + place, mask=here, other=-1), -1)
+    # Columns without mass come last; their ids mean nothing.
+    own = tl.where(has_mass, tl.load(ids + row * k + lane, mask=here, other=-1), -1)
     probs = tl.where(has_mass, tl.exp(log_probs), 0.0)
     before = tl.cumsum(probs, 0) - probs
-    kept = (has_mass & (before < mass_to_keep)) | (place == 0)
+    kept = (has_mass & (before < mass_to_keep)) | (lane == 0)
     own = tl.where(kept, own, -1)
     log_probs = tl.where(kept, log_probs, -math.inf)
 
     sampled_id = tl.load(sampled_ids + row)
-    sampled_log_prob = (tl.load(sampled_values + row) - peak) - log_mass
-    at = tl.sum(tl.where(own == sampled_id, place + 1, 0), 0)
+    sampled_log_prob = (tl.load(sampled_values + row) - max_logit) - log_sumexp
+    at = tl.sum(tl.where(own == sampled_id, lane + 1, 0), 0)
     missing = at == 0
     out = row * (k + 1)
-    tl.store(ids_out + out + place, own, mask=here)
-    tl.store(log_probs_out + out + place, log_probs, mask=here)
+    tl.store(ids_out + out + lane, own, mask=here)
+    tl.store(log_probs_out + out + lane, log_probs, mask=here)
     tl.store(ids_out + out + k, tl.where(missing, sampled_id, -1))
     tl.store(log_probs_out + out + k, tl.where(missing, sampled_log_prob, -math.inf))
     tl.store(sampled_out + row, tl.where(missing, k, at - 1).to(tl.int64))
@@ -206,8 +246,8 @@ def _log_normaliser(x):
 
 
 @triton.jit
-def _log_rest(mass, has_rest, REST_FLOOR: tl.constexpr):  # noqa: N803
-    rest = tl.log(tl.where(has_rest, tl.maximum(1.0 - mass, REST_FLOOR), 1.0))
+def _log_rest(kept_mass, has_rest, REST_FLOOR: tl.constexpr):  # noqa: N803
+    rest = tl.log(tl.where(has_rest, tl.maximum(1.0 - kept_mass, REST_FLOOR), 1.0))
     return tl.where(has_rest, rest, -math.inf)
 
 
@@ -236,7 +276,7 @@ def _on_union(
     own_ids = tl.load(new_ids + new_row + own, mask=in_new, other=-1)
     log_p = tl.load(new_log_probs + new_row + own, mask=in_new, other=-math.inf)
     new_mass = tl.sum(tl.exp(log_p), 0)
-    # Used places come first, but for the sampled id's, which may come last.
+    # Used lanes come first, except that of the sampled id, which may be the last.
     old_used = tl.max(tl.where(support & (lane < old_width - 1), lane + 1, 0), 0)
     known = (own_ids < 0) | (own_ids == tl.load(old_ids + old_width - 1))
     for i in range(old_used):
@@ -266,8 +306,8 @@ def _terms(
     old_width,
     new_ids,
     new_values,
-    peak_in,
-    mass_in,
+    max_logit_in,
+    sumexp_in,
     new_width,
     limits,
     vocab_size,
@@ -314,7 +354,7 @@ def _terms(
         here = lane < old_width + new_width
     else:
         value = tl.load(new_values + row * old_width + lane, mask=in_old, other=0.0)
-        log_p = (value - tl.load(peak_in + row)) - tl.log(tl.load(mass_in + row))
+        log_p = (value - tl.load(max_logit_in + row)) - tl.log(tl.load(sumexp_in + row))
         log_p = tl.where(support, log_p, -math.inf)
         sampled_log_prob = tl.sum(tl.where(at_sampled, log_p, 0.0), 0)
         p_ids = tl.exp(log_p)
@@ -326,7 +366,7 @@ def _terms(
         outcomes = support_size + has_rest.to(tl.int32)
         here = lane < old_width + 1
 
-    # Tokens well inside the region, as most are, need no float64: cards differ by 30 in how fast it is.
+    # Most tokens are well inside the region and need no float64, which is up to 30 times slower on some GPUs.
     rough = rough_kl(log_p, log_q)
     log_pi = log_p
     of_ratio = tl.where((log_p > -math.inf) & (log_q > -math.inf) & at_sampled, 1.0, 0.0)
@@ -364,9 +404,9 @@ def _terms(
     log_pi = log_pi + nan
     of_ratio = of_ratio + nan
     log_ratio = tl.sum(tl.where(at_sampled, log_pi - log_q, 0.0), 0)
-    # By way of an integer: the interpreter cannot spread what comes of comparing two floats.
+    # Through an integer: Triton's interpreter cannot broadcast the result of comparing two floats.
     projected = ((kl_before > tl.load(limits)) | broken).to(tl.int32) > 0
-    # Rows inside the region have p = pi; unused places have no mass. Neither may meet -inf - (-inf).
+    # p = pi inside the region, and unused lanes have no mass: neither may compute -inf - (-inf).
     counted = projected & (log_p > -math.inf)
     p = tl.where(counted, tl.exp(log_p), 0.0)
     gap = tl.where(counted, log_p - log_pi, 0.0)
@@ -415,7 +455,7 @@ def _combine(
     of_ratio,
     of_regression,
     sampled,
-    mass_in,
+    sumexp_in,
     energy_in,
     width,
     corrections_out,
@@ -430,12 +470,12 @@ def _combine(
     correction = tl.load(grad_ratio + row) * tl.load(of_ratio + row * width + lane, mask=here, other=0.0)
     correction += tl.load(grad_regression + row) * tl.load(of_regression + row * width + lane, mask=here, other=0.0)
     correction += tl.where(lane == tl.load(sampled + row), tl.load(grad_sampled + row), 0.0)
-    mass = tl.load(mass_in + row)
-    level = -tl.sum(correction, 0) / mass
+    sumexp = tl.load(sumexp_in + row)
+    level = -tl.sum(correction, 0) / sumexp
     if SLOPE:
-        # dH / dx_j = -p_j (log p_j + H), and H = log mass - energy / mass.
-        slope = -tl.load(grad_entropy + row) / mass
-        level -= slope * (tl.load(energy_in + row) / mass)
+        # dH / dx_j = -p_j (log p_j + H), and H = log sumexp - energy / sumexp.
+        slope = -tl.load(grad_entropy + row) / sumexp
+        level -= slope * (tl.load(energy_in + row) / sumexp)
         tl.store(slope_out + row, slope)
     tl.store(corrections_out + row * width + lane, correction, mask=here)
     tl.store(level_out + row, level)
