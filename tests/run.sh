@@ -41,7 +41,7 @@ with_verl() {
     )
 }
 
-# The kernels once more on the Triton of torch 2.11, which verl 0.9.1 comes with; its interpreter wants an older NumPy.
+# The kernels once more on the Triton of torch 2.11, which verl comes with; its interpreter wants an older NumPy.
 with_verls_triton() {
     local site=$PWD/.venv-test/triton-3.6
     if [ ! -d "$site" ]; then

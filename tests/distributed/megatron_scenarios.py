@@ -97,7 +97,7 @@ def _train(
         with engine.train_mode():
             result = engine.train_batch(data, loss)
         history.append(_metrics(engine, result))
-    # verl 0.9.1 reads a buffer here that only the distributed optimizer has.
+    # verl reads a buffer here that only the distributed optimizer has.
     exports = layout.use_distributed_optimizer
     weights = stock.exported_weights(engine) if exports else {}
     return {
