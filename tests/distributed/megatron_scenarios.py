@@ -21,7 +21,8 @@ def loss_function(engine: Any, layout: Layout, troll: dict[str, Any], **actor_se
     """verl's loss; building the actor's configuration around the engine's hands the settings to the engine."""
     from verl.workers.utils.losses import ppo_loss
 
-    from verl_troll.plugin.actor_config import TrollPolicyLossConfig, actor_config
+    from verl_troll.plugin.actor_config import TrollPolicyLossConfig
+    from verl_troll.plugin.backends import actor_config
     from verl_troll.plugin.settings import HostSettings, TrollConfig
 
     settings = TrollConfig(**troll, host=HostSettings(external_lib="verl_troll.plugin"))

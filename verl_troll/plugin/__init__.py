@@ -11,10 +11,10 @@ from verl_troll.versions import check_verl_version
 check_verl_version()
 
 from verl_troll.patches import ray_init, registry, verl_metric_names  # noqa: E402
-from verl_troll.plugin import engines, policy_loss  # noqa: E402
+from verl_troll.plugin import backends, policy_loss  # noqa: E402
 from verl_troll.plugin.cluster_check import check_cluster  # noqa: E402
 
 registry.apply(verl_metric_names.PATCH)
 registry.apply(ray_init.PATCH, check_cluster)
 policy_loss.register()
-engines.register()
+backends.register()

@@ -133,8 +133,8 @@ def _report_facts(report: _Report, facts: dict[str, Any]) -> None:
                 f"{_listed(chosen['registered'])}",
                 "set VERL_ENGINE_DEVICE and VERL_ENGINE_VENDOR to one of these, or report your device",
             )
-    if "megatron" not in facts["engines"]:
-        report.note("engine megatron: not here, verl's own needs megatron-core ('pip install verl[mcore]')")
+    for backend, needs in facts["missing_engines"].items():
+        report.note(f"engine {backend}: not here, verl's own needs {needs}")
     if facts["config_error"] is None:
         report.good("configuration: 'hydra.searchpath=[pkg://verl_troll.configs]' +troll=default builds")
     else:
