@@ -18,7 +18,7 @@ NAME = "carried"
 AXES = ("tokens", "k")
 KEPT = (1, 10, 64)
 
-# What verl 0.9.1's v1 trainer keeps per response token between rollout and update under GRPO.
+# What verl's v1 trainer keeps per response token between rollout and update under GRPO.
 VERL_FIELDS = {
     "responses": torch.int64,
     "input_ids": torch.int64,

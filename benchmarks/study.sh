@@ -8,7 +8,7 @@ requirements=$(cksum <setup.cfg)
 if [[ ! -f $venv/installed || $(<"$venv/installed") != "$requirements" ]]; then
   echo "creating $venv (a few minutes, once)"
   "${PYTHON:-python3}" -m venv --clear "$venv"
-  "$venv/bin/pip" install --quiet --disable-pip-version-check --editable '.[cpu,report]' torch==2.13.0 verl==0.9.1
+  "$venv/bin/pip" install --quiet --disable-pip-version-check --editable '.[cpu,report]'
   echo "$requirements" >"$venv/installed"
 fi
 exec "$venv/bin/python" -m benchmarks.study "$@"

@@ -138,9 +138,9 @@ if [[ ! -f $installed || $(<"$installed") != "$requirements" ]]; then
     fail "Python 3.10 to 3.12 is needed; name one with PYTHON=..."
   "${PYTHON:-python3}" -m venv --clear "$venv"
   if [[ $rollout == vllm ]]; then
-    logged bash "$repository/examples/vllm_cpu/install.sh" "$venv/bin/python" "${repository}[$extras]" verl==0.9.1
+    logged bash "$repository/examples/vllm_cpu/install.sh" "$venv/bin/python" "${repository}[$extras]"
   else
-    install "${repository}[$extras]" torch==2.13.0 verl==0.9.1
+    install "${repository}[$extras]"
   fi
   echo "$requirements" >"$installed"
   echo "$fingerprint" >"$package"
@@ -153,7 +153,7 @@ else
 fi
 if [[ $backend == megatron ]] && ! "$venv/bin/python" -c 'import mbridge' 2>/dev/null; then
   echo "  adding Megatron"
-  install "${repository}[$extras]" torch==2.13.0 verl==0.9.1
+  install "${repository}[$extras]"
 fi
 
 echo "2/3 data set and warm start"

@@ -6,15 +6,14 @@ A node without verl_troll would otherwise show itself in whatever process lands 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from verl_troll.patches.registry import Patch
 
 
-def _install() -> None:
+def _install(check_cluster: Callable[[], None]) -> None:
     import ray
-
-    from verl_troll.plugin.cluster_check import check_cluster
 
     connect = ray.init
 

@@ -1,7 +1,8 @@
 """How a host package is patched: declared, version-gated, idempotent, and tied to the source that was read.
 
-Each module in this folder holds one :class:`Patch`. ``replaces`` names every host definition that the patch stands
-in for, with the fingerprint of the source it was written against; ``tests/patches/test_patches.py`` fails when an
+Each module in this folder holds one :class:`Patch` as ``PATCH``. A patch imports no other room of this package: whoever
+applies it hands it what it calls (:func:`apply`). ``replaces`` names every host definition that the patch stands in
+for, with the fingerprint of the source it was written against; ``tests/patches/test_patches.py`` fails when an
 installed host no longer matches, so that no patch outlives the code it was made for.
 """
 
@@ -14,10 +15,13 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, ParamSpec
 
 from packaging.specifiers import SpecifierSet
 
 from verl_troll.versions import goes_on_untested
+
+P = ParamSpec("P")
 
 
 class PatchError(RuntimeError):
@@ -25,7 +29,7 @@ class PatchError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Patch:
+class Patch(Generic[P]):
     """One change to a host package.
 
     Attributes:
@@ -34,7 +38,7 @@ class Patch:
         versions: PEP 440 specifier of the host versions that the patch was tested on.
         why: one sentence, for a reader who wonders whether the patch is still needed.
         upstream: where the host could make it unnecessary (issue, pull request, or the file and line to change).
-        install: makes the change; called at most once per process.
+        install: makes the change, with what the patch is handed; called at most once per process.
         replaces: ``"module:qualified.name" -> fingerprint`` of each host definition that the change stands in for.
     """
 
@@ -43,20 +47,20 @@ class Patch:
     versions: str
     why: str
     upstream: str
-    install: Callable[[], None]
+    install: Callable[P, None]
     replaces: Mapping[str, str] = field(default_factory=dict)
 
 
-_applied: dict[str, Patch] = {}
+_applied: dict[str, Patch[...]] = {}
 
 
-def applied() -> tuple[Patch, ...]:
+def applied() -> tuple[Patch[...], ...]:
     """Patches that are in force in this process, in the order in which they were applied."""
     return tuple(_applied.values())
 
 
-def apply(patch: Patch) -> None:
-    """Install ``patch`` once.
+def apply(patch: Patch[P], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Install ``patch`` once, with these arguments; what a later call hands over is not used.
 
     Raises:
         PatchError: the installed host version is outside ``patch.versions``, and untested versions are not allowed.
@@ -71,7 +75,7 @@ def apply(patch: Patch) -> None:
         raise PatchError(
             f"{message} Install a tested version, or drop the patch if upstream no longer needs it ({patch.upstream})."
         )
-    patch.install()
+    patch.install(*args, **kwargs)
     _applied[patch.name] = patch
 
 

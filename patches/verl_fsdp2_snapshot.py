@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 from verl_troll.patches.registry import Patch
+from verl_troll.versions import TESTED_VERL
 
 
 def _install() -> None:
@@ -34,7 +35,7 @@ def _install() -> None:
 PATCH = Patch(
     name="verl-fsdp2-snapshot",
     host="verl",
-    versions=">=0.9.1,<0.10",
+    versions=TESTED_VERL,
     why="verl's FSDP2 snapshot is not a copy of weights that are in host memory, so that the old policy moves along.",
     upstream="verl/utils/fsdp_utils.py, fsdp2_sharded_save_to_cpu: .to('cpu', copy=True), as in its FSDP1 twin",
     install=_install,

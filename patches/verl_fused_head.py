@@ -1,38 +1,25 @@
-"""Patch: let TROLL read the hidden states where verl's fused kernels compute log-probs from them.
+"""Patch: let a reader have the hidden states where verl's fused kernels compute log-probs from them.
 
 With ``use_fused_kernels`` verl's models never form logits: they hand the hidden states and the head's weight to one of
-two functions. Inside :func:`reading` these two hand them on; anywhere else they are verl's own.
+two functions. While there is a reader these two hand them to it; at any other time they are verl's own.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from verl_troll.patches.registry import Patch
+from verl_troll.versions import TESTED_VERL
 
 HeadReader = Callable[[Tensor, Tensor, float], Tensor]
 """From hidden states, the head's weight and the temperature to what takes the place of verl's log-probs."""
 
-_reader: contextvars.ContextVar[HeadReader | None] = contextvars.ContextVar("verl_troll_head_reader", default=None)
 
-
-@contextlib.contextmanager
-def reading(reader: HeadReader) -> Iterator[None]:
-    """Give ``reader`` what verl's fused kernels are called with inside."""
-    token = _reader.set(reader)
-    try:
-        yield
-    finally:
-        _reader.reset(token)
-
-
-def _install() -> None:
+def _install(current_reader: Callable[[], HeadReader | None]) -> None:
     from verl.utils.experimental import torch_functional
     from verl.utils.kernel import linear_cross_entropy as kernel_module
 
@@ -43,7 +30,7 @@ def _install() -> None:
     def forward(
         self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
     ) -> Any:
-        reader = _reader.get()
+        reader = current_reader()
         if reader is None:
             return own_forward(self, hidden_states, vocab_weights, input_ids, temperature)
         return reader(hidden_states, vocab_weights, temperature), None
@@ -51,7 +38,7 @@ def _install() -> None:
     def linear_cross_entropy(
         hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0, *arguments: Any
     ) -> Any:
-        reader = _reader.get()
+        reader = current_reader()
         if reader is None:
             return own_kernel(hidden, weight, labels, temperature, *arguments)
         return reader(hidden, weight, temperature), None
@@ -67,7 +54,7 @@ def _install() -> None:
 PATCH = Patch(
     name="verl-fused-head",
     host="verl",
-    versions=">=0.9.1,<0.10",
+    versions=TESTED_VERL,
     why="verl's fused kernels return log-probs and entropy of the sampled tokens, and offer no place to read more.",
     upstream="verl/models/transformers/dense_common.py and verl/models/mcore/model_forward_fused.py: a head function "
     "that the engine hands over, as logits_processor_func is on the other path",

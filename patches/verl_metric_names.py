@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from verl_troll.patches.registry import Patch
+from verl_troll.versions import TESTED_VERL
 
 NAMESPACE = "troll/"
 
@@ -31,7 +32,7 @@ def _install() -> None:
 PATCH = Patch(
     name="verl-metric-names",
     host="verl",
-    versions=">=0.9.1,<0.10",
+    versions=TESTED_VERL,
     why="PPOTrainer._update_actor renames troll/... to actor/troll/...",
     upstream="verl/trainer/ppo/v1/trainer_base.py: rename only keys without a '/'",
     install=_install,

@@ -1,4 +1,4 @@
-"""Patch: make verl find the embedded rollout's training-side class under the rollout name ``hf``.
+"""Patch: make verl find a training-side class under a rollout name of ours.
 
 The serving side has a public registry (``RolloutReplicaRegistry``); the training side has only a private table.
 Applied by ``verl_troll.embedded`` only, which CPU mode includes.
@@ -7,18 +7,19 @@ Applied by ``verl_troll.embedded`` only, which CPU mode includes.
 from __future__ import annotations
 
 from verl_troll.patches.registry import Patch
+from verl_troll.versions import TESTED_VERL
 
 
-def _install() -> None:
+def _install(name: str, training_side: str) -> None:
     from verl.workers.rollout import base
 
-    base._ROLLOUT_REGISTRY[("hf", "async")] = "verl_troll.embedded.rollout.EmbeddedRollout"
+    base._ROLLOUT_REGISTRY[(name, "async")] = training_side  # a dotted path
 
 
 PATCH = Patch(
     name="verl-rollout-table",
     host="verl",
-    versions=">=0.9.1,<0.10",
+    versions=TESTED_VERL,
     why="verl has no public way to name a rollout's training-side class.",
     upstream="verl/workers/rollout/base.py: a register() beside get_rollout_class()",
     install=_install,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up environments of its own and passes the tests: lint, format, strict types, shell scripts, pytest; then the
-# tests on vLLM's CPU build, and with --all those on SGLang.
+# Sets up environments of its own and passes the tests: lint, format, strict types, imports, shell scripts, pytest; then
+# the tests on vLLM's CPU build, and with --all those on SGLang.
 #   bash tests/run.sh                 what CI runs
 #   bash tests/run.sh --all           the slow tests as well
 #   bash tests/run.sh tests/core/test_support.py -k ties    only pytest, with these arguments
@@ -33,6 +33,7 @@ with_verl() {
             ruff check .
             ruff format --check .
             mypy verl_troll
+            lint-imports --no-cache
             git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
         fi
         # Trainers spend most of their time on starting, one process after the other: two at a time.
@@ -41,7 +42,7 @@ with_verl() {
     )
 }
 
-# The kernels once more on the Triton of torch 2.11, which verl 0.9.1 comes with; its interpreter wants an older NumPy.
+# The kernels once more on the Triton of torch 2.11, which verl comes with; its interpreter wants an older NumPy.
 with_verls_triton() {
     local site=$PWD/.venv-test/triton-3.6
     if [ ! -d "$site" ]; then

@@ -1,4 +1,4 @@
-"""Which verl versions the plugin was run against, and the one way to go past them."""
+"""The verl versions that this package was tested with, and the one way past them. Everything else reads them here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import warnings
 
 from packaging.specifiers import SpecifierSet
 
-TESTED_VERL = SpecifierSet(">=0.9.1,<0.9.2")
+VERL = "0.9.1"
+"""The version to install."""
+TESTED_VERL = f">={VERL},<0.9.2"
+"""PEP 440 specifier of the tested versions; the patches of verl are for these."""
 OVERRIDE_VARIABLE = "VERL_TROLL_ALLOW_UNTESTED"
 
 
@@ -26,13 +29,13 @@ def installed_verl() -> str:
         return importlib.metadata.version("verl")
     except importlib.metadata.PackageNotFoundError:
         raise UntestedVersionError(
-            f"verl is not installed; verl_troll.plugin needs verl {TESTED_VERL}: pip install 'verl==0.9.1'"
+            f"verl is not installed; verl_troll.plugin needs verl {TESTED_VERL}: pip install 'verl=={VERL}'"
         ) from None
 
 
 def is_tested(version: str) -> bool:
     """Whether ``version`` of verl lies in the tested range."""
-    return TESTED_VERL.contains(version, prereleases=True)
+    return SpecifierSet(TESTED_VERL).contains(version, prereleases=True)
 
 
 def goes_on_untested(message: str) -> bool:
@@ -54,6 +57,6 @@ def check_verl_version() -> None:
     if is_tested(version) or goes_on_untested(message):
         return
     raise UntestedVersionError(
-        f"{message} Install a tested version (pip install 'verl==0.9.1'), or set {OVERRIDE_VARIABLE}=1 to go on at "
+        f"{message} Install a tested version (pip install 'verl=={VERL}'), or set {OVERRIDE_VARIABLE}=1 to go on at "
         f"your own risk."
     )

@@ -15,9 +15,15 @@ trap 'rm -rf "$site"' EXIT
 
 # Of the machine's own: torch, triton, numpy, pandas, pyarrow, accelerate, aiohttp, grpcio, protobuf, psutil, einops,
 # safetensors, huggingface-hub, cloudpickle, msgpack, prometheus-client, tensorboard and what these need.
-packages=(
-    verl==0.9.1 ray==2.60.0 tensordict==0.10.0 TransferQueue==0.1.11 transformers==5.10.4 tokenizers==0.22.2
-    megatron-core==0.16.1 mbridge==0.15.1
+# Of the tested versions, as setup.cfg has them, and of what they import:
+tested='verl|ray(\[default\])?|tensordict|TransferQueue|transformers|megatron-core|mbridge'
+mapfile -t packages < <(grep -oE "^ +($tested)==[0-9.]+$" setup.cfg | tr -d ' ')
+((${#packages[@]} == 7)) || {
+    echo "pack.sh: setup.cfg should pin seven packages of $tested, and pins ${packages[*]}" >&2
+    exit 1
+}
+packages+=(
+    tokenizers==0.22.2
     hydra-core==1.3.8 omegaconf==2.3.1 pyvers==0.1.0 orjson==3.13.0 importlib_metadata==10.2.0 lazy-importer==0.1.0
     pyzmq==27.3.0 msgspec==0.22.0 cachetools==8.0.2 codetiming==1.4.0 torchdata==0.11.0 peft==0.21.2
     datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 from verl_troll.patches.registry import Patch
+from verl_troll.versions import TESTED_VERL
 
 # Both modules hold the class under its own name once they are imported.
 _VERL_USERS = ("verl.utils.fsdp_utils", "verl.workers.engine.fsdp.transformer_impl")
@@ -34,7 +35,7 @@ def _install() -> None:
 PATCH = Patch(
     name="verl-fsdp2-cpu-offload",
     host="verl",
-    versions=">=0.9.1,<0.10",
+    versions=TESTED_VERL,
     why="verl pins memory for every forward-only FSDP2 engine, which raises without an accelerator.",
     upstream="verl/workers/engine/fsdp/transformer_impl.py, _build_fsdp_module: pin_memory only where an accelerator "
     "is available",

@@ -7,6 +7,7 @@ verl joins ``cpu:gloo`` with ``<device>:<backend>``; where the device is the CPU
 from __future__ import annotations
 
 from verl_troll.patches.registry import Patch
+from verl_troll.versions import TESTED_VERL
 
 
 def _install() -> None:
@@ -23,7 +24,7 @@ def _install() -> None:
 PATCH = Patch(
     name="verl-gloo-backend",
     host="verl",
-    versions=">=0.9.1,<0.10",
+    versions=TESTED_VERL,
     why="In CPU mode verl asks torch.distributed for the backend 'cpu:gloo,cpu:gloo', which is refused as a duplicate.",
     upstream="verl/utils/distributed.py, initialize_global_process_group_ray: drop the second pair where "
     "get_device_name() is 'cpu'",

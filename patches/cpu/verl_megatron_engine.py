@@ -6,13 +6,14 @@ Applied in CPU mode only, and only where an engine configuration asks for it
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from verl_troll.patches.registry import Patch
+from verl_troll.versions import TESTED_VERL
 
 
-def _install() -> None:
+def _install(run_on_cpu: Callable[[type], None]) -> None:
     from verl.workers.engine.megatron.transformer_impl import MegatronEngine
-
-    from verl_troll.cpu.megatron.engine import run_on_cpu
 
     run_on_cpu(MegatronEngine)
 
@@ -20,7 +21,7 @@ def _install() -> None:
 PATCH = Patch(
     name="verl-megatron-engine",
     host="verl",
-    versions=">=0.9.1,<0.10",
+    versions=TESTED_VERL,
     why="megatron-core names CUDA as its device. The class itself is changed, since other engines derive from it, and "
     "since a torch function mode belongs to a thread and has to be entered in that of each call.",
     upstream="megatron-core: one function that names the device, as parallel_state does for the process groups",

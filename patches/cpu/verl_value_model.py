@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from verl_troll.patches.registry import Patch
+from verl_troll.versions import TESTED_VERL
 
 
 def _install() -> None:
@@ -31,7 +32,7 @@ def _install() -> None:
 PATCH = Patch(
     name="verl-value-model",
     host="verl",
-    versions=">=0.9.1,<0.10",
+    versions=TESTED_VERL,
     why="verl builds every critic with flash_attention_2, whatever override_config.attn_implementation says.",
     upstream="verl/utils/model.py, load_valuehead_model: attn_implementation from model_config, as for the actor",
     install=_install,

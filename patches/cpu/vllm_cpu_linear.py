@@ -5,16 +5,17 @@ Applied by vLLM's own plugin mechanism, in CPU mode only (``verl_troll.cpu.vllm_
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from verl_troll.patches.registry import Patch
 
 
-def _install() -> None:
+def _install(linear: Callable[[Any, bool], None]) -> None:
     from vllm.model_executor.layers import utils
 
-    from verl_troll.cpu.vllm_weights import linear_without_packing
-
     # Layers import the function by name at the time they need it.
-    utils.dispatch_cpu_unquantized_gemm = linear_without_packing
+    utils.dispatch_cpu_unquantized_gemm = linear
 
 
 PATCH = Patch(

@@ -59,7 +59,7 @@ def cpu_mode() -> dict[str, Any]:
         cpu.activate()
         facts["idempotent"] = before == (distributed.initialize_global_process_group_ray, registry.applied())
 
-        # Members that verl 0.9.1 uses without asking whether an accelerator is there.
+        # Members that verl uses without asking whether an accelerator is there.
         module = device.get_torch_device()
         device.set_expandable_segments(True)
         module.set_rng_state(module.get_rng_state())

@@ -70,7 +70,8 @@ def actor_of(setup: Setup, engine_config: Any) -> Any:
     """The actor's configuration; building it hands the settings of TROLL, if there are any, to the engine's."""
     from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
-    from verl_troll.plugin.actor_config import TrollPolicyLossConfig, actor_config
+    from verl_troll.plugin.actor_config import TrollPolicyLossConfig
+    from verl_troll.plugin.backends import actor_config
     from verl_troll.plugin.settings import HostSettings, TrollConfig
 
     common: dict[str, Any] = dict(

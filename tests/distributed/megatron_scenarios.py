@@ -21,7 +21,8 @@ def loss_function(engine: Any, layout: Layout, troll: dict[str, Any], **actor_se
     """verl's loss; building the actor's configuration around the engine's hands the settings to the engine."""
     from verl.workers.utils.losses import ppo_loss
 
-    from verl_troll.plugin.actor_config import TrollPolicyLossConfig, actor_config
+    from verl_troll.plugin.actor_config import TrollPolicyLossConfig
+    from verl_troll.plugin.backends import actor_config
     from verl_troll.plugin.settings import HostSettings, TrollConfig
 
     settings = TrollConfig(**troll, host=HostSettings(external_lib="verl_troll.plugin"))
@@ -97,7 +98,7 @@ def _train(
         with engine.train_mode():
             result = engine.train_batch(data, loss)
         history.append(_metrics(engine, result))
-    # verl 0.9.1 reads a buffer here that only the distributed optimizer has.
+    # verl reads a buffer here that only the distributed optimizer has.
     exports = layout.use_distributed_optimizer
     weights = stock.exported_weights(engine) if exports else {}
     return {

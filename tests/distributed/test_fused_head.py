@@ -24,7 +24,7 @@ from tests.distributed.megatron_stock import Layout
 from tests.distributed.test_fsdp_engine import METHODS, assert_same
 from tests.distributed.test_megatron_engine import ANCHORED, LR, UNION, run
 from tests.distributed.test_megatron_engine import assert_same as assert_same_training
-from verl_troll.patches import registry, verl_fused_head
+from verl_troll.plugin.engines import fused_head
 
 slow = pytest.mark.slow
 
@@ -214,7 +214,6 @@ def test_heads_that_are_more_than_a_product_are_refused_by_name(tmp_path: Path, 
 
 
 def test_outside_of_a_reading_verls_fused_path_is_its_own() -> None:
-    registry.apply(verl_fused_head.PATCH)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(1, 7, 5, generator=generator), torch.randn(11, 5, generator=generator)
     ids = torch.randint(0, 11, (1, 7), generator=generator)
@@ -233,7 +232,7 @@ def test_outside_of_a_reading_verls_fused_path_is_its_own() -> None:
             kernel.linear_cross_entropy(hidden[0], weight, ids[0], 0.7, "none")
 
     outside()
-    with verl_fused_head.reading(reader):
+    with fused_head.reading(reader):
         for found, entropy in (
             FusedLinearForPPO()(hidden, weight, ids, 0.7),
             kernel.linear_cross_entropy(hidden, weight, ids, 0.7, "none", None),
@@ -245,7 +244,7 @@ def test_outside_of_a_reading_verls_fused_path_is_its_own() -> None:
         assert arguments[0] is hidden
         assert arguments[1] is weight
         assert arguments[2] == 0.7
-    with pytest.raises(ZeroDivisionError), verl_fused_head.reading(lambda *_: torch.ones(1 // 0)):
+    with pytest.raises(ZeroDivisionError), fused_head.reading(lambda *_: torch.ones(1 // 0)):
         FusedLinearForPPO()(hidden, weight, ids, 0.7)
     outside()
 

@@ -13,7 +13,7 @@ from verl_troll import patches
 from verl_troll.patches import registry
 from verl_troll.patches.registry import Patch, PatchError, source_fingerprint
 
-PATCHES: list[Patch] = [
+PATCHES: list[Patch[...]] = [
     importlib.import_module(module.name).PATCH
     for module in pkgutil.walk_packages(patches.__path__, "verl_troll.patches.")
     if not module.ispkg and module.name != "verl_troll.patches.registry"
@@ -28,12 +28,12 @@ def _installed(host: str) -> bool:
 HERE = [patch for patch in PATCHES if _installed(patch.host)]
 
 
-def _patch(install: Callable[[], None], name: str, versions: str) -> Patch:
+def _patch(install: Callable[[], None], name: str, versions: str) -> Patch[[]]:
     return Patch(name=name, host="torch", versions=versions, why="test", upstream="none", install=install)
 
 
 @pytest.mark.parametrize("patch", HERE, ids=lambda patch: patch.name)
-def test_host_source_is_the_one_that_was_read(patch: Patch) -> None:
+def test_host_source_is_the_one_that_was_read(patch: Patch[...]) -> None:
     assert patch.replaces, "a patch names what it stands in for"
     for target, fingerprint in patch.replaces.items():
         assert source_fingerprint(target) == fingerprint, (
@@ -43,7 +43,7 @@ def test_host_source_is_the_one_that_was_read(patch: Patch) -> None:
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
-def test_patch_says_why_and_where_upstream_could_end_it(patch: Patch) -> None:
+def test_patch_says_why_and_where_upstream_could_end_it(patch: Patch[...]) -> None:
     assert patch.why
     assert patch.upstream
     assert patch.versions
@@ -65,6 +65,17 @@ def test_patch_is_applied_once() -> None:
     registry.apply(patch)
     assert calls == [1]
     assert patch in registry.applied()
+
+
+def test_patch_is_handed_what_it_calls() -> None:
+    calls: list[str] = []
+
+    def install(call: Callable[[str], None]) -> None:
+        call("handed over")
+
+    patch = Patch(name="test-handed", host="torch", versions=">=1", why="test", upstream="none", install=install)
+    registry.apply(patch, calls.append)
+    assert calls == ["handed over"]
 
 
 def test_patch_for_another_version_is_refused() -> None:

@@ -123,7 +123,7 @@ SEAMS = (
     ),
     Seam(
         "Engines by vendor",
-        (f"{ENGINES}/__init__.py", "verl_troll/plugin/inspection.py"),
+        ("verl_troll/plugin/backends.py", "verl_troll/plugin/inspection.py"),
         "is (device, vendor) still looked up before device alone, and _engines nested by model type and backend?",
         uses=("verl.workers.engine.base:EngineRegistry",),
     ),

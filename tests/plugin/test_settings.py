@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine import EngineRegistry
 
 from verl_troll.core.support import RULES
-from verl_troll.plugin import engines
+from verl_troll.plugin import backends
 from verl_troll.plugin.settings import TrollConfig, TrollConfigError
 
 TROLL = "actor_rollout_ref.actor.policy_loss.troll"
@@ -207,7 +208,7 @@ def test_what_the_megatron_actor_does_not_support_is_refused_with_its_key(overri
 
 
 def test_megatron_actor_without_megatron_core_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(engines.BACKENDS, "megatron")
+    monkeypatch.setitem(backends.BACKENDS, "megatron", replace(backends.BACKENDS["megatron"], engine=None))
     with pytest.raises(InstantiationException, match=r"Install megatron-core"):
         build(trainer="ppo_megatron_trainer")
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from verl_troll.versions import VERL
+
 HIDE_VERL = """
 import importlib.abc, importlib.metadata, sys
 
@@ -50,7 +52,7 @@ def test_good_install_passes_and_names_what_is_registered_and_patched() -> None:
     done = run(["-m", "verl_troll", "doctor"])
     assert done.returncode == 0, done.stdout + done.stderr
     for expected in (
-        "verl 0.9.1",
+        f"verl {VERL}",
         "policy loss 'troll' is verl_troll.plugin.policy_loss.troll_policy_loss",
         "engine fsdp2: verl_troll.plugin.engines.fsdp.TrollFSDPEngine",
         "engine megatron: verl_troll.plugin.engines.megatron.TrollMegatronEngine, registered for cuda/nvidia, cuda/amd",
@@ -68,7 +70,7 @@ def test_missing_verl_is_explained_and_the_package_still_imports(tmp_path: Path)
     done = run(["-m", "verl_troll", "doctor"], tmp_path)
     assert done.returncode == 1
     assert "verl is not installed" in done.stdout
-    assert "pip install verl==0.9.1" in done.stdout
+    assert f"pip install verl=={VERL}" in done.stdout
     done = run(["-c", "import verl_troll; print(verl_troll.project.__name__)"], tmp_path)
     assert done.stdout.strip() == "project"
 

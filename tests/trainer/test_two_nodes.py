@@ -14,6 +14,7 @@ from tests.trainer.checks import assert_projected_within_bound, assert_side_chan
 from tests.trainer.run import PROBE_MODULE, make_assets, probe_lines, run_trainer
 from tests.trainer.two_nodes import Node, cluster, equipped, other_python
 from verl_troll import __version__
+from verl_troll.versions import VERL
 
 pytestmark = [pytest.mark.trainer, pytest.mark.timeout(600)]
 
@@ -59,12 +60,12 @@ def test_nodes_without_the_package_or_with_another_version_are_refused(assets: P
     for log in (str(failure.value), late.stderr):
         error = log[log.rindex("ClusterError: ") :]
         assert (
-            f"2 of 3 nodes of the Ray cluster do not have this driver's verl_troll {__version__}, verl 0.9.1:" in error
+            f"2 of 3 nodes of the Ray cluster do not have this driver's verl_troll {__version__}, verl {VERL}:" in error
         )
-        assert re.search(r"node 127\.0\.0\.3 \(\w{56}\): verl_troll missing, verl 0\.9\.1\n", error)
-        assert re.search(r"node 127\.0\.0\.4 \(\w{56}\): verl_troll 0\.0\.9, verl 0\.9\.1\n", error)
+        assert re.search(rf"node 127\.0\.0\.3 \(\w{{56}}\): verl_troll missing, verl {re.escape(VERL)}\n", error)
+        assert re.search(rf"node 127\.0\.0\.4 \(\w{{56}}\): verl_troll 0\.0\.9, verl {re.escape(VERL)}\n", error)
         assert "node 127.0.0.2" not in error
-        assert f"pip install 'verl_troll=={__version__}' 'verl==0.9.1'" in error
+        assert f"pip install 'verl_troll=={__version__}' 'verl=={VERL}'" in error
     # Ray names the process of every line that comes from the cluster: nothing ran there that had something to say.
     assert "pid=" not in (out / "trainer.log").read_text()
     assert not (out / "metrics.jsonl").exists()

@@ -6,7 +6,7 @@ Two environment variables switch it on, in every process of a run::
 
 verl then imports this package at the end of ``import verl``. It registers the platform ``cpu``
 (:mod:`verl_troll.cpu.platform`) and the rollout ``hf`` (:mod:`verl_troll.embedded`, which runs on accelerators too),
-and applies the three CPU patches of :mod:`verl_troll.patches`. The configuration group ``+cpu=default`` sets what verl
+and applies two patches of :mod:`verl_troll.patches.cpu`. The configuration group ``+cpu=default`` sets what verl
 needs besides.
 
 Training engines are verl's own: ``VERL_ENGINE_DEVICE=cuda`` (verl's public override, set here unless it is set

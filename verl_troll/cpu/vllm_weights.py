@@ -18,7 +18,7 @@ def keep_weights_reloadable() -> None:
         from verl_troll.patches import registry
         from verl_troll.patches.cpu import vllm_cpu_linear
 
-        registry.apply(vllm_cpu_linear.PATCH)
+        registry.apply(vllm_cpu_linear.PATCH, linear_without_packing)
 
 
 def linear_without_packing(layer: Any, remove_weight: bool) -> None:

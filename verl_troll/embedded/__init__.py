@@ -32,7 +32,7 @@ def register() -> None:
 
     from verl_troll.patches import registry, verl_rollout_table
 
-    registry.apply(verl_rollout_table.PATCH)
+    registry.apply(verl_rollout_table.PATCH, "hf", "verl_troll.embedded.rollout.EmbeddedRollout")
     RolloutReplicaRegistry.register("hf", _load_replica)
 
 

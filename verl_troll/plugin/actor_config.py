@@ -1,16 +1,14 @@
-"""verl's actor configuration with TROLL's settings in it; built on the driver before Ray starts, and in each worker.
+"""verl's actor configurations with TROLL's settings in them; built on the driver before Ray starts, and in each worker.
 
-``configs/troll/default.yaml`` points ``actor_rollout_ref.actor._target_`` at :func:`actor_config`.
+:func:`verl_troll.plugin.backends.actor_config` picks the one of the backend.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from verl.workers.config import ActorConfig, FSDPActorConfig, McoreActorConfig, PolicyLossConfig
 
-from verl_troll.plugin.engines import check_engine
 from verl_troll.plugin.settings import LOSS_MODE, TrollConfig, TrollConfigError, refusal
 
 
@@ -42,7 +40,6 @@ def _check_actor(actor: ActorConfig) -> None:
             "Without one verl divides by each micro-batch's longest response, so that the loss depends on how the "
             "mini-batch is cut. Set it to data.max_response_length.",
         )
-    check_engine(actor.strategy)
 
 
 @dataclass
@@ -86,23 +83,3 @@ class TrollMegatronActorConfig(McoreActorConfig):
 
 def _padding_refused(key: str) -> TrollConfigError:
     return refusal(key, True, "False", "verl does not show the logits of sequences padded to a fixed length.")
-
-
-_ACTOR_CONFIGS: dict[str, type[ActorConfig]] = {
-    "fsdp": TrollFSDPActorConfig,
-    "fsdp2": TrollFSDPActorConfig,
-    "megatron": TrollMegatronActorConfig,
-}
-
-
-def actor_config(**settings: Any) -> ActorConfig:
-    """Actor settings of the strategy in use; the ``_target_`` of ``actor_rollout_ref.actor`` under ``+troll=default``.
-
-    Raises:
-        TrollConfigError: the strategy is not supported, or a setting is refused.
-    """
-    strategy = settings.get("strategy")
-    config = _ACTOR_CONFIGS.get(str(strategy))
-    if config is None:
-        raise refusal("actor_rollout_ref.actor.strategy", strategy, " or ".join(_ACTOR_CONFIGS))
-    return config(**settings)

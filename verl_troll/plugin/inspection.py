@@ -14,20 +14,20 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine import EngineRegistry
 
 from verl_troll.patches import registry
-from verl_troll.plugin import engines
+from verl_troll.plugin import backends
+from verl_troll.plugin.engines.mixin import TrollEngineMixin
 from verl_troll.plugin.settings import LOSS_MODE
 
 
 def _engine(backend: str) -> dict[str, Any]:
-    chosen = EngineRegistry.get_engine_cls(engines.MODEL_TYPE, backend)
-    registered = EngineRegistry._engines[engines.MODEL_TYPE][backend]
+    chosen = EngineRegistry.get_engine_cls(backends.MODEL_TYPE, backend)
     return {
         "name": f"{chosen.__module__}.{chosen.__qualname__}",
-        "troll": issubclass(chosen, engines.TrollEngineMixin),
+        "troll": issubclass(chosen, TrollEngineMixin),
         "registered": [
             key
-            for key, engine in registered.items()
-            if isinstance(key, tuple) and issubclass(engine, engines.TrollEngineMixin)
+            for key, engine in backends.registered(backend).items()
+            if isinstance(key, tuple) and issubclass(engine, TrollEngineMixin)
         ],
     }
 
@@ -59,7 +59,8 @@ def inspect() -> dict[str, Any]:
         "available": platform.is_available(),
         "vendor": platform.vendor_name,
         "policy_loss": f"{loss.__module__}.{loss.__qualname__}",
-        "engines": {backend: _engine(backend) for backend in engines.BACKENDS},
+        "engines": {name: _engine(name) for name, backend in backends.BACKENDS.items() if backend.engine},
+        "missing_engines": {name: backend.needs for name, backend in backends.BACKENDS.items() if not backend.engine},
         "config_error": _config_error(),
         "patches": [
             {"name": patch.name, "host": patch.host, "why": patch.why, "upstream": patch.upstream}

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from verl_troll import __version__
-from verl_troll.versions import OVERRIDE_VARIABLE, TESTED_VERL, is_tested
+from verl_troll.versions import OVERRIDE_VARIABLE, TESTED_VERL, VERL, is_tested
 
 _REQUIRED = ("torch", "verl", "ray", "hydra-core", "tensordict", "TransferQueue", "transformers")
 _OPTIONAL = ("vllm", "sglang", "megatron-core", "flash-attn")
@@ -58,7 +58,9 @@ def run() -> int:
     verl = _check_versions(report)
     print("Plugin")
     if verl is None:
-        report.bad("not loaded: verl is not installed", "pip install 'verl_troll[cpu]', or verl==0.9.1 with your stack")
+        report.bad(
+            "not loaded: verl is not installed", f"pip install 'verl_troll[cpu]', or verl=={VERL} with your stack"
+        )
     else:
         facts = _inspect(report)
         if facts is not None:
@@ -71,7 +73,7 @@ def _check_versions(report: _Report) -> str | None:
     for name in _REQUIRED:
         version = _version(name)
         if version is None:
-            report.bad(f"{name} is not installed", f"pip install {'verl==0.9.1' if name == 'verl' else name}")
+            report.bad(f"{name} is not installed", f"pip install {f'verl=={VERL}' if name == 'verl' else name}")
         elif name == "verl":
             _check_verl(report, version)
         else:
@@ -92,7 +94,7 @@ def _check_verl(report: _Report, version: str) -> None:
     else:
         report.bad(
             f"verl {version} is outside the tested range {TESTED_VERL}",
-            f"pip install 'verl==0.9.1', or set {OVERRIDE_VARIABLE}=1 to go on at your own risk",
+            f"pip install 'verl=={VERL}', or set {OVERRIDE_VARIABLE}=1 to go on at your own risk",
         )
 
 
@@ -131,8 +133,8 @@ def _report_facts(report: _Report, facts: dict[str, Any]) -> None:
                 f"{_listed(chosen['registered'])}",
                 "set VERL_ENGINE_DEVICE and VERL_ENGINE_VENDOR to one of these, or report your device",
             )
-    if "megatron" not in facts["engines"]:
-        report.note("engine megatron: not here, verl's own needs megatron-core ('pip install verl[mcore]')")
+    for backend, needs in facts["missing_engines"].items():
+        report.note(f"engine {backend}: not here, verl's own needs {needs}")
     if facts["config_error"] is None:
         report.good("configuration: 'hydra.searchpath=[pkg://verl_troll.configs]' +troll=default builds")
     else:

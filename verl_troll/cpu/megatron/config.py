@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from verl.workers.config import McoreEngineConfig
 
 from verl_troll.cpu import is_active
+from verl_troll.cpu.megatron.engine import run_on_cpu
 from verl_troll.patches import registry
 from verl_troll.patches.cpu import verl_megatron_engine
 
@@ -65,7 +66,7 @@ class CpuMcoreEngineConfig(McoreEngineConfig):  # type: ignore[misc, unused-igno
             warnings.simplefilter("ignore")
             super().__post_init__()
         self.dtype = wanted
-        registry.apply(verl_megatron_engine.PATCH)
+        registry.apply(verl_megatron_engine.PATCH, run_on_cpu)
 
 
 def _installed(name: str) -> bool:

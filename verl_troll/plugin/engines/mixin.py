@@ -21,14 +21,12 @@ from verl_troll.core.lm_head import LinearHead
 from verl_troll.core.logits import DenseLogits
 from verl_troll.core.support import select
 from verl_troll.core.vocab import VocabLogits, VocabShard
-from verl_troll.patches import registry, verl_fused_head
+from verl_troll.plugin.engines import fused_head
 from verl_troll.plugin.layout import TokenLayout
 from verl_troll.plugin.passes import LossFunction, OldPolicyPass, UpdatePass, update_terms
 from verl_troll.plugin.settings import PREFIX, TrollConfig, TrollConfigError
 
 logger = logging.getLogger(__name__)
-
-registry.apply(verl_fused_head.PATCH)
 
 # Settings of Hugging Face models whose logits are more than a product.
 _LOGIT_TRANSFORMS = (
@@ -168,7 +166,7 @@ class TrollEngineMixin(BaseEngine):
         try:
             if tu.get_non_tensor_data(data, key="use_fused_kernels", default=False):
                 self.check_head()
-                with verl_fused_head.reading(partial(self._read_head, reader)):
+                with fused_head.reading(partial(self._read_head, reader)):
                     yield
             else:
                 tu.assign_non_tensor(data, distillation_use_topk=True, distillation_only=True)
