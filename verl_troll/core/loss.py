@@ -205,7 +205,12 @@ class _PolicyTerms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_ratio: Tensor, grad_regression: Tensor, grad_sampled: Tensor, grad_entropy: Tensor, _: Tensor
+        ctx: Any,
+        grad_ratio: Tensor,
+        grad_regression: Tensor,
+        grad_sampled: Tensor,
+        grad_entropy: Tensor | None,
+        _: Tensor,
     ) -> tuple[Tensor | None, ...]:
         from verl_troll.core.kernels import tokens_triton
 

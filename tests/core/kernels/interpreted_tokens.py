@@ -54,11 +54,11 @@ def loss_of(terms: PolicyTerms) -> Tensor:
 def assert_chain(rule: str, new: Tensor, rows: Tensor, old: SparsePolicy, **options: Any) -> PolicyTerms:
     """Values, statistics and gradient of the kernels are those of the torch form."""
     options = {"kl_bound": BOUND, "entropy": True} | options
-    selection = Selection(options.pop("k", 8), options.pop("dropped_mass", 1e-3))
+    selection, shard = Selection(options.pop("k", 8), options.pop("dropped_mass", 1e-3)), options.pop("shard", None)
     found = []
     for form in kernels.FORMS[::-1]:
         leaf = new.clone().requires_grad_()
-        logits = VocabLogits.of(DenseLogits(leaf, form=form), rows)  # type: ignore[arg-type]
+        logits = VocabLogits.of(DenseLogits(leaf, form=form), rows, shard)  # type: ignore[arg-type]
         terms = policy_terms(rule, logits, old, selection, **options)
         found.append((terms, torch.autograd.grad(loss_of(terms), leaf)[0]))
     (expected, expected_gradient), (terms, gradient) = found
