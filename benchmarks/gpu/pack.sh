@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Packs what verl's trainer needs for a GPU machine without a network that has PyTorch and the usual packages around it:
-# verl, Ray without its dashboard's pages and its jars, megatron-core, and what they import. Needs a network and pip;
-# runs on any Python.
+# Packs what verl's trainer needs on an offline GPU machine that has PyTorch and the usual packages around it:
+# verl, Ray (without dashboard pages and jars), megatron-core, and what they import. Packing needs a network and pip;
+# any Python will do.
 #   bash benchmarks/gpu/pack.sh [FOLDER]                      FOLDER/site.tar.xz, by default in .pack
-#   PYTHON_VERSION=3.11 bash benchmarks/gpu/pack.sh FOLDER    for another Python than 3.12
-# There, in the clone, with FOLDER beside it:
+#   PYTHON_VERSION=3.11 bash benchmarks/gpu/pack.sh FOLDER    for a Python other than 3.12
+# On that machine, in the clone, with FOLDER beside it:
 #   python3 -m tarfile -e FOLDER/site.tar.xz /tmp/site && export PYTHONPATH=/tmp/site:$PWD
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -13,8 +13,8 @@ version=${PYTHON_VERSION:-3.12}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 
-# Of the machine's own: torch, triton, numpy, pandas, pyarrow, accelerate, aiohttp, grpcio, protobuf, psutil, einops,
-# safetensors, huggingface-hub, cloudpickle, msgpack, prometheus-client, tensorboard and what these need.
+# The machine provides torch, triton, numpy, pandas, pyarrow, accelerate, aiohttp, grpcio, protobuf, psutil, einops,
+# safetensors, huggingface-hub, cloudpickle, msgpack, prometheus-client, tensorboard and their dependencies.
 packages=(
     verl==0.9.1 ray==2.60.0 tensordict==0.10.0 TransferQueue==0.1.11 transformers==5.10.4 tokenizers==0.22.2
     megatron-core==0.16.1 mbridge==0.15.1
@@ -34,7 +34,7 @@ done
 python=${PYTHON:-python3}
 "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target "$site" \
     --only-binary=:all: --implementation cp --python-version "$version" "${platforms[@]}" "${packages[@]}"
-# No wheel of it is published; it is Python alone.
+# Published without a wheel; pure Python.
 "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target "$site" \
     antlr4-python3-runtime==4.9.3
 
