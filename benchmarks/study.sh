@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study in an environment of its own: bash benchmarks/study.sh cell --task chain --loss union --lr 2e-4 --seed 0
+# The study in its own environment: bash benchmarks/study.sh cell --task chain --loss union --lr 2e-4 --seed 0
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GRPO with TROLL on two CPU cores: installs, makes data and a small model, trains, draws the curves.
+# GRPO with TROLL on two CPU cores: installs, creates data and a small model, trains, plots the curves.
 set -euo pipefail
 
 usage() {
@@ -8,17 +8,17 @@ usage: bash examples/quickstart.sh [--loss troll|vanilla] [--backend fsdp|megatr
                                    [--old-policy actor|rollout] [--steps N] [--seed N] [--out DIR] [-- OVERRIDE...]
 
 Trains a small model on multi-step arithmetic with verl, GRPO and TROLL, on the CPU. The first run installs what it
-needs into .venv-quickstart and makes the data set and the model; later runs reuse both.
+needs into .venv-quickstart and creates the data set and the model; later runs reuse all three.
 
   --loss LOSS  troll (default), or vanilla for PPO clipping
   --backend B  verl's engine for the actor: fsdp (default), or megatron
   --tp N       tensor-parallel ranks of the megatron actor (default 2)
   --rollout R  what samples: hf (default, transformers), or vllm (its CPU build, in .venv-quickstart-vllm)
-  --old-policy P  what computes the old policy: actor (default), or rollout, where vllm's own log-probs are used
+  --old-policy P  what computes the old policy: actor (default), or rollout (vLLM's own log-probs)
   --steps N    training steps (default 40)
-  --seed N     order of the data and sampling (default 0)
-  --out DIR    folder of the run (default runs/quickstart/LOSS[-megatron-tpN][-vllm[-old-from-rollout]]-seedN)
-  --help       this text
+  --seed N     seed of data order and sampling (default 0)
+  --out DIR    the run's folder (default runs/quickstart/LOSS[-megatron-tpN][-vllm[-old-from-rollout]]-seedN)
+  --help       show this text
   -- ...       further settings for verl, for example: -- actor_rollout_ref.actor.optim.lr=1e-4
 
 Environment: PYTHON names the interpreter (default python3, versions 3.10 to 3.12). pip's own settings apply.
@@ -105,7 +105,7 @@ package_fingerprint() {
   )
 }
 
-# Runs a command with its output in a log, a sign of life every 30 seconds, and the log's end if it fails.
+# Runs a command with its output in a log; prints progress every 30 seconds, and the end of the log if it fails.
 logged() {
   local log=$repository/runs/quickstart/install.log start=$SECONDS pid
   mkdir -p "$(dirname "$log")"
@@ -127,7 +127,7 @@ install() {
 }
 
 echo "1/3 install"
-# A build of an older state would put its modules into the new one.
+# A stale build would leak its modules into the new one.
 rm -rf "$repository/build/lib"
 fingerprint=$(package_fingerprint)
 requirements=$(cat "$repository/setup.cfg" "$repository"/examples/vllm_cpu/{setup.cfg,requirements.txt,install.sh} | cksum)
@@ -135,7 +135,7 @@ installed=$venv/installed-requirements package=$venv/installed-package
 if [[ ! -f $installed || $(<"$installed") != "$requirements" ]]; then
   echo "  creating $venv (a few minutes, once)"
   "${PYTHON:-python3}" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
-    fail "Python 3.10 to 3.12 is needed; name one with PYTHON=..."
+    fail "needs Python 3.10 to 3.12; name one with PYTHON=..."
   "${PYTHON:-python3}" -m venv --clear "$venv"
   if [[ $rollout == vllm ]]; then
     logged bash "$repository/examples/vllm_cpu/install.sh" "$venv/bin/python" "${repository}[$extras]"
@@ -145,7 +145,7 @@ if [[ ! -f $installed || $(<"$installed") != "$requirements" ]]; then
   echo "$requirements" >"$installed"
   echo "$fingerprint" >"$package"
 elif [[ ! -f $package || $(<"$package") != "$fingerprint" ]]; then
-  echo "  the package changed: installing it again"
+  echo "  the package changed: reinstalling it"
   install --no-deps --force-reinstall "$repository"
   echo "$fingerprint" >"$package"
 else

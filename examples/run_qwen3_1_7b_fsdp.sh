@@ -3,7 +3,7 @@
 #   bash examples/run_qwen3_1_7b_fsdp.sh                 # GRPO with TROLL on GSM8K
 #   LOSS=vanilla bash examples/run_qwen3_1_7b_fsdp.sh    # the same run with PPO's clipping
 #   ESTIMATOR=gspo TASK=dapo_math NNODES=2 bash examples/run_qwen3_1_7b_fsdp.sh trainer.total_epochs=1
-# docs/recipes.md says what each variable takes; arguments go to verl and win over everything here.
+# docs/recipes.md lists what each variable takes; arguments go to verl and override everything here.
 set -euo pipefail
 
 MODEL=${MODEL:-Qwen/Qwen3-1.7B}

@@ -3,7 +3,7 @@
 #   bash examples/run_qwen3_235b_a22b_megatron.sh              # GRPO with TROLL on GSM8K
 #   LOSS=gspo bash examples/run_qwen3_235b_a22b_megatron.sh    # the same run with GSPO's clipping
 #   sbatch --nodes=8 examples/cluster/slurm.sh examples/run_qwen3_235b_a22b_megatron.sh
-# docs/recipes.md says what each variable takes; arguments go to verl and win over everything here.
+# docs/recipes.md lists what each variable takes; arguments go to verl and override everything here.
 set -euo pipefail
 
 MODEL=${MODEL:-Qwen/Qwen3-235B-A22B}

@@ -2,8 +2,8 @@
 # Qwen3-30B-A3B (mixture of experts) on verl's Megatron actor, one node of 8 GPUs with 80 GB or more.
 #   bash examples/run_qwen3_30b_a3b_megatron.sh                     # GRPO with TROLL on GSM8K
 #   LOSS=gspo bash examples/run_qwen3_30b_a3b_megatron.sh           # the same run with GSPO's clipping
-#   ROUTER_REPLAY=R2 bash examples/run_qwen3_30b_a3b_megatron.sh    # the update takes the old pass's expert routes
-# docs/recipes.md says what each variable takes; arguments go to verl and win over everything here.
+#   ROUTER_REPLAY=R2 bash examples/run_qwen3_30b_a3b_megatron.sh    # the update replays the old pass's expert routes
+# docs/recipes.md lists what each variable takes; arguments go to verl and override everything here.
 set -euo pipefail
 
 MODEL=${MODEL:-Qwen/Qwen3-30B-A3B}

@@ -3,7 +3,7 @@
 #   bash examples/run_qwen3_8b_megatron.sh                 # GRPO with TROLL on GSM8K
 #   LOSS=vanilla bash examples/run_qwen3_8b_megatron.sh    # the same run with PPO's clipping
 #   TP=4 CP=2 bash examples/run_qwen3_8b_megatron.sh data.max_response_length=12288
-# docs/recipes.md says what each variable takes; arguments go to verl and win over everything here.
+# docs/recipes.md lists what each variable takes; arguments go to verl and override everything here.
 set -euo pipefail
 
 MODEL=${MODEL:-Qwen/Qwen3-8B}

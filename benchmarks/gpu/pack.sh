@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Packs what verl's trainer needs for a GPU machine without a network that has PyTorch and the usual packages around it:
-# verl, Ray without its dashboard's pages and its jars, megatron-core, and what they import. Needs a network and pip;
-# runs on any Python.
+# Packs what verl's trainer needs on an offline GPU machine that has PyTorch and the usual packages around it:
+# verl, Ray (without dashboard pages and jars), megatron-core, and what they import. Packing needs a network and pip;
+# any Python will do.
 #   bash benchmarks/gpu/pack.sh [FOLDER]                      FOLDER/site.tar.xz, by default in .pack
-#   PYTHON_VERSION=3.11 bash benchmarks/gpu/pack.sh FOLDER    for another Python than 3.12
-# There, in the clone, with FOLDER beside it:
+#   PYTHON_VERSION=3.11 bash benchmarks/gpu/pack.sh FOLDER    for a Python other than 3.12
+# On that machine, in the clone, with FOLDER beside it:
 #   python3 -m tarfile -e FOLDER/site.tar.xz /tmp/site && export PYTHONPATH=/tmp/site:$PWD
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -13,9 +13,9 @@ version=${PYTHON_VERSION:-3.12}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 
-# Of the machine's own: torch, triton, numpy, pandas, pyarrow, accelerate, aiohttp, grpcio, protobuf, psutil, einops,
-# safetensors, huggingface-hub, cloudpickle, msgpack, prometheus-client, tensorboard and what these need.
-# Of the tested versions, as setup.cfg has them, and of what they import:
+# The machine provides torch, triton, numpy, pandas, pyarrow, accelerate, aiohttp, grpcio, protobuf, psutil, einops,
+# safetensors, huggingface-hub, cloudpickle, msgpack, prometheus-client, tensorboard and their dependencies.
+# The tested versions, as setup.cfg pins them, and what they import.
 tested='verl|ray(\[default\])?|tensordict|TransferQueue|transformers|megatron-core|mbridge'
 mapfile -t packages < <(grep -oE "^ +($tested)==[0-9.]+$" setup.cfg | tr -d ' ')
 ((${#packages[@]} == 7)) || {
@@ -41,7 +41,7 @@ done
 python=${PYTHON:-python3}
 "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target "$site" \
     --only-binary=:all: --implementation cp --python-version "$version" "${platforms[@]}" "${packages[@]}"
-# No wheel of it is published; it is Python alone.
+# Published without a wheel; pure Python.
 "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target "$site" \
     antlr4-python3-runtime==4.9.3
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Sends a run script to a Ray cluster that is up, and shows its output:
+# Submits a run script to a running Ray cluster and shows its output:
 #   export RAY_API_SERVER_ADDRESS=http://HEAD:8265
 #   LOSS=vanilla NNODES=2 bash examples/cluster/ray_job.sh examples/run_qwen3_8b_fsdp.sh [SETTING...]
-# The current folder is the job's working directory, uploaded without what .gitignore names; the script lies in it.
+# The current folder is uploaded as the job's working directory, without what .gitignore names. It must hold the script.
 # A cluster that asks for a token also needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN.
-# verl and verl_troll are best installed on every node. Otherwise PIP="verl_troll==X.Y" installs packages for this job,
+# Preferably install verl and verl_troll on every node. Otherwise PIP="verl_troll==X.Y" installs packages for this job,
 # on each node, before it starts.
-#   FORWARD    further variables that the job should see, for example FORWARD="HF_HOME HF_HUB_OFFLINE". Ray's dashboard
+#   FORWARD    more variables to pass to the job, for example FORWARD="HF_HOME HF_HUB_OFFLINE". Ray's dashboard
 #              shows their values: set secrets on the cluster instead.
 set -euo pipefail
 

@@ -6,13 +6,13 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
-# Ray on the nodes of a Slurm allocation, and a run script on the first of them:
+# Starts Ray on the nodes of a Slurm allocation and a run script on the first one:
 #   LOSS=vanilla sbatch --nodes=2 examples/cluster/slurm.sh examples/run_qwen3_8b_fsdp.sh [SETTING...]
-# Adapt the lines above to your cluster; options of sbatch win over them. Submit from an environment in which verl and
-# verl_troll are installed, on a file system that all nodes see. sbatch takes the run script's variables along;
+# Adapt the lines above to your cluster; sbatch options override them. Submit from an environment in which verl and
+# verl_troll are installed, on a file system that all nodes share. sbatch passes the run script's variables along;
 # NNODES and GPUS_PER_NODE come from the allocation.
-#   RAY_PORT    Ray's port on the first node (default: from the job's number)
-#   RAY_WAIT    seconds to wait until all nodes have joined (default 300)
+#   RAY_PORT    Ray's port on the first node (default: derived from the job id)
+#   RAY_WAIT    seconds to wait for all nodes to join (default 300)
 set -euo pipefail
 
 fail() {
@@ -36,7 +36,7 @@ RAY_ADDRESS=$ip:${RAY_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -v -N32 -tx1 /dev/urandom | tr -d ' \n')
 export NNODES GPUS_PER_NODE RAY_ADDRESS RAY_AUTH_MODE RAY_AUTH_TOKEN
 
-# Starts Ray on the nodes of $1 (a list, $2 of them); `--block` ends it together with its job step.
+# Starts Ray on the $2 nodes listed in $1; with `--block` it ends with its job step.
 steps=()
 start_ray() {
   srun --overlap --nodelist="$1" --nodes="$2" --ntasks="$2" --ntasks-per-node=1 --cpus-per-task="$cpus" \
