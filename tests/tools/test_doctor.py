@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import processes
+
 HIDE_VERL = """
 import importlib.abc, importlib.metadata, sys
 
@@ -34,9 +36,7 @@ def run(arguments: list[str], path: Path | None = None, **variables: str) -> sub
     environment = {**os.environ, **variables}
     if path is not None:
         environment["PYTHONPATH"] = f"{path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=200, check=False
-    )
+    return processes.run([sys.executable, *arguments], env=environment)
 
 
 def pretend_verl_version(folder: Path, version: str) -> None:

@@ -17,8 +17,6 @@ from tests.trainer.run import ROOT, make_assets
 from tests.vllm.replica import Served, configuration
 from verl_troll.core.support import select
 
-pytestmark = pytest.mark.timeout(600)
-
 PROMPTS = [[3 + index, 40, 41 + index] for index in range(12)]
 K, DROPPED_MASS = 8, 1e-3
 SUPPORT = [
