@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from benchmarks import guardian
 
 IDLE_SECONDS = 600.0
 """Without progress; then a process counts as hung."""
@@ -89,25 +91,29 @@ def processor_seconds(processes: Iterable[int]) -> dict[int, float]:
     return found
 
 
-def of_session(leader: int) -> Iterator[int]:
-    """Processes of the session that ``leader`` leads, itself included."""
-    for process in psutil.pids():
-        try:
-            if os.getsid(process) == leader:
-                yield process
-        except ProcessLookupError:
-            continue
-
-
 class Tree:
-    """A running command in a session of its own, with all that it starts. Ended with the ``with`` block at the latest.
+    """A running command in a session of its own, with all that it starts.
+
+    All of it ends with the command, with the ``with`` block, and with this process, even if that is killed
+    (:mod:`benchmarks.guardian`).
 
     Args:
         options: for :class:`subprocess.Popen`.
     """
 
     def __init__(self, command: Sequence[str | Path], **options: Any) -> None:
-        self.process: subprocess.Popen[bytes] = subprocess.Popen(command, start_new_session=True, **options)
+        self._writing: int | None
+        reading, self._writing = os.pipe()
+        guarded = [sys.executable, "-I", "-S", guardian.__file__, str(reading), *command]
+        try:
+            self.process: subprocess.Popen[bytes] = subprocess.Popen(
+                guarded, start_new_session=True, pass_fds=[reading], **options
+            )
+        except BaseException:
+            os.close(self._writing)
+            raise
+        finally:
+            os.close(reading)
 
     def __enter__(self) -> Tree:
         return self
@@ -117,7 +123,7 @@ class Tree:
 
     def processes(self) -> list[int]:
         """Ids of the processes that run."""
-        return list(of_session(self.process.pid))
+        return guardian.descendants(self.process.pid) if self.process.poll() is None else []
 
     def progress(self, files: Iterable[Path] = (), *, idle: float = IDLE_SECONDS) -> Progress:
         """A watch over the processes, and files that they write."""
@@ -146,11 +152,9 @@ class Tree:
 
     def end(self) -> None:
         """End the command and all that it started."""
-        for process in self.processes():
-            try:
-                os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        if self._writing is not None:
+            os.close(self._writing)
+            self._writing = None
         self.process.wait()
 
 

@@ -98,19 +98,6 @@ def short_folder() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def of_session(session: int) -> list[int]:
-    """Living processes of a session."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if os.getsid(int(entry.name)) == session and ") Z " not in (entry / "stat").read_text():
-                    found.append(int(entry.name))
-            except (ProcessLookupError, FileNotFoundError):
-                continue
-    return found
-
-
 def slurm(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, list[int]]:
     """Exit code of ``slurm.sh`` in an allocation of two nodes of one GPU, its output, and the processes it left."""
     bin_folder = folder / "bin"
@@ -129,19 +116,24 @@ def slurm(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, li
         "RAY_TMPDIR": str(folder),
         **variables,
     }
-    command = ["bash", str(CLUSTER / "slurm.sh"), *arguments]
+    # What the script leaves must be seen before the tree is ended with its command: that waits for a line of input.
+    command = ["bash", "-c", '(bash "$@"); echo $? >code; read', "-", str(CLUSTER / "slurm.sh"), *arguments]
     with (
         (folder / "log").open("w") as log,
-        Tree(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder) as tree,
+        Tree(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=folder) as tree,
     ):
-        code = tree.wait([folder / "log"])
+        progress = tree.progress([folder / "log"])
+        while not (code := (folder / "code").read_text() if (folder / "code").exists() else ""):
+            progress.check()
+            time.sleep(0.1)
         # Ray's helpers notice the end of their raylet within seconds.
         for _ in range(20):
-            left = tree.processes()
+            left = tree.processes()[1:]
             if not left:
                 break
             time.sleep(1)
-    return code, (folder / "log").read_text(), left
+    (folder / "code").unlink()
+    return int(code), (folder / "log").read_text(), left
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from benchmarks.guardian import descendants, stay_behind
 from benchmarks.processes import IDLE_SECONDS, HungError, Progress
 from tests.device import DEVICE, backend
 
@@ -37,6 +38,8 @@ def _context() -> Any:
 def _rank_main(
     function: Callable[..., Any], rank: int, world_size: int, folder: str, arguments: tuple[Any, ...]
 ) -> None:
+    # What a rank starts and leaves, as Megatron does when it saves, ends with it; all ends with this process's parent.
+    stay_behind()
     import torch
     import torch.distributed as dist
 
@@ -83,7 +86,8 @@ def run_ranks(
             process.start()
         waiting = dict(enumerate(ranks))
         logs = [Path(folder, f"log{rank}") for rank in range(world_size)]
-        progress = Progress(lambda: [process.pid for process in waiting.values()], logs, idle=idle)
+        # Each process guards its rank.
+        progress = Progress(lambda: descendants(*(one.pid for one in waiting.values())), logs, idle=idle)
         try:
             while waiting:
                 sentinels = [process.sentinel for process in waiting.values()]
@@ -97,7 +101,8 @@ def run_ranks(
                     _raise_if_failed(rank, ranks[rank].exitcode, folder)
         finally:
             for process in ranks:
-                process.kill()
+                process.terminate()
+            for process in ranks:
                 process.join()
         return [pickle.loads(Path(folder, f"result{rank}").read_bytes())[1] for rank in range(world_size)]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -55,3 +57,20 @@ def test_hanging_rank_is_named() -> None:
     # The others wait for it at the end.
     with pytest.raises(RankFailedError, match=r"ranks \[0, 1\] of 2 hang: no progress for 3 s"):
         run_ranks(hang_on, 2, (1,), idle=3)
+
+
+def leave_a_process_behind(rank: int) -> int:
+    """As Megatron's checkpoints do, which a rank that ends without Python's clean-up does not end."""
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(1000,))
+    process.start()
+    if dist.get_rank() == rank:
+        raise ArithmeticError(process.pid)
+    assert process.pid is not None
+    return process.pid
+
+
+def test_ranks_leave_no_process_behind() -> None:
+    assert not any(psutil.pid_exists(process) for process in run_ranks(leave_a_process_behind, 2, (-1,)))
+    with pytest.raises(RankFailedError, match="ArithmeticError") as failure:
+        run_ranks(leave_a_process_behind, 1, (0,))
+    assert not psutil.pid_exists(int(str(failure.value).split()[-1]))
