@@ -94,7 +94,7 @@ def make_assets(folder: Path, model: Model) -> None:
     network.save_pretrained(folder / "model")
 
 
-def run(name: str, method: str, steps: int, folder: Path, timeout: float) -> list[dict[str, Any]]:
+def run(name: str, method: str, steps: int, folder: Path) -> list[dict[str, Any]]:
     """One run of the trainer: the metrics of the steps after the first two."""
     from tests.trainer.run import run_trainer
 
@@ -119,7 +119,7 @@ def run(name: str, method: str, steps: int, folder: Path, timeout: float) -> lis
         "trainer.total_epochs=1000000",
         f"trainer.total_training_steps={steps}",
     ]
-    rows = run_trainer(assets, out, overrides, timeout=timeout)
+    rows = run_trainer(assets, out, overrides)
     return [row for row in rows if row["step"] > WARM_UP]
 
 
@@ -168,7 +168,6 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each method")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--timeout", type=float, default=600, help="seconds for one run")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args(given)
@@ -185,7 +184,7 @@ def main(given: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name, _, method in itertools.product(options.models, range(options.rounds), options.methods):
             begin = time.perf_counter()
-            steps.setdefault((name, method), []).extend(run(name, method, options.steps, Path(folder), options.timeout))
+            steps.setdefault((name, method), []).extend(run(name, method, options.steps, Path(folder)))
             print(f"{name}, {method}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
     results = [summary(name, method, found) for (name, method), found in steps.items()]
     print(", ".join(f"{name} {value}" for name, value in facts.items()), end="\n\n")

@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from benchmarks.processes import Tree, run
 from tests.test_examples import ROOT, SCRIPTS
 
 CLUSTER = ROOT / "examples" / "cluster"
@@ -98,24 +98,6 @@ def short_folder() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def of_session(session: int) -> list[int]:
-    """Living processes of a session."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if os.getsid(int(entry.name)) == session and ") Z " not in (entry / "stat").read_text():
-                    found.append(int(entry.name))
-            except (ProcessLookupError, FileNotFoundError):
-                continue
-    return found
-
-
-def end_session(session: int) -> None:
-    for process in of_session(session):
-        os.kill(process, signal.SIGKILL)
-
-
 def slurm(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, list[int]]:
     """Exit code of ``slurm.sh`` in an allocation of two nodes of one GPU, its output, and the processes it left."""
     bin_folder = folder / "bin"
@@ -134,26 +116,24 @@ def slurm(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, li
         "RAY_TMPDIR": str(folder),
         **variables,
     }
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            ["bash", str(CLUSTER / "slurm.sh"), *arguments],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            cwd=folder,
-        )
-        try:
-            code = process.wait(240)
-            # Ray's helpers notice the end of their raylet within seconds.
-            for _ in range(20):
-                left = of_session(process.pid)
-                if not left:
-                    break
-                time.sleep(1)
-        finally:
-            end_session(process.pid)
-    return code, (folder / "log").read_text(), left
+    # What the script leaves must be seen before the tree is ended with its command: that waits for a line of input.
+    command = ["bash", "-c", '(bash "$@"); echo $? >code; read', "-", str(CLUSTER / "slurm.sh"), *arguments]
+    with (
+        (folder / "log").open("w") as log,
+        Tree(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=folder) as tree,
+    ):
+        progress = tree.progress([folder / "log"])
+        while not (code := (folder / "code").read_text() if (folder / "code").exists() else ""):
+            progress.check()
+            time.sleep(0.1)
+        # Ray's helpers notice the end of their raylet within seconds.
+        for _ in range(20):
+            left = tree.processes()[1:]
+            if not left:
+                break
+            time.sleep(1)
+    (folder / "code").unlink()
+    return int(code), (folder / "log").read_text(), left
 
 
 @pytest.mark.slow
@@ -217,30 +197,19 @@ def test_ray_job_takes_script_arguments_and_variables_to_the_cluster(short_folde
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     ports = [f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
-    head = subprocess.Popen(
-        ["ray", "start", "--head", *ports, "--node-ip-address=127.0.0.1", "--num-cpus=2", "--block"],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
 
     def submit(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        return run(
             ["bash", str(CLUSTER / "ray_job.sh"), script, *arguments],
             env={**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", **variables},
             cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
         )
 
-    try:
-        for _ in range(60):
-            with socket.socket() as one:
-                if one.connect_ex(("127.0.0.1", dashboard)) == 0:
-                    break
+    command = ["ray", "start", "--head", *ports, "--node-ip-address=127.0.0.1", "--num-cpus=2", "--block"]
+    with Tree(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as head:
+        progress = head.progress()
+        while socket.socket().connect_ex(("127.0.0.1", dashboard)) != 0:
+            progress.check()
             time.sleep(1)
         done = submit(
             "run.sh", "a=1", "b=two words", LOSS="vanilla", NNODES="3", EXTRA="x", SECRET="y", FORWARD="EXTRA"
@@ -257,8 +226,6 @@ def test_ray_job_takes_script_arguments_and_variables_to_the_cluster(short_folde
             "SECRET": None,
         }
         assert submit("fails.sh").returncode != 0
-    finally:
-        end_session(head.pid)
 
 
 def test_ray_job_knows_every_variable_of_the_run_scripts() -> None:

@@ -269,7 +269,6 @@ def test_any_two_layers_go_together(row: tuple[str, ...], model: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_all_layers_go_together(engine: str, model: str) -> None:
     for row in itertools.product(*LAYERS[1:]):

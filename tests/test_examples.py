@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.utils import need_critic
 from verl.utils.config import omega_conf_to_dataclass
 
+from benchmarks.processes import run
 from tests.test_configs import ESTIMATORS, INFERENCE, RIVALS, checked, options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,13 +54,9 @@ def verl_config() -> Iterator[None]:
 
 def command(script: str, path: str, *arguments: str, **variables: str) -> list[str]:
     """The overrides that a script gives verl."""
-    done = subprocess.run(
+    done = run(
         ["bash", str(ROOT / "examples" / script), *arguments],
         env={"PATH": path, "HOME": os.environ["HOME"], **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     words: list[str] = json.loads(done.stdout)
@@ -186,14 +182,7 @@ def test_unknown_choice_is_refused_with_what_there_is(variable: str, group: str,
 def test_verl_itself_prints_the_same_configuration(
     script: str, variables: dict[str, str], path_with_stand_in: str
 ) -> None:
-    done = subprocess.run(
-        ["bash", str(ROOT / "examples" / script), "--cfg", "job", "--resolve"],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = run(["bash", str(ROOT / "examples" / script), "--cfg", "job", "--resolve"], env={**os.environ, **variables})
     assert done.returncode == 0, done.stderr[-3000:]
     in_process = configuration(script, path_with_stand_in, **variables)
     assert OmegaConf.to_container(OmegaConf.create(done.stdout)) == OmegaConf.to_container(in_process, resolve=True)

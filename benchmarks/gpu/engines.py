@@ -617,7 +617,7 @@ def train(method: str, device: str, folder: Path, clock: Clock, row: Row) -> Non
         "+ray_kwargs.ray_init.object_store_memory=1000000000",
         f"trainer.total_training_steps={STEPS}",
     ]
-    rows = run_trainer(folder / "assets", out, overrides, probe=troll, timeout=max(5.0, clock.left), device=device)
+    rows = run_trainer(folder / "assets", out, overrides, probe=troll, limit=max(5.0, clock.left), device=device)
     row.check("steps that are missing", float([one["step"] for one in rows] != list(range(1, STEPS + 1))), 0)
     for number, one in enumerate(rows, start=1):
         row.facts[f"step {number}"] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import threading
@@ -15,14 +14,11 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from benchmarks.processes import HungError, Tree
 from benchmarks.study import results
 from benchmarks.study.cells import ROOT, TASKS_FOLDER, Cell
 
 SCRATCH = ROOT / "runs" / "study" / "cells"
-LONGEST_RUN = 600
-"""Seconds, the start of the processes included."""
 ATTEMPTS = 2
 
 
@@ -46,31 +42,21 @@ def environment() -> dict[str, str]:
     }
 
 
-def end_session(leader: int) -> None:
-    """End all processes of the session that ``leader`` leads, Ray's among them."""
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == leader:
-                os.kill(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
 class Session:
     """One process of :mod:`benchmarks.study.session` and all that it started."""
 
     def __init__(self, kind: tuple[Any, ...], log: Path) -> None:
         self.kind = kind
+        self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as stream:
-            self._process = subprocess.Popen(
+            self._tree = Tree(
                 [sys.executable, "-m", "benchmarks.study.session"],
                 cwd=ROOT,
                 env=environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
-                start_new_session=True,
             )
 
     def run(self, cell: Cell, tasks: Path, metrics: Path) -> float:
@@ -79,21 +65,26 @@ class Session:
         Raises:
             SessionError: with the traceback, or what is known.
         """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        process = self._tree.process
+        assert process.stdin is not None
+        assert process.stdout is not None
         order = json.dumps({"cell": cell.to_json(), "tasks": str(tasks), "metrics": str(metrics)})
         try:
-            self._process.stdin.write(order.encode() + b"\n")
-            self._process.stdin.flush()
+            process.stdin.write(order.encode() + b"\n")
+            process.stdin.flush()
         except BrokenPipeError:
             raise SessionError("the session had ended") from None
         with selectors.DefaultSelector() as waiting:
-            waiting.register(self._process.stdout, selectors.EVENT_READ)
-            if not waiting.select(LONGEST_RUN):
-                raise SessionError(f"no answer within {LONGEST_RUN} s")
-        line = self._process.stdout.readline()
+            waiting.register(process.stdout, selectors.EVENT_READ)
+            progress = self._tree.progress((self._log, metrics))
+            while not waiting.select(progress.interval):
+                try:
+                    progress.check()
+                except HungError as error:
+                    raise SessionError(f"the session hangs: {error}") from None
+        line = process.stdout.readline()
         if not line:
-            raise SessionError(f"the session ended with exit status {self._process.wait()}")
+            raise SessionError(f"the session ended with exit status {process.wait()}")
         answer = json.loads(line)
         if "error" in answer:
             raise SessionError(answer["error"])
@@ -101,8 +92,7 @@ class Session:
 
     def end(self) -> None:
         """End the process and all of its session, Ray's processes among them."""
-        end_session(self._process.pid)
-        self._process.wait()
+        self._tree.end()
 
 
 class Pool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,14 +11,14 @@ import pytest
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu.session import TINY, Session
+from benchmarks.processes import run
 
 pytest.importorskip("triton", reason="the extra dev brings Triton from Python 3.11 on")
 
 
-@pytest.mark.timeout(1600)
 def test_a_dry_run(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run(
+    done = run(
         [
             sys.executable,
             "-m",
@@ -30,13 +29,9 @@ def test_a_dry_run(tmp_path: Path) -> None:
             "--out",
             str(tmp_path),
             "--seconds",
-            "1200",
+            "3000",
         ],
         env=environment | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     found = json.loads((tmp_path / "gpu.json").read_text())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from unittest import mock
 
 import pytest
 
+from benchmarks import processes
 from benchmarks.gpu import engines
 from benchmarks.gpu.engines import Clock, Results, Row
 
@@ -20,20 +20,13 @@ from benchmarks.gpu.engines import Clock, Results, Row
 def run(out: Path, *arguments: str, **environment: str) -> tuple[int, list[dict[str, Any]]]:
     """Exit status and rows."""
     command = [sys.executable, "-m", "benchmarks.gpu.engines", "--device", "cpu", "--tiny", "--out", str(out)]
-    done = subprocess.run(
-        [*command, *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    done = processes.run([*command, *arguments], env={**os.environ, **environment})
     assert done.returncode in (0, 1), done.stderr[-3000:]
     return done.returncode, json.loads((out / "gpu_engines.json").read_text())["rows"]
 
 
 def test_engines_on_a_cpu(tmp_path: Path) -> None:
-    status, rows = run(tmp_path, "--only", "fsdp2", "fsdp", "--seconds", "250")
+    status, rows = run(tmp_path, "--only", "fsdp2", "fsdp", "--seconds", "3000")
     assert status == 0, rows
     found = {(row["part"], row["name"]): row for row in rows}
     assert found["fsdp", "all"]["reason"] == "FSDP1 needs an accelerator"

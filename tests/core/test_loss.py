@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import oracle
+from tests.rounding import last_place
 from verl_troll.core.kernels import logits_torch as logits_module
 from verl_troll.core.kernels.logits_torch import working_dtype
 from verl_troll.core.loss import (
@@ -102,7 +103,8 @@ def test_lower_precisions_are_read_as_float32(dtype: torch.dtype) -> None:
     ours, theirs = logits.clone().requires_grad_(), logits.float().requires_grad_()
     mine, dense = log_probs(ours, ROWS, IDS, 11), gathered(theirs, ROWS, IDS, 11)
     assert mine.dtype == torch.float32
-    torch.testing.assert_close(mine, dense, rtol=0, atol=1e-6)
+    # Both round their normaliser, and the difference to it.
+    torch.testing.assert_close(mine, dense, rtol=0, atol=2 * last_place(dense[IDS >= 0]))
     for values in (mine, dense):
         torch.autograd.backward(values[IDS >= 0].sum())
     assert gradient_of(ours).dtype == dtype

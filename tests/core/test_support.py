@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import oracle
+from tests.rounding import last_place
 from verl_troll.core.kernels import logits_torch as logits_module
 from verl_troll.core.kernels.constants import REST_FLOOR
 from verl_troll.core.loss import policy_terms, token_terms
@@ -183,7 +184,9 @@ def test_padding_columns_are_never_selected_and_never_counted(rule: str) -> None
         clean = select(VocabLogits.of(plain, rows), sampled, Selection(k, dropped_mass))
         padded = assert_select_matches(poisoned, sampled, k=k, dropped_mass=dropped_mass, vocab_size=60)
         assert torch.equal(padded.ids, clean.ids)
-        torch.testing.assert_close(padded.log_probs, clean.log_probs, rtol=0, atol=1e-6)
+        # Sums over other numbers of columns: the normaliser is rounded in another way, and the difference to it.
+        rounding = 2 * last_place(clean.log_probs[clean.ids >= 0])
+        torch.testing.assert_close(padded.log_probs, clean.log_probs, rtol=0, atol=rounding)
         leaf = poisoned_new.clone().requires_grad_()
         options = {"k": k, "dropped_mass": dropped_mass}
         with_padding = compare(rule, VocabLogits.of(leaf, rows, VocabShard.whole(64, 60)), padded, Selection(**options))  # type: ignore[arg-type]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import textwrap
 from typing import Any
 
 import pytest
+
+from benchmarks.processes import run
 
 CPU_MODE = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "verl_troll.cpu"}
 
@@ -21,12 +22,9 @@ def in_process(code: str, **environment: str) -> Any:
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith("VERL_")}
     script = f"import json\n{textwrap.dedent(code)}\nprint('RESULT' + json.dumps(result))"
-    done = subprocess.run(
+    done = run(
         [sys.executable, "-c", script],
         env={**kept, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
     )
     if done.returncode != 0:
         raise RuntimeError(done.stderr[-2000:])

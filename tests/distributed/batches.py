@@ -9,6 +9,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from tests.rounding import last_place
+
 # Ids are below this; models may know more.
 VOCAB = 61
 TEMPERATURE = 0.8
@@ -113,3 +115,11 @@ def with_old_policy(batch: TensorDict, output: dict[str, Tensor]) -> TensorDict:
         if name.startswith("troll_"):
             batch[name] = value
     return batch
+
+
+def assert_loss_at_ratio_one(loss: float, batch: TensorDict) -> None:
+    """The policy loss, averaged over tokens, is the negative mean advantage."""
+    advantages = batch["advantages"].values()[batch["response_mask"].values().bool()].double()
+    # Advantages of both signs, in one of many orders: sums are as large as the advantages, their mean is not. Each of
+    # micro-batch, batch and average rounds once or twice.
+    assert abs(loss + advantages.mean().item()) <= 4 * last_place(advantages.abs().mean())

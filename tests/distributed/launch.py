@@ -11,13 +11,14 @@ import multiprocessing.connection
 import os
 import pickle
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from benchmarks.guardian import descendants, stay_behind
+from benchmarks.processes import IDLE_SECONDS, HungError, Progress
 from tests.device import DEVICE, backend
 
 PRELOAD = ("torch", "torch.distributed", "tests.distributed.preload")
@@ -37,6 +38,8 @@ def _context() -> Any:
 def _rank_main(
     function: Callable[..., Any], rank: int, world_size: int, folder: str, arguments: tuple[Any, ...]
 ) -> None:
+    # What a rank starts and leaves, as Megatron does when it saves, ends with it; all ends with this process's parent.
+    stay_behind()
     import torch
     import torch.distributed as dist
 
@@ -49,7 +52,9 @@ def _rank_main(
         torch.cuda.set_device(rank % torch.cuda.device_count())
     try:
         store = dist.FileStore(str(Path(folder) / "store"), world_size)
-        dist.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+        # A hung rank is the launcher's to find: a slow one keeps the others waiting.
+        limit = timedelta(hours=1)
+        dist.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=limit)
         result = (True, function(*arguments))
         dist.barrier()
         dist.destroy_process_group()
@@ -61,12 +66,15 @@ def _rank_main(
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, arguments: Sequence[Any] = (), *, timeout: float = 120.0
+    function: Callable[..., Any], world_size: int, arguments: Sequence[Any] = (), *, idle: float = IDLE_SECONDS
 ) -> list[Any]:
     """Results of ``function(*arguments)`` by rank; the process group is initialised around it.
 
+    Args:
+        idle: seconds without progress of any rank after which they count as hung.
+
     Raises:
-        RankFailedError: as soon as one rank fails, with its traceback; the others are ended.
+        RankFailedError: as soon as one rank fails, with its traceback, or all hang; the others are ended.
     """
     context = _context()
     with tempfile.TemporaryDirectory() as folder:
@@ -76,20 +84,25 @@ def run_ranks(
         ]
         for process in ranks:
             process.start()
-        deadline = time.monotonic() + timeout
         waiting = dict(enumerate(ranks))
+        logs = [Path(folder, f"log{rank}") for rank in range(world_size)]
+        # Each process guards its rank.
+        progress = Progress(lambda: descendants(*(one.pid for one in waiting.values())), logs, idle=idle)
         try:
             while waiting:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise RankFailedError(f"ranks {sorted(waiting)} of {world_size} did not finish in {timeout} s")
-                multiprocessing.connection.wait([process.sentinel for process in waiting.values()], timeout=left)
+                sentinels = [process.sentinel for process in waiting.values()]
+                if not multiprocessing.connection.wait(sentinels, timeout=progress.interval):
+                    try:
+                        progress.check()
+                    except HungError as error:
+                        raise RankFailedError(f"ranks {sorted(waiting)} of {world_size} hang: {error}") from None
                 for rank in [rank for rank, process in waiting.items() if not process.is_alive()]:
                     waiting.pop(rank)
                     _raise_if_failed(rank, ranks[rank].exitcode, folder)
         finally:
             for process in ranks:
-                process.kill()
+                process.terminate()
+            for process in ranks:
                 process.join()
         return [pickle.loads(Path(folder, f"result{rank}").read_bytes())[1] for rank in range(world_size)]
 

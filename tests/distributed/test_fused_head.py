@@ -21,7 +21,7 @@ from tests.distributed import batches, fsdp_scenarios, megatron_scenarios, megat
 from tests.distributed.fsdp_scenarios import Setup
 from tests.distributed.launch import run_ranks
 from tests.distributed.megatron_stock import Layout
-from tests.distributed.test_fsdp_engine import METHODS, assert_same
+from tests.distributed.test_fsdp_engine import LAST_PLACE, METHODS, assert_same
 from tests.distributed.test_megatron_engine import ANCHORED, LR, UNION, run
 from tests.distributed.test_megatron_engine import assert_same as assert_same_training
 from verl_troll.plugin.engines import fused_head
@@ -115,7 +115,8 @@ def test_an_unchanged_policy_is_inside_the_region(model_path: str, batch: Tensor
         assert metrics["troll/kl_before_max"] < 1e-9
         assert metrics["troll/projected_share"] == 0
         assert metrics["troll/regression_loss"] == 0
-        assert metrics["actor/ppo_kl"] == pytest.approx(0, abs=1e-6)
+        # A mean of differences of log-probabilities, each of which may be off by one.
+        assert metrics["actor/ppo_kl"] == pytest.approx(0, abs=LAST_PLACE)
 
 
 def test_without_settings_the_fused_path_is_verls_own(tied: str, batch: TensorDict) -> None:

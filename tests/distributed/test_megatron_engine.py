@@ -40,7 +40,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Results of :func:`megatron_scenarios.train` by layout, the old pass of all data-parallel ranks put together."""
     cases = [(layout, troll, actor) for layout in layouts]
-    by_rank = run_ranks(megatron_scenarios.each, ranks, (cases, batch), timeout=240)
+    by_rank = run_ranks(megatron_scenarios.each, ranks, (cases, batch))
     results = []
     for same in zip(*by_rank, strict=True):
         assert all(result["history"] == same[0]["history"] for result in same)

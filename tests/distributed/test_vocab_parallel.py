@@ -19,7 +19,7 @@ GROUPS = {
 @pytest.fixture(scope="module", params=(1, 2, 3, 4), ids=lambda ranks: f"{ranks}-ranks")
 def by_rank(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """All cases in one group of ranks, which costs more to start than a case does."""
-    return run_ranks(scenarios.run_cases, request.param, (tuple(scenarios.CASES),), timeout=280)
+    return run_ranks(scenarios.run_cases, request.param, (tuple(scenarios.CASES),))
 
 
 def assert_passed(by_rank: list[dict[str, Any]], cases: tuple[str, ...]) -> None:

@@ -160,7 +160,7 @@ PARAMS = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1
 
 
 def run(main: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(main, timeout=60))
+    return asyncio.run(main)
 
 
 def test_requests_that_arrive_together_run_together(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import importlib.util
 import inspect
 import json
 import pkgutil
-import subprocess
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import verl_troll
+from benchmarks.processes import run
 from tests.patches.test_patches import PATCHES
 from verl_troll.patches.registry import source_fingerprint
 
@@ -451,7 +451,7 @@ def overrides() -> dict[str, list[str]]:
 def overridden() -> dict[str, list[str]]:
     """:func:`overrides` in a process of its own: importing the whole package registers and patches."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.plugin.test_host_contract"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    done = run(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -132,11 +132,11 @@ class Served:
 
     def generate(self, prompts: Sequence[list[int]], **sampling: Any) -> list[TokenOutput]:
         """All prompts at once."""
-        return ray.get([self.ask(prompt, **sampling) for prompt in prompts], timeout=120)
+        return ray.get([self.ask(prompt, **sampling) for prompt in prompts])
 
     def generate_in_turn(self, prompts: Sequence[list[int]], **sampling: Any) -> list[TokenOutput]:
         """One prompt after the other: SGLang draws all requests from one random stream (``random_seed``)."""
-        return [ray.get(self.ask(prompt, **sampling), timeout=120) for prompt in prompts]
+        return [ray.get(self.ask(prompt, **sampling)) for prompt in prompts]
 
     def close(self) -> None:
         """End the server and the workers."""

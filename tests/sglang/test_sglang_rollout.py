@@ -21,8 +21,6 @@ from verl_troll.core.support import Selection, select
 from verl_troll.core.vocab import VocabLogits
 from verl_troll.plugin.rollout.sglang import SupportReplica
 
-pytestmark = pytest.mark.timeout(900)
-
 PROMPTS = [[3 + index, 40, 41 + index] for index in range(12)]
 TEMPERATURE, K, DROPPED_MASS = 0.8, 8, 1e-3
 WITH_SUPPORT = [

@@ -11,7 +11,7 @@ from tests.sglang.replica import ON_CPU, ROLLOUT, SUPPORT, TROLL
 from tests.trainer.checks import assert_projected_within_bound, assert_side_channel_exact
 from tests.trainer.run import make_assets, probe_lines, run_trainer
 
-pytestmark = [pytest.mark.trainer, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.trainer
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,6 @@ def test_troll_trains_with_sglang(assets: Path, tmp_path: Path) -> None:
         tmp_path / "run",
         [*ON_CPU, "+troll=default", TROLL, f"{ROLLOUT}.calculate_log_probs=True", "trainer.total_training_steps=2"],
         probe=True,
-        timeout=800,
     )
     assert_projected_within_bound(rows)
     assert_side_channel_exact(tmp_path / "run", steps=2, samples=32, epochs=1)
@@ -50,7 +49,6 @@ def test_the_rollout_engine_gives_the_old_policy(assets: Path, tmp_path: Path) -
             "trainer.val_before_train=True",
         ],
         probe=True,
-        timeout=800,
     )
     assert any(name.startswith("val-") for name in rows[0])
     steps = [row for row in rows if "troll/kl_before" in row]

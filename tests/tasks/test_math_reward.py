@@ -68,7 +68,7 @@ def test_hostile_answer_scores_zero_within_the_limit(name: str) -> None:
     score("\\boxed{14/2}")
     begin = time.monotonic()
     result = score(ANSWERS[name])
-    assert time.monotonic() - begin < SECONDS + 5
+    assert time.monotonic() - begin < SECONDS + 20
     assert result["score"] == 0
     if name in ("power tower", "factorial"):
         assert result["stopped"] == 1

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.processes import run
 from tests.tasks.hostile import HARMLESS_OUTSIDE, PROGRAMS, response, source
 from verl_troll.tasks.rewards import code, sandbox
 
@@ -118,7 +118,7 @@ def test_hostile_program_would_succeed_without_a_sandbox(name: str, canary: Path
         port = server.getsockname()[1]
         # The program's parent is one that may be harmed.
         shell = ["sh", "-c", '"$0" -c "$1"; true', sys.executable, source(name, str(canary), port)]
-        result = subprocess.run(shell, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+        result = run(shell)
     assert result.stdout.endswith("right\n"), result.stderr
 
 
@@ -240,6 +240,6 @@ print("done")
     command = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", "--inh-caps=+dac_read_search"]
     command += ["--ambient-caps=+dac_read_search", sys.executable, "-c", script]
     environment = {**os.environ, "HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    result = run(command, env=environment)
     assert result.stdout.strip().endswith("done"), result.stderr[-3000:]
     assert canary.read_text() == "right"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import processes
 from verl_troll.versions import VERL
 
 HIDE_VERL = """
@@ -36,9 +37,7 @@ def run(arguments: list[str], path: Path | None = None, **variables: str) -> sub
     environment = {**os.environ, **variables}
     if path is not None:
         environment["PYTHONPATH"] = f"{path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=200, check=False
-    )
+    return processes.run([sys.executable, *arguments], env=environment)
 
 
 def pretend_verl_version(folder: Path, version: str) -> None:

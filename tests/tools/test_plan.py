@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from benchmarks.processes import run
 from tests.distributed.batches import VOCAB, make_batch
 from tests.distributed.launch import run_ranks
 from tests.distributed.vocab_scenarios import Traffic
@@ -335,19 +335,10 @@ def test_small_tensors(rule: str, samples: int, monkeypatch: pytest.MonkeyPatch)
     passes.confirm(plan_of(passes.rows, 150, support=rule, block=0), kept=passes.kept)
 
 
-@pytest.mark.timeout(1600)
 def test_kernels_in_the_interpreter() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/core/kernels/interpreted_plan.py"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
-    )
+    done = run(command, cwd=ROOT, env=environment | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout
 
@@ -635,7 +626,7 @@ def test_a_plan_needs_neither_verl_nor_a_gpu() -> None:
         f"cli.main(['plan', *{shlex.split(SIZES + ' ' + STEP)!r}]); "
         "assert 'verl' not in sys.modules and not torch.cuda.is_initialized()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    done = run([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
 
 

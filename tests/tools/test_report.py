@@ -9,7 +9,6 @@ import math
 import random
 import re
 import statistics as plain
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
@@ -22,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
+from benchmarks.processes import run
 from verl_troll.plugin.settings import TrollConfig
 from verl_troll.tools import cli
 from verl_troll.tools.report import read, statistics, tables
@@ -711,7 +711,7 @@ class TestPage:
             "u.find_spec = lambda name: None if name in ('scipy', 'matplotlib') else real(name)\n"
             "from verl_troll.tools import cli; sys.exit(cli.main(['report', 'x']))"
         )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        done = run([sys.executable, "-c", program])
         assert done.returncode == 2
         assert "scipy, matplotlib not installed: pip install 'verl_troll[report]'" in done.stderr
 
@@ -720,7 +720,7 @@ class TestPage:
             "import sys; from verl_troll.tools import cli\n"
             "print([m for m in ('matplotlib', 'scipy', 'pandas', 'tensorboard', 'jinja2', 'yaml') if m in sys.modules])"
         )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        done = run([sys.executable, "-c", program], check=True)
         assert done.stdout.strip() == "[]"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from benchmarks.study.pool import end_session
+from benchmarks.processes import HungError, Tree
 from benchmarks.study.tasks.quickstart import quickstart
 from tests.device import DEVICE
 from tests.device import environment as platform_variables
@@ -52,13 +52,14 @@ def run_trainer(
     *,
     ranks: int = 1,
     probe: bool = False,
-    timeout: float = 280,
+    limit: float | None = None,
     group: str = "default",
     device: str = DEVICE,
 ) -> list[dict[str, Any]]:
     """Run ``verl.trainer.main_ppo`` and return one row of metrics per logged step (``step`` among the keys).
 
     Args:
+        limit: seconds that the run may take; by default as many as it needs, while it makes progress.
         group: of the configuration groups ``cpu``, unless the device is another.
         device: as in :mod:`tests.device`.
 
@@ -113,19 +114,14 @@ def run_trainer(
         *overrides,
     ]
     log = out / "trainer.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, cwd=out, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    ended = ""
+    with log.open("w") as file, Tree(command, cwd=out, env=environment, stdout=file, stderr=subprocess.STDOUT) as tree:
         try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            code = -1
-        finally:
-            # Ray's processes stay in the trainer's session; none may outlive the test.
-            end_session(process.pid)
-    tail = log.read_text(errors="replace")[-6000:]
-    assert code == 0, f"the trainer ended with {code} (-1: not within {timeout} s):\n{tail}"
+            if (code := tree.wait((log, metrics), limit=limit)) != 0:
+                ended = f"ended with {code}"
+        except HungError as error:
+            ended = f"hung: {error}"
+    assert not ended, f"the trainer {ended}:\n{log.read_text(errors='replace')[-6000:]}"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [{"step": row["step"], **row["data"]} for row in rows]
 

@@ -9,7 +9,7 @@ import pytest
 from tests.trainer.checks import assert_projected_within_bound, assert_side_channel_exact
 from tests.trainer.run import make_assets, run_trainer
 
-pytestmark = [pytest.mark.trainer, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.trainer
 
 ROLLOUT = "actor_rollout_ref.rollout"
 CORRECTION = "algorithm.rollout_correction"
@@ -42,7 +42,6 @@ def test_rollout_on_its_own_devices_and_two_updates_per_weight_transfer(assets: 
             "trainer.total_training_steps=3",
         ],
         probe=True,
-        timeout=500,
     )
     assert_side_channel_exact(tmp_path / "run", steps=3, samples=32, epochs=1)
     # In the second update of each step the old policy is that of the step's start: were it the policy of the moment,
@@ -66,7 +65,6 @@ def test_rollout_on_the_trainers_devices_ahead_of_it(assets: Path, tmp_path: Pat
             "trainer.total_training_steps=3",
         ],
         probe=True,
-        timeout=500,
     )
     assert_side_channel_exact(tmp_path / "run", steps=3, samples=32, epochs=1)
     assert_projected_within_bound(rows)

@@ -12,7 +12,7 @@ from tests.test_configs import ESTIMATORS, RIVALS
 from tests.trainer.checks import assert_projected_within_bound
 from tests.trainer.run import make_assets, run_trainer
 
-pytestmark = [pytest.mark.trainer, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.trainer
 
 IN_CI = {("ppo", "troll=default"), ("reinforce_plus_plus", "troll=default")}
 CASES = [(name, loss) for name, estimator in ESTIMATORS.items() for loss in (estimator.troll, estimator.clipped)]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.trainer.checks import assert_projected_within_bound, assert_side_channel_exact
 from tests.trainer.run import make_assets, run_trainer
 
-pytestmark = [pytest.mark.trainer, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.trainer
 
 ACTOR = "actor_rollout_ref.actor"
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from benchmarks.processes import Tree
 from benchmarks.study.cells import Cell
-from benchmarks.study.pool import Session, end_session, environment
+from benchmarks.study.pool import Session, environment
 from benchmarks.study.prepare import fill
 from benchmarks.study.results import held_out_key
 from benchmarks.study.tasks import TASKS
 
-pytestmark = [pytest.mark.trainer, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.trainer
 
 CHANGES_WITH_TIME = ("timing", "perf/", "actor/perf/", "critic/perf/")
 
@@ -75,19 +76,14 @@ def test_equals_verl_own_trainer(train: Callable[[Cell], list[dict[str, Any]]], 
     ours = train(cell)
     metrics = tmp_path / "metrics.jsonl"
     words = [word for word in cell.overrides(tasks) if not word.startswith("+study.")]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "verl.trainer.main_ppo", f"hydra.run.dir={tmp_path / 'hydra'}", *words],
-            cwd=tmp_path,
-            env=environment() | {"VERL_FILE_LOGGER_PATH": str(metrics)},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
-            assert process.wait(450) == 0, (tmp_path / "log").read_text(errors="replace")[-4000:]
-        finally:
-            end_session(process.pid)
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", f"hydra.run.dir={tmp_path / 'hydra'}", *words]
+    variables = environment() | {"VERL_FILE_LOGGER_PATH": str(metrics)}
+    with (
+        log.open("wb") as stream,
+        Tree(command, cwd=tmp_path, env=variables, stdout=stream, stderr=subprocess.STDOUT) as tree,
+    ):
+        assert tree.wait((log, metrics)) == 0, log.read_text(errors="replace")[-4000:]
     theirs = read(metrics)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     # verl's reward manager calls the score "acc" as well, and prefers that name.

@@ -10,7 +10,7 @@ import pytest
 from tests.trainer.checks import assert_projected_within_bound, assert_side_channel_exact
 from tests.trainer.run import make_assets, probe_lines, run_trainer
 
-pytestmark = [pytest.mark.trainer, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.trainer
 
 ACTOR = "actor_rollout_ref.actor"
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import run
 from tests.trainer.checks import assert_projected_within_bound, assert_side_channel_exact
 from tests.trainer.run import PROBE_MODULE, make_assets, probe_lines, run_trainer
 from tests.trainer.two_nodes import Node, cluster, equipped, other_python
 from verl_troll import __version__
 from verl_troll.versions import VERL
 
-pytestmark = [pytest.mark.trainer, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.trainer
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,8 @@ def test_nodes_without_the_package_or_with_another_version_are_refused(assets: P
         # A driver that connects before it loads the plugin. Ray's workers search its folder, so that is not the clone.
         address = overrides[0].partition("=")[2]
         program = f"import ray; ray.init('{address}'); import verl_troll.plugin"
-        late = subprocess.run(
-            [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
-        )
-    assert "the trainer ended with 1 " in str(failure.value)
+        late = run([sys.executable, "-c", program], cwd=tmp_path)
+    assert "the trainer ended with 1:" in str(failure.value)
     assert late.returncode == 1
     for log in (str(failure.value), late.stderr):
         error = log[log.rindex("ClusterError: ") :]

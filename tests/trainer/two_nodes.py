@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-from benchmarks.study.pool import end_session
+from benchmarks.processes import Tree
 from tests.trainer.run import ROOT
 
 
@@ -102,19 +102,13 @@ def _start(node: Node, ip: str, place: Sequence[str], folder: Path, running: con
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "PYTHONPATH"))}
     log = folder / f"{ip}.log"
     with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env={**inherited, **node.environment},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+        tree = running.enter_context(
+            Tree(command, cwd=folder, env={**inherited, **node.environment}, stdout=file, stderr=subprocess.STDOUT)
         )
-    running.callback(end_session, process.pid)
-    deadline = time.monotonic() + 60
+    progress = tree.progress([log])
     while "Ray runtime started" not in log.read_text():
-        joining = process.poll() is None and time.monotonic() < deadline
-        assert joining, f"node {ip} did not start:\n{log.read_text()}"
+        assert tree.process.poll() is None, f"node {ip} did not start:\n{log.read_text()}"
+        progress.check()
         time.sleep(0.1)
 
 

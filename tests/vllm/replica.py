@@ -93,8 +93,8 @@ class Served:
             )
 
         if in_turn:
-            return [ray.get(send(index), timeout=120) for index in range(len(prompts))]
-        return ray.get([send(index) for index in range(len(prompts))], timeout=120)
+            return [ray.get(send(index)) for index in range(len(prompts))]
+        return ray.get([send(index) for index in range(len(prompts))])
 
     def close(self) -> None:
         """End the server and the workers."""

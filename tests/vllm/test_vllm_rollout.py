@@ -18,8 +18,6 @@ from tests.vllm.replica import Served, configuration
 from verl_troll.core.support import Selection, select
 from verl_troll.core.vocab import VocabLogits
 
-pytestmark = pytest.mark.timeout(600)
-
 PROMPTS = [[3 + index, 40, 41 + index] for index in range(12)]
 K, DROPPED_MASS = 8, 1e-3
 SUPPORT = [

@@ -10,7 +10,7 @@ import pytest
 from tests.trainer.checks import assert_projected_within_bound, assert_side_channel_exact
 from tests.trainer.run import make_assets, probe_lines, run_trainer
 
-pytestmark = [pytest.mark.trainer, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.trainer
 
 ROLLOUT = "actor_rollout_ref.rollout"
 
@@ -33,7 +33,6 @@ def test_troll_trains_with_vllm(assets: Path, tmp_path: Path) -> None:
             "trainer.total_training_steps=2",
         ],
         probe=True,
-        timeout=600,
     )
     assert_projected_within_bound(rows)
     assert_side_channel_exact(tmp_path / "run", steps=2, samples=32, epochs=1)
@@ -55,7 +54,6 @@ def test_the_rollout_engine_gives_the_old_policy(assets: Path, tmp_path: Path) -
             "trainer.val_before_train=True",
         ],
         probe=True,
-        timeout=600,
     )
     assert any(name.startswith("val-") for name in rows[0])
     steps = [row for row in rows if "troll/kl_before" in row]
@@ -80,7 +78,6 @@ def test_without_a_step_between_the_rollout_engine_and_the_actor_agree(assets: P
             "actor_rollout_ref.actor.ppo_mini_batch_size=8",
             "trainer.total_training_steps=1",
         ],
-        timeout=600,
     )
     assert row["troll/kl_before_max"] < 1e-6
     assert row["troll/projected_share"] == 0

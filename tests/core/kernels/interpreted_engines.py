@@ -64,7 +64,7 @@ def counted(scenario: Callable[..., Any], *arguments: Any) -> tuple[Any, Counter
 
 def run(scenario: Callable[..., Any], ranks: int, *arguments: Any, interpreted: bool) -> list[Any]:
     """Results by rank, of a scenario that went through all kernels or through none."""
-    by_rank = run_ranks(counted, ranks, (scenario, *arguments), timeout=240)
+    by_rank = run_ranks(counted, ranks, (scenario, *arguments))
     for _, calls in by_rank:
         assert set(calls) == (set(FORMS) if interpreted else set())
     return [result for result, _ in by_rank]

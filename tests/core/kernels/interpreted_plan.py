@@ -81,7 +81,7 @@ def on_rank(rows: int, vocab: int) -> dict[str, list[tuple[str, int]]]:
 
 def test_passes_and_collectives_on_two_ranks() -> None:
     rows, vocab = 2, 200
-    for by_case in run_ranks(on_rank, 2, (rows, vocab), timeout=240):
+    for by_case in run_ranks(on_rank, 2, (rows, vocab)):
         assert len(by_case) == 5
         for case, sent in by_case.items():
             if case != "old":
