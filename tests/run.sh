@@ -32,7 +32,7 @@ with_verl() {
         if [ $# -eq 0 ] || [ "$*" = --all ]; then
             ruff check .
             ruff format --check .
-            mypy verl_troll
+            mypy verl_troll benchmarks examples/quickstart tests
             git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
         fi
         # Trainers spend most of their time on starting, one process after the other: two at a time.

@@ -142,7 +142,7 @@ def test_a_shard_that_does_not_fit_the_logits_is_refused(columns: int) -> None:
         select(logits, rows, rows, k=2, dropped_mass=0.0, shard=shard)
     for rule in ("union", "anchored"):
         with pytest.raises(ValueError, match=match):
-            compare(rule, logits, rows, policy, k=2, dropped_mass=0.0, shard=shard)  # type: ignore[arg-type]
+            compare(rule, logits, rows, policy, k=2, dropped_mass=0.0, shard=shard)
 
 
 # --- gradient ---------------------------------------------------------------------------------------------------------

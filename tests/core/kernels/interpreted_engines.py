@@ -48,7 +48,8 @@ def counted(scenario: Callable[..., Any], *arguments: Any) -> tuple[Any, Counter
 
         return call
 
-    with mock.patch.multiple(kernels, **{name: counting(name) for name in FORMS}):
+    forms: dict[str, Any] = {name: counting(name) for name in FORMS}
+    with mock.patch.multiple(kernels, **forms):
         result = scenario(*arguments)
     return result, calls
 
