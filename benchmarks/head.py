@@ -53,18 +53,18 @@ class _Inputs:
 
     def __init__(self, case: Case) -> None:
         generator = torch.Generator(case.device).manual_seed(0)
-        shape = dict(generator=generator, device=case.device)
+        shape: dict[str, Any] = dict(generator=generator, device=case.device)
         tokens, vocab, units = case.tokens, case.vocab, case.hidden
-        weight = torch.randn(vocab, units, **shape) / units**0.5  # type: ignore[call-overload]
-        ids = torch.randint(vocab, (tokens, _LIKELY), **shape)  # type: ignore[call-overload]
+        weight = torch.randn(vocab, units, **shape) / units**0.5
+        ids = torch.randint(vocab, (tokens, _LIKELY), **shape)
         level = _PEAK - _STEP * torch.arange(_LIKELY, device=case.device)
         hidden = (weight[ids] * level.unsqueeze(-1)).sum(1)
-        moved = torch.rand(tokens, 1, **shape) < _MOVED_SHARE  # type: ignore[call-overload]
-        noise = torch.where(moved, _NOISE_MOVED, _NOISE) * torch.randn(tokens, units, **shape)  # type: ignore[call-overload]
+        moved = torch.rand(tokens, 1, **shape) < _MOVED_SHARE
+        noise = torch.where(moved, _NOISE_MOVED, _NOISE) * torch.randn(tokens, units, **shape)
         self.case = case
         self.labels = ids[:, 0].contiguous()
         self.rows = torch.arange(tokens, device=case.device)
-        self.advantages = torch.randn(tokens, **shape)  # type: ignore[call-overload]
+        self.advantages = torch.randn(tokens, **shape)
         self.weight = weight.to(case.torch_dtype).requires_grad_()
         self.settings: dict[str, Any] = dict(k=case.k, dropped_mass=troll.DROPPED_MASS)
         old_head = LinearHead(hidden.to(case.torch_dtype), self.weight.detach())

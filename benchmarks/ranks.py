@@ -33,7 +33,7 @@ def run_on_ranks(jobs: Sequence[tuple[str, Case]], ranks: int, repeat: int, thre
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, folder, list(jobs), repeat, max(1, threads // ranks))
-        multiprocessing.spawn(_rank, args=arguments, nprocs=ranks)  # type: ignore[no-untyped-call]
+        multiprocessing.spawn(_rank, args=arguments, nprocs=ranks)
         rows: list[list[Row]] = pickle.loads(Path(folder, "rows").read_bytes())
         return rows
 
@@ -48,9 +48,11 @@ def _rank(rank: int, ranks: int, folder: str, jobs: list[tuple[str, Case]], repe
     # verl's form for sharded logits asks Megatron for the group.
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
     gc.freeze()
+    group = dist.group.WORLD
+    assert group is not None
     rows = []
     for name, case in jobs:
-        shard = VocabShard.even(-(-case.vocab // ranks), case.vocab, dist.group.WORLD)
+        shard = VocabShard.even(-(-case.vocab // ranks), case.vocab, group)
         rows.append(SHARDED[name](case, repeat, shard))
     if rank == 0:
         Path(folder, "rows").write_bytes(pickle.dumps(rows))

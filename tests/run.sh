@@ -32,7 +32,7 @@ with_verl() {
         if [ $# -eq 0 ] || [ "$*" = --all ]; then
             ruff check .
             ruff format --check .
-            mypy verl_troll
+            mypy verl_troll benchmarks examples/quickstart tests
             lint-imports --no-cache
             git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
         fi

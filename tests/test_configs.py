@@ -151,7 +151,10 @@ def test_tables_here_name_every_file() -> None:
 
 
 # The engine, and what a run needs beside it. Without `+fsdp` or `+megatron` verl's defaults, as in a user's own script.
-BARE = (f"{ACTOR}.ppo_micro_batch_size_per_gpu=4", "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4")
+BARE: tuple[str, ...] = (
+    f"{ACTOR}.ppo_micro_batch_size_per_gpu=4",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
+)
 BARE += ("actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4", "data.max_response_length=768")
 HOSTS = {
     "fsdp": ("+fsdp=default", "+inference=vllm"),
@@ -222,7 +225,7 @@ METHODS = ("grpo,troll=default", "gspo,troll=sequence", "ppo,troll=default", "rl
 LAYERS: tuple[Sequence[str], ...] = (ENGINES, list(SIZES), INFERENCE, METHODS, options("task"))
 
 
-def check_layers(engine: str, size: str, inference: str, method: str, task: str, model: str) -> None:
+def check_layers(engine: str, size: str, inference: str, method: str, task: str, *, model: str) -> None:
     estimator, loss = method.split(",")
     nodes = 8 if engine == "megatron=moe" else 1
     config = composed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -36,31 +37,31 @@ def run(session: Session) -> None:
     for dtype in DTYPES:
         tag = str(dtype).removeprefix("torch.")
         for vocab in (session.sizes.vocab, session.sizes.odd_vocab):
-            session.check(f"{tag}, {vocab} columns: reading", lambda v=vocab, d=dtype: reading(session, d, v, k))  # type: ignore[misc]
-        session.check(f"{tag}: search among ties and without mass", lambda d=dtype: ties(session, d))  # type: ignore[misc]
-        session.check(f"{tag}: writing", lambda d=dtype: writing(session, d))  # type: ignore[misc]
+            session.check(f"{tag}, {vocab} columns: reading", functools.partial(reading, session, dtype, vocab, k))
+        session.check(f"{tag}: search among ties and without mass", functools.partial(ties, session, dtype))
+        session.check(f"{tag}: writing", functools.partial(writing, session, dtype))
     for many in (1, 16, 256, 1024) if session.on_gpu else (1, 16):
         session.check(
             f"reading, k = {many}",
-            lambda n=many: reading(session, torch.bfloat16, session.sizes.vocab, n, rows=4),  # type: ignore[misc]
+            functools.partial(reading, session, torch.bfloat16, session.sizes.vocab, many, rows=4),
         )
     if session.on_gpu:
         session.check("offsets beyond 2^31", lambda: far_offsets(session))
     for dtype in DTYPES:
         for rule in RULES:
             name = f"{str(dtype).removeprefix('torch.')}, {rule}"
-            session.check(f"{name}: the chain", lambda d=dtype, r=rule: chain(session, d, r))  # type: ignore[misc]
+            session.check(f"{name}: the chain", functools.partial(chain, session, dtype, rule))
     session.check("a gradient over logits that are still needed raises", lambda: overwritten(session))
     for width in (11, 66, 130):
         session.check(
             f"{session.sizes.fuzzed} random rows of {width} outcomes",
-            lambda w=width: fuzz(session, w),  # type: ignore[misc]
+            functools.partial(fuzz, session, width),
         )
     for rule in RULES:
-        session.check(f"fused head, {rule}", lambda r=rule: head(session, r))  # type: ignore[misc]
+        session.check(f"fused head, {rule}", functools.partial(head, session, rule))
     if session.on_gpu:
         for rule in RULES:
-            session.check(f"the host waits for nothing, {rule}", lambda r=rule: no_waiting(session, r))  # type: ignore[misc]
+            session.check(f"the host waits for nothing, {rule}", functools.partial(no_waiting, session, rule))
 
 
 def read(logits: Tensor, rows: Tensor, k: int, ids: Tensor | None = None) -> Reading:
@@ -242,12 +243,13 @@ def overwritten(session: Session) -> str:
 def fuzz(session: Session, width: int) -> dict[str, float]:
     """Random pairs of distributions, through the projection and through the chain: the bound, and the torch form."""
     generator = torch.Generator(session.device).manual_seed(width)
-    shape, options = (session.sizes.fuzzed, width), {"generator": generator, "device": session.device}
-    spread = 8 * torch.rand(shape[0], 1, **options)  # type: ignore[arg-type]
-    moved = 3 * torch.rand(shape[0], 1, **options) ** 3  # type: ignore[arg-type]
-    old = (spread * torch.randn(shape, **options)).log_softmax(-1)  # type: ignore[arg-type]
-    new = (old + moved * torch.randn(shape, **options)).log_softmax(-1)  # type: ignore[arg-type]
-    sampled = torch.randint(width, (shape[0],), **options)  # type: ignore[call-overload]
+    shape = (session.sizes.fuzzed, width)
+    options: dict[str, Any] = {"generator": generator, "device": session.device}
+    spread = 8 * torch.rand(shape[0], 1, **options)
+    moved = 3 * torch.rand(shape[0], 1, **options) ** 3
+    old = (spread * torch.randn(shape, **options)).log_softmax(-1)
+    new = (old + moved * torch.randn(shape, **options)).log_softmax(-1)
+    sampled = torch.randint(width, (shape[0],), **options)
     reference = project(new, old, KL_BOUND, form="torch")
     ours = project(new, old, KL_BOUND)
     assert bool((ours.kl <= KL_BOUND).all()), f"KL {float(ours.kl.max())} exceeds the bound"
@@ -337,7 +339,7 @@ def no_waiting(session: Session, rule: str) -> None:
     def step() -> None:
         leaf = logits.clone().requires_grad_()
         old = select(VocabLogits.of(logits, rows), ids, Selection(session.sizes.k, DROPPED_MASS), entropy=True)
-        loss_of(terms_of(rule, DenseLogits(leaf, reuse=False), rows, old, session.sizes.k)).backward()  # type: ignore[no-untyped-call]
+        loss_of(terms_of(rule, DenseLogits(leaf, reuse=False), rows, old, session.sizes.k)).backward()
 
     step()
     torch.cuda.synchronize()

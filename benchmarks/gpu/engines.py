@@ -366,10 +366,11 @@ def cost(host: Host, setup: Any, batch: Any, repeat: int, row: Row) -> None:
         output = host.old_pass(batch, setup)
         shard = with_old_policy(batch, output)
         host.step(shard, setup, loss_function)
-        for phase, work in {
-            "old pass": lambda: host.old_pass(batch, setup),
+        phases: dict[str, Callable[[], Any]] = {
+            "old pass": functools.partial(host.old_pass, batch, setup),
             "update": functools.partial(host.step, shard, setup, loss_function),
-        }.items():
+        }
+        for phase, work in phases.items():
             seconds, memory = _measure(work, host.device, repeat)
             row.facts[f"{method}, {phase}, s"] = seconds
             row.facts[f"{method}, {phase}, MiB above the engine"] = memory

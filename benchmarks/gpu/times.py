@@ -56,11 +56,14 @@ def _logits(session: Session, tag: str) -> None:
         work.copy_(moved)
         return work.requires_grad_()
 
+    def read_of(k: int) -> Callable[[Any], object]:
+        return lambda _: kernels.read_rows(logits, rows, none, sizes.vocab, k=k)
+
     timed(COPY, lambda _: work.copy_(logits))
     none = torch.empty(sizes.tokens, 0, dtype=torch.int64, device=device)
     timed(READ, lambda _: kernels.read_rows(logits, rows, none, sizes.vocab))
     for k in (sizes.k, 4 * sizes.k):
-        timed(f"reading kernel, k = {k}", lambda _, k=k: kernels.read_rows(logits, rows, none, sizes.vocab, k=k))
+        timed(f"reading kernel, k = {k}", read_of(k))
     max_logit, sumexp, *_ = kernels.read_rows(logits, rows, none, sizes.vocab)
     column, level = ids.unsqueeze(-1), -1 / sumexp
     timed(
@@ -179,13 +182,12 @@ def _head(session: Session, units: int) -> None:
             ),
             leaf,
         )
+
+    def of_verl(log_probs: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor], object]:
+        return lambda states: torch.autograd.grad(log_probs(states, weight, ids).mean(), (states, weight))
+
     for name, fused in _verl_heads().items():
-        timed(
-            f"update, verl's fused head, {name}",
-            lambda states, fused=fused: torch.autograd.grad(fused(states, weight, ids).mean(), (states, weight)),
-            leaf,
-            repeat=3,
-        )
+        timed(f"update, verl's fused head, {name}", of_verl(fused), leaf, repeat=3)
 
 
 def _verl_heads() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:

@@ -40,7 +40,7 @@ from verl_troll.embedded.generation import Completion, generate
 DISTINCT = "study/distinct_answers"
 
 
-class StudyWorker(ActorRolloutRefWorker):  # type: ignore[misc, unused-ignore]
+class StudyWorker(ActorRolloutRefWorker):
     """verl's worker; can build its models, optimizer and loss anew."""
 
     def set_dispatch_collect(self, mesh_name: str, **ranks: Any) -> None:
@@ -50,7 +50,7 @@ class StudyWorker(ActorRolloutRefWorker):  # type: ignore[misc, unused-ignore]
             known.add(mesh_name)
             super().set_dispatch_collect(mesh_name, **ranks)
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator, unused-ignore]
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def begin(self, config: DictConfig) -> None:
         """Start over with the weights on disk and the settings of ``config`` (``actor_rollout_ref``)."""
         torch.manual_seed(0)
@@ -58,10 +58,10 @@ class StudyWorker(ActorRolloutRefWorker):  # type: ignore[misc, unused-ignore]
         self.init_model()
 
 
-class StudyCritic(TrainingWorker):  # type: ignore[misc, unused-ignore]
+class StudyCritic(TrainingWorker):
     """verl's worker for the critic; its head is drawn from a fixed seed."""
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator, unused-ignore]
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def reset(self) -> None:
         """Start over with the weights on disk and a new head."""
         torch.manual_seed(0)
@@ -164,7 +164,7 @@ def _entries(column: Any, rows: int) -> list[Any]:
     return [column.data] * rows
 
 
-class StudyTrainer(PPOTrainerSync):  # type: ignore[misc, unused-ignore]
+class StudyTrainer(PPOTrainerSync):
     """verl's synchronous trainer; see the module.
 
     Args:
@@ -230,7 +230,7 @@ class StudyTrainer(PPOTrainerSync):  # type: ignore[misc, unused-ignore]
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
         uids = set(_entries(batch.get("uid"), len(batch)))
-        count = super()._submit_batch_to_rollout(batch)
+        count: int = super()._submit_batch_to_rollout(batch)
         if self.config.study.old_policy == "behaviour":
             items = {key: tag for key, tag in tq.kv_list("train")["train"].items() if key.split("_")[0] in uids}
             keys = sorted(key for key in items if "_" in key)

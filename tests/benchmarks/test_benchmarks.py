@@ -90,11 +90,11 @@ def test_turns_alternate_and_the_first_is_dropped() -> None:
             calls.append(f"prepare {name}")
             return name
 
-        return Contender(
-            name,
-            {"one": lambda value: calls.append(f"{value} 1") or value, "two": lambda value: calls.append(f"{value} 2")},
-            prepare,
-        )
+        def one(value: str) -> str:
+            calls.append(f"{value} 1")
+            return value
+
+        return Contender(name, {"one": one, "two": lambda value: calls.append(f"{value} 2")}, prepare)
 
     times = take_turns([contender("a"), contender("b")], 2, "cpu")
     assert calls == ["prepare a", "a 1", "a 2", "prepare b", "b 1", "b 2"] * 3

@@ -168,7 +168,7 @@ def step(
 
 def project(dtype: torch.dtype, *, n: int = 66, implicit: bool = True) -> None:
     new, old = torch.zeros(2, n, dtype=dtype, requires_grad=True), torch.zeros(2, n, dtype=dtype)
-    kernels.project(new, old, 0.05, 1e-3, implicit)[0].sum().backward()  # type: ignore[no-untyped-call]
+    kernels.project(new, old, 0.05, 1e-3, implicit)[0].sum().backward()
 
 
 @pytest.mark.parametrize(("target", "rule"), [*((target, "union") for target in TARGETS), ("sm_90", "anchored")])

@@ -212,6 +212,7 @@ def test_lower_precisions_are_read_as_float32_bit_for_bit(dtype: torch.dtype) ->
     wide = logits if dtype == torch.float64 else logits.float()
     ours, theirs = (read_dense(x, rows, ids, 300, k=9, energy=True) for x in (logits, wide))
     for mine, other in zip((*ours.normaliser, *ours[1:]), (*theirs.normaliser, *theirs[1:]), strict=True):
+        assert mine is not None and other is not None
         assert torch.equal(mine, other)
         assert mine.dtype == other.dtype
 
@@ -271,7 +272,7 @@ def test_the_entropy_of_parts_is_the_entropy_of_the_whole(dtype: torch.dtype) ->
         read_dense(part, rows, no_ids(rows), part.shape[1], energy=True).normaliser
         for part in logits.split([20, 0, 10, 30], dim=-1)
     ]
-    peaks, masses, energies = (torch.stack([part[i] for part in parts]) for i in range(3))
+    peaks, masses, energies = (torch.stack([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
     log_probs = logits.double().log_softmax(-1)
     expected = -torch.where(log_probs > -INF, log_probs.exp() * log_probs, 0.0).sum(-1)
     combined = Normaliser.combine(peaks, masses, energies)

@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.distributed import megatron_stock as stock
 from tests.distributed.batches import by_sample, shard_of, with_old_policy, with_settings
 from tests.distributed.megatron_stock import Layout
+from tests.model_families import VOCAB
 
 
 def loss_function(engine: Any, layout: Layout, troll: dict[str, Any], **actor_settings: Any) -> Any:
@@ -126,7 +127,7 @@ def train_with_padding(layout: Layout, troll: dict[str, Any], batch: TensorDict,
         engine = stock.build(layout)
     weight = next(value for name, value in engine.module[0].named_parameters() if "output_layer" in name)
     start = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
-    padded = torch.arange(start, start + weight.shape[0]) >= stock.VOCAB
+    padded = torch.arange(start, start + weight.shape[0]) >= VOCAB
     with torch.no_grad():
         weight[padded] = (
             50

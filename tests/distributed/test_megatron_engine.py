@@ -14,10 +14,11 @@ from tests.distributed import batches, fsdp_scenarios, megatron_scenarios, megat
 from tests.distributed.fsdp_scenarios import Setup
 from tests.distributed.launch import run_ranks
 from tests.distributed.megatron_stock import Layout
+from tests.model_families import VOCAB
 
 # Without a mass to drop, rounding cannot move an id across the edge of the support.
-UNION = {"support": "union", "k": 20, "dropped_mass": 0.0}
-ANCHORED = {"support": "anchored", "k": 20, "dropped_mass": 0.0}
+UNION: dict[str, Any] = {"support": "union", "k": 20, "dropped_mass": 0.0}
+ANCHORED: dict[str, Any] = {"support": "anchored", "k": 20, "dropped_mass": 0.0}
 STEPS = 3
 # Large enough that some tokens leave the region in the second step, small enough that some do not.
 LR = {"union": 0.003, "anchored": 0.01}
@@ -121,7 +122,7 @@ def test_every_dense_layout_agrees_with_one_rank_and_with_fsdp(
     tmp_path: Path, batch: TensorDict, kind: str, method: dict[str, Any]
 ) -> None:
     path = megatron_stock.write_model(tmp_path, kind)
-    common = {"use_kl_loss": True, "kl_loss_coef": 0.1, "entropy_coeff": 0.01}
+    common: dict[str, Any] = {"use_kl_loss": True, "kl_loss_coef": 0.1, "entropy_coeff": 0.01}
     settings = {**common, "kl_loss_type": "k2"}
     (reference,) = run([Layout(path, lr=LR[method["support"]])], method, batch, 1, **settings)
     assert reference["engine"] == "TrollMegatronEngine"
@@ -183,10 +184,11 @@ def test_router_replay_carries_the_routes_beside_the_support(tmp_path: Path, bat
 
     given = batch.clone()
     given["routed_experts"] = routes
-    for ranks, layout in ((2, {"expert": 2}), (2, {"tensor": 2, "expert": 2, "expert_tensor": 1})):
-        (recorded,) = run([replace(recording, **layout)], ANCHORED, batch, ranks)
+    layouts: list[dict[str, Any]] = [{"expert": 2}, {"tensor": 2, "expert": 2, "expert_tensor": 1}]
+    for layout in layouts:
+        (recorded,) = run([replace(recording, **layout)], ANCHORED, batch, 2)
         assert_same(recorded, reference, layout)
-        (replayed,) = run([replace(recording, router_replay="R3", **layout)], ANCHORED, given, ranks)
+        (replayed,) = run([replace(recording, router_replay="R3", **layout)], ANCHORED, given, 2)
         assert_same(replayed, reference, layout)
 
 
@@ -209,6 +211,6 @@ def test_padded_vocabulary_counts_for_nothing(dense: str, batch: TensorDict, met
             length = len(batch["responses"].unbind()[sample])
             own = row["log_probs"][-length - 1 : -1]
             torch.testing.assert_close(own, expected[sample][len(expected[sample]) - length :], rtol=0, atol=2e-5)
-            assert (row["troll_old_ids"] < megatron_stock.VOCAB).all()
+            assert (row["troll_old_ids"] < VOCAB).all()
         assert_same(result, by_ranks[1], tensor)
         assert result["padding_moved"] == 0

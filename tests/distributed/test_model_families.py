@@ -22,7 +22,7 @@ from tests.distributed.megatron_stock import Layout
 from tests.model_families import FAMILIES, IMAGE, with_images, write_family, write_vision
 
 # Without a mass to drop, rounding cannot move an id across the edge of the support.
-TROLL = {"support": "union", "k": 20, "dropped_mass": 0.0}
+TROLL: dict[str, Any] = {"support": "union", "k": 20, "dropped_mass": 0.0}
 # The same optimizer for both engines; some tokens leave the region in the second step, and some do not.
 OPTIMIZER: dict[str, Any] = {"lr": 0.003, "adam_eps": 1.0}
 # Families that mbridge knows.

@@ -61,6 +61,12 @@ DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16}
 SETTINGS = ((60, 0.0), (24, 0.013), (128, 1e-3))
 
 
+def everyone() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
 class Notes:
     """Failed checks of one case, and a digest of all that must be the same bits on every rank."""
 
@@ -386,6 +392,7 @@ def check_log_probs_at(notes: Notes, split: Split, logits: Tensor, rows: Tensor,
     notes.close("at: dense", result, reference, atol=tolerance(dtype))
     notes.true("at: no id, no mass", bool((result[ids < 0] == -INF).all()))
     weights = (weight.to(single.dtype), bonus.to(single.dtype))
+    assert single_entropy is not None
     (single_grad,) = torch.autograd.grad((single, single_entropy), whole, weights)
     weights = (torch.where(ids >= 0, weight, 0.0), bonus)
     (dense_grad,) = torch.autograd.grad((reference, dense_entropies), dense, weights)
@@ -782,7 +789,7 @@ def large_vocabulary(notes: Notes) -> None:
     world = dist.get_world_size()
     columns = 128 * math.ceil(LARGE_VOCAB / (128 * world)) + 128
     split = Split((columns,) * world, LARGE_VOCAB)
-    notes.same("even", VocabShard.even(columns, LARGE_VOCAB, dist.group.WORLD), split.shard)
+    notes.same("even", VocabShard.even(columns, LARGE_VOCAB, everyone()), split.shard)
     old = normal(4, LARGE_VOCAB, seed=140, scale=3.0)
     old[:, torch.arange(0, LARGE_VOCAB, 3001)] += 9
     new = old + normal(4, LARGE_VOCAB, seed=141, scale=0.5)
@@ -854,7 +861,10 @@ def numerical_differences(notes: Notes) -> None:
         return (torch.where(live, result.new_log_probs, 0.0) * weight).sum() + result.sampled_log_probs.sum()
 
     step = 1e-5
-    functions = {"at": at, **{rule: functools.partial(comparison, rule) for rule in RULES}}
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "at": at,
+        **{rule: functools.partial(comparison, rule) for rule in RULES},
+    }
     for what, function in functions.items():
         local = split.local(new).requires_grad_()
         (grad,) = torch.autograd.grad(function(local), local)
@@ -901,7 +911,7 @@ def groups(notes: Notes) -> None:
 
 @case("shards-by-rank")
 def shards_by_rank(notes: Notes) -> None:
-    world, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
+    world, rank, group = dist.get_world_size(), dist.get_rank(), everyone()
     shard = VocabShard.even(7, 7 * world - 3, group)
     notes.same("even", (shard.start, shard.stop, shard.vocab_size), (7 * rank, 7 * rank + 7, 7 * world - 3))
     notes.same("even: columns", shard.columns, 4 if rank == world - 1 else 7)

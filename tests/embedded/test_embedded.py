@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from tests.cpu.test_platform import in_process
 
@@ -91,8 +92,8 @@ def test_the_server_sees_its_first_workers_accelerator(
 
     # Asked for by way of the first worker.
     context = SimpleNamespace(get_node_id=lambda: "0" * 56, get_accelerator_ids=lambda: {"GPU": ["3"]})
-    monkeypatch.setattr(rollout.ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(rollout.ray, "remote", lambda server: Server())
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray, "remote", lambda server: Server())
     platform = SimpleNamespace(
         device_name=device,
         ray_noset_envvars=lambda: ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"],

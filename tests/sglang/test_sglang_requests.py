@@ -90,7 +90,7 @@ def test_other_requests_stay_as_they_are(
 def test_log_probs_before_the_temperature_are_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RAW_LOG_PROBS, value)
     with pytest.raises(TrollConfigError, match=f"{RAW_LOG_PROBS}='{value}'.*unset"):
-        asyncio.run(SupportServer.launch_server(SimpleNamespace()))
+        asyncio.run(SupportServer.launch_server(SimpleNamespace()))  # type: ignore[arg-type]
 
 
 def test_the_replica_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:

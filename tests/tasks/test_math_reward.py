@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import sys
 import time
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_threads_share_the_workers() -> None:
 
 
 def test_worker_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(math.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match=r"did not start \(status 1\): try /bin/false -c 'import math_verify'"):
         math.Worker(2 << 30, 1.0)
 

@@ -20,7 +20,7 @@ import pytest
 
 from benchmarks.processes import run
 from tests.tasks.hostile import HARMLESS_OUTSIDE, PROGRAMS, response, source
-from verl_troll.tasks.rewards import code, sandbox
+from verl_troll.tasks.rewards import _inside, code, sandbox
 
 RIGHT = json.dumps({"inputs": [""], "outputs": ["right"]})
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,7 +149,7 @@ def test_no_expected_output_is_within_reach(canary: Path) -> None:
 
 
 def test_programs_run_at_once_up_to_the_number_of_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     held, most, lock = set[int](), [0], threading.Lock()
 
     def hold() -> None:
@@ -186,7 +186,7 @@ def test_unknown_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kernel_without_landlock_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Landlock's version is replaced; a kernel without it cannot be had here."""
-    monkeypatch.setattr(sandbox._inside, "landlock_version", lambda: 0)
+    monkeypatch.setattr(_inside, "landlock_version", lambda: 0)
     with pytest.raises(sandbox.SandboxError, match=r"no Landlock.*VERL_TROLL_SANDBOX_WITHOUT=landlock allows"):
         sandbox.require.__wrapped__()
 

@@ -316,7 +316,7 @@ def test_memory_of_the_update(rule: str, reuse: bool, dtype: torch.dtype) -> Non
     policy = select(VocabLogits.of(old, order), sampled, Selection(**LIMITS))
     leaf = new.requires_grad_()
     with Meter() as meter:
-        loss_of(terms_of(rule, leaf, order, policy, reuse_logits=reuse)).backward()  # type: ignore[no-untyped-call]
+        loss_of(terms_of(rule, leaf, order, policy, reuse_logits=reuse)).backward()
     predicted = plan_of(rows, vocab, support=rule, reuse_logits=reuse, dtype_bytes=DTYPES[dtype])
     close("peak beside the logits", meter.peak, predicted["troll_update"])
     close("peak", leaf.nbytes + meter.peak, predicted["troll_peak"])
@@ -414,7 +414,7 @@ def test_memory_of_fused_heads(dtype: torch.dtype) -> None:
     )
     hidden.grad = weight.grad = None
     with Meter() as meter:
-        loss_of(terms_of("anchored", LinearHead(hidden, weight), everything, policy)).backward()  # type: ignore[no-untyped-call]
+        loss_of(terms_of("anchored", LinearHead(hidden, weight), everything, policy)).backward()
     close("TROLL", meter.peak, predicted["troll_update"])
 
 
@@ -426,7 +426,9 @@ def trolls_collectives(rows: int, vocab: int) -> dict[str, list[tuple[str, int]]
     columns = vocab // world
     old, new, sampled = logits_of(rows, vocab)
     here = slice(rank * columns, (rank + 1) * columns)
-    shard = VocabShard.even(columns, vocab, dist.group.WORLD)
+    group = dist.group.WORLD
+    assert group is not None
+    shard = VocabShard.even(columns, vocab, group)
     everything = torch.arange(rows)
     sent = {}
     with Traffic() as traffic:
@@ -439,7 +441,7 @@ def trolls_collectives(rows: int, vocab: int) -> dict[str, list[tuple[str, int]]
             leaf = new[:, here].clone().requires_grad_()
             with Traffic() as traffic:
                 terms = terms_of(rule, leaf, everything, policy, shard=shard, entropy=entropy)
-                loss_of(terms).backward()  # type: ignore[no-untyped-call]
+                loss_of(terms).backward()
             sent[f"{rule}{' with entropy' if entropy else ''}"] = traffic.sent
     return sent
 
@@ -617,7 +619,7 @@ def test_peaks_and_totals_are_those_of_their_lines(capsys: pytest.CaptureFixture
     values = formulas.evaluate(formulas.inputs(setting))
     time = report.tables(setting)[-1]
     *parts, total = [(vanilla, troll) for _, vanilla, troll in report.rows(time, values)]
-    assert total == tuple(pytest.approx(sum(column)) for column in zip(*parts, strict=True))
+    assert total == pytest.approx([sum(column) for column in zip(*parts, strict=True)])
 
 
 def test_a_plan_needs_neither_verl_nor_a_gpu() -> None:

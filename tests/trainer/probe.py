@@ -65,7 +65,7 @@ def install() -> None:
         return result
 
     @functools.wraps(read_logits)
-    def watched_update(self: Any, logits: Tensor, data: Any, layout: Any, shard: Any) -> Any:
+    def watched_update(self: Any, logits: Any, data: Any, layout: Any, shard: Any) -> Any:
         result = read_logits(self, logits, data, layout, shard)
         _write("update", self.owner, data, data)
         return result

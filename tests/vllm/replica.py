@@ -37,7 +37,7 @@ def configuration(model: Path, *overrides: str) -> Any:
         )
 
 
-class WeightSender(Worker):  # type: ignore[misc]
+class WeightSender(Worker):
     """The training side: verl's adapter, sending the weights of a checkpoint."""
 
     def __init__(self, rollout: Any, model: Any) -> None:

@@ -33,7 +33,7 @@ class _Mailbox:
 
 
 @CheckpointEngineRegistry.register("ray_object_store")
-class ObjectStoreCheckpointEngine(CheckpointEngine):  # type: ignore[misc, unused-ignore]
+class ObjectStoreCheckpointEngine(CheckpointEngine):
     """verl's interface between the actor's ranks and the rollout's workers, over one Ray actor per update.
 
     Args:

@@ -18,7 +18,7 @@ __all__ = ["CpuCriticEngineConfig"]
 
 
 @dataclass
-class CpuCriticEngineConfig(FSDPEngineConfig):  # type: ignore[misc, unused-ignore]
+class CpuCriticEngineConfig(FSDPEngineConfig):
     """verl's configuration of the FSDP engine, for a critic on the CPU.
 
     Raises:

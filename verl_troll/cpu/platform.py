@@ -69,7 +69,7 @@ class _CpuDeviceModule(ModuleType):
 _DEVICE_MODULE = _CpuDeviceModule("verl_troll.cpu.torch_cpu")
 
 
-class CpuPlatform(PlatformBase):  # type: ignore[misc, unused-ignore]
+class CpuPlatform(PlatformBase):
     """The CPU as verl's device.
 
     It is never detected, only chosen (``VERL_PLATFORM=cpu``). Ray counts the logical processors of a run as ``GPU``

@@ -304,7 +304,7 @@ class EmbeddedServer:
         """No profiler."""
 
 
-class EmbeddedReplica(RolloutReplica):  # type: ignore[misc, unused-ignore]
+class EmbeddedReplica(RolloutReplica):
     """verl's handle on one :class:`EmbeddedServer`, on the node of the replica's first worker."""
 
     async def launch_servers(self) -> None:
@@ -345,7 +345,7 @@ class EmbeddedReplica(RolloutReplica):  # type: ignore[misc, unused-ignore]
         self._server_address = f"{await server.address.remote()}:{self.replica_rank}"
 
 
-class EmbeddedRollout(BaseRollout):  # type: ignore[misc, unused-ignore]
+class EmbeddedRollout(BaseRollout):
     """The training side: sends the policy's weights to the server of this rank's replica.
 
     Args:

@@ -130,8 +130,8 @@ def test_a_fused_head_with_the_blocks_of_a_gpu(counting: Counting, rule: str, mo
     with counting:
         old = old_pass(LinearHead(hidden, weight), entropy=False)
         read = counting.operations.total() + counting.launches.total()
-        leaves = [hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()]
-        update(rule, LinearHead(*leaves), leaves, old, entropy=False)
+        leaves = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+        update(rule, LinearHead(*leaves), list(leaves), old, entropy=False)
     assert read <= 60 and not counting.waits
     assert counting.launches["_write"] == parts == 10
     assert counting.operations.total() + counting.launches.total() - read <= 250, counting.operations

@@ -108,7 +108,7 @@ def test_memory_of_the_search(rule: str, dtype: torch.dtype) -> None:
     leaf = new.requires_grad_()
     watch(meter := Meter())
     with meter:
-        loss_of(terms_of(rule, leaf, everything, policy, k=k, reuse_logits=True)).backward()  # type: ignore[no-untyped-call]
+        loss_of(terms_of(rule, leaf, everything, policy, k=k, reuse_logits=True)).backward()
     if rule == "union":
         close("update", meter.peak, predicted["troll_update"])
     else:
@@ -135,5 +135,5 @@ def test_memory_of_fused_heads(rows: int, elements: int, dtype: torch.dtype, mon
     close("old pass", meter.peak, predicted["troll_old"])
     watch(meter := Meter())
     with meter:
-        loss_of(terms_of("anchored", LinearHead(hidden, weight), everything, policy, k=k)).backward()  # type: ignore[no-untyped-call]
+        loss_of(terms_of("anchored", LinearHead(hidden, weight), everything, policy, k=k)).backward()
     close("update", meter.peak, predicted["troll_update"])

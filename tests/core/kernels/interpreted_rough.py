@@ -18,7 +18,7 @@ INF, NAN = math.inf, math.nan
 
 
 @triton.jit
-def _rough(new, old, out, n, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _rough(new, old, out, n, WIDTH: tl.constexpr):  # noqa: N803
     row = tl.program_id(0)
     place = tl.arange(0, WIDTH)
     here = place < n

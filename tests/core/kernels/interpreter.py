@@ -10,4 +10,4 @@ def shrink() -> None:
     from verl_troll.core.kernels import logits_triton
 
     logits_triton.READ_WIDE, logits_triton.READ_TILE_BYTES, logits_triton.WRITE_COLUMNS = 8, 4 * LANES, LANES
-    logits_triton.GROUP_COLUMNS = ((1024, 8),)
+    logits_triton.GROUP_COLUMNS = ((1024, 8),)  # type: ignore[assignment]

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 __all__ = ["CausalAttention"]
 
 
-class CausalAttention(MegatronModule):  # type: ignore[misc, unused-ignore]
+class CausalAttention(MegatronModule):
     """Megatron's core attention for padded (bshd) and packed (thd) input, with context parallelism for both.
 
     Under context parallelism every rank gathers the keys and values of whole sequences; TransformerEngine would pass

@@ -13,7 +13,7 @@ from verl_troll.cpu.megatron.layers import decoder_block
 __all__ = ["register"]
 
 
-class _CpuBridge(LLMBridge):  # type: ignore[misc, unused-ignore]
+class _CpuBridge(LLMBridge):
     """Builds the decoder from :func:`~verl_troll.cpu.megatron.layers.decoder_block`, its weights on the CPU."""
 
     # Read by mbridge: the model takes the virtual pipeline stage as an argument.
@@ -62,19 +62,19 @@ def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-class CpuQwen2Bridge(_CpuBridge, Qwen2Bridge):  # type: ignore[misc, unused-ignore]
+class CpuQwen2Bridge(_CpuBridge, Qwen2Bridge):
     """Qwen2."""
 
 
-class CpuQwen3Bridge(_CpuBridge, Qwen3Bridge):  # type: ignore[misc, unused-ignore]
+class CpuQwen3Bridge(_CpuBridge, Qwen3Bridge):
     """Qwen3."""
 
 
-class CpuQwen3MoEBridge(_CpuBridge, Qwen3MoEBridge):  # type: ignore[misc, unused-ignore]
+class CpuQwen3MoEBridge(_CpuBridge, Qwen3MoEBridge):
     """Qwen3 with a mixture of experts."""
 
 
-class CpuLlamaBridge(_CpuBridge, LLaMABridge):  # type: ignore[misc, unused-ignore]
+class CpuLlamaBridge(_CpuBridge, LLaMABridge):
     """Llama."""
 
 

@@ -17,7 +17,7 @@ __all__ = ["CpuMcoreEngineConfig"]
 
 
 @dataclass
-class CpuMcoreEngineConfig(McoreEngineConfig):  # type: ignore[misc, unused-ignore]
+class CpuMcoreEngineConfig(McoreEngineConfig):
     """verl's configuration of the Megatron engine, for an engine on the CPU.
 
     Building one prepares this process's Megatron engines for the CPU, before any of them is built

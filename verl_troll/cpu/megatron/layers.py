@@ -52,7 +52,7 @@ class RMSNorm(torch.nn.Module):
         return rms_norm(rows, self.weight.shape, self.weight, self.eps)
 
 
-class NormedColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc, unused-ignore]
+class NormedColumnParallelLinear(ColumnParallelLinear):
     """Stand-in for ``TELayerNormColumnParallelLinear``: a norm and a linear layer whose outputs are sharded."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **others: Any) -> None:
@@ -65,7 +65,7 @@ class NormedColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc, un
         return super().forward(normed, *others, **more)
 
 
-class Router(TopKRouter):  # type: ignore[misc, unused-ignore]
+class Router(TopKRouter):
     """Megatron's router, whose own product of rows and weights is TransformerEngine's."""
 
     def gating(self, input: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class RowParallelExperts(_Experts):
     partition_dim = 1
 
 
-class _CpuBackend(LocalSpecProvider):  # type: ignore[misc, unused-ignore]
+class _CpuBackend(LocalSpecProvider):
     """Which layers Megatron builds a feed-forward block from."""
 
     def fuse_layernorm_and_linear(self) -> bool:

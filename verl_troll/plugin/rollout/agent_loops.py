@@ -35,7 +35,7 @@ class _ObservedClient:
         return output
 
 
-class _OutputWithSupport(AgentLoopOutput):  # type: ignore[misc, unused-ignore]
+class _OutputWithSupport(AgentLoopOutput):
     """verl's output of one trajectory with the support among the sample's fields."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class _OutputWithSupport(AgentLoopOutput):  # type: ignore[misc, unused-ignore]
         return fields
 
 
-class RolloutSupportMixin(AgentLoopBase):  # type: ignore[misc, unused-ignore]
+class RolloutSupportMixin(AgentLoopBase):
     """For an agent loop of your own: ``@register("mine") class Mine(RolloutSupportMixin, AgentLoop): ...``.
 
     The generated tokens must reach the trainer as the engine sampled them, in order; other tokens are allowed where
@@ -77,10 +77,10 @@ class RolloutSupportMixin(AgentLoopBase):  # type: ignore[misc, unused-ignore]
 
 
 @register("troll_single_turn_agent")
-class SupportSingleTurnAgentLoop(RolloutSupportMixin, SingleTurnAgentLoop):  # type: ignore[misc, unused-ignore]
+class SupportSingleTurnAgentLoop(RolloutSupportMixin, SingleTurnAgentLoop):
     """verl's ``single_turn_agent``."""
 
 
 @register("troll_tool_agent")
-class SupportToolAgentLoop(RolloutSupportMixin, ToolAgentLoop):  # type: ignore[misc, unused-ignore]
+class SupportToolAgentLoop(RolloutSupportMixin, ToolAgentLoop):
     """verl's ``tool_agent``."""

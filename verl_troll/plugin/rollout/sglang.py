@@ -101,7 +101,7 @@ class _ObservedManager:
         return TokenSupport.select(tokens, [value for value, _, _ in sampled], ids, values, self._wanted.dropped_mass)
 
 
-class SupportServer(SGLangHttpServer):  # type: ignore[misc, unused-ignore]
+class SupportServer(SGLangHttpServer):
     """verl's SGLang server; its outputs carry a :class:`TokenSupport` where the request samples from the policy."""
 
     tokenizer_manager: Any
@@ -132,7 +132,7 @@ class SupportServer(SGLangHttpServer):  # type: ignore[misc, unused-ignore]
         return output
 
 
-class SupportReplica(SGLangReplica):  # type: ignore[misc, unused-ignore]
+class SupportReplica(SGLangReplica):
     """verl's replica, with :class:`SupportServer` in each node."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -81,7 +81,7 @@ class _ObservedEngine:
         return TokenSupport.select(tokens, log_probs[:, 0], ids[:, 1:], log_probs[:, 1:], self._wanted.dropped_mass)
 
 
-class SupportServer(vLLMHttpServer):  # type: ignore[misc, unused-ignore]
+class SupportServer(vLLMHttpServer):
     """verl's vLLM server; its outputs carry a :class:`TokenSupport` where the request samples from the policy."""
 
     engine: Any
@@ -110,7 +110,7 @@ class SupportServer(vLLMHttpServer):  # type: ignore[misc, unused-ignore]
         return output
 
 
-class SupportReplica(vLLMReplica):  # type: ignore[misc, unused-ignore]
+class SupportReplica(vLLMReplica):
     """verl's replica, with :class:`SupportServer` in each node."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,130 @@
+"""Metrics against sums and maxima taken directly, and how micro-batches and ranks add up."""
+
+from __future__ import annotations
+
+import math
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from verl.utils.metric import AggregationType, Metric
+
+from verl_troll.core.loss import STATISTICS
+from verl_troll.plugin import metrics
+from verl_troll.plugin.metrics import as_metrics, token_statistics
+
+BOUND = 0.05
+KL_BEFORE, KL_AFTER = STATISTICS.index("kl_before"), STATISTICS.index("kl_after")
+UNCONVERGED = STATISTICS.index("unconverged")
+
+
+def statistics_of(tokens: int, seed: int = 0) -> Tensor:
+    """``[12, tokens]``, what the policy terms would hold."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(len(STATISTICS), tokens, generator=generator, dtype=torch.float64)
+    values[KL_AFTER] *= BOUND
+    values[UNCONVERGED] = (values[UNCONVERGED] < 0.2).double()
+    return values
+
+
+def sums_and_maxima(statistics: Tensor) -> list[float]:
+    terms: Any = SimpleNamespace(statistics=statistics)
+    sums, maxima = token_statistics(terms)
+    return [*sums.tolist(), *maxima.tolist()]
+
+
+def metrics_of(statistics: Tensor, batch_num_tokens: int, dp_size: int = 1) -> dict[str, Metric]:
+    return as_metrics(sums_and_maxima(statistics), batch_num_tokens, dp_size, BOUND)
+
+
+def values_of(statistics: Tensor, batch_num_tokens: int) -> dict[str, float]:
+    return {name: metric.aggregate() for name, metric in metrics_of(statistics, batch_num_tokens).items()}
+
+
+def direct(statistics: Tensor) -> dict[str, float]:
+    """All metrics of all tokens at once, by loops."""
+    rows = dict(zip(STATISTICS, statistics.tolist(), strict=True))
+    means = {f"troll/{name}": math.fsum(row) / len(row) for name, row in rows.items()}
+    return {
+        **means,
+        "troll/unconverged": math.fsum(rows["unconverged"]),
+        "troll/kl_before_max": max(rows["kl_before"]),
+        "troll/kl_after_max": max(rows["kl_after"]),
+        "troll/violation_max": max(0.0, max(rows["kl_after"]) / BOUND - 1),
+    }
+
+
+def test_sums_and_maxima_are_those_of_the_tokens() -> None:
+    statistics = statistics_of(40)
+    *sums, before, after = sums_and_maxima(statistics)
+    assert sums == pytest.approx([math.fsum(row) for row in statistics.tolist()], rel=1e-12)
+    assert (before, after) == (max(statistics[KL_BEFORE].tolist()), max(statistics[KL_AFTER].tolist()))
+
+
+def test_statistics_carry_no_gradient() -> None:
+    terms: Any = SimpleNamespace(statistics=statistics_of(3).requires_grad_())
+    assert not any(values.requires_grad for values in token_statistics(terms))
+
+
+def test_one_micro_batch_is_the_direct_computation() -> None:
+    statistics = statistics_of(40)
+    assert values_of(statistics, 40) == pytest.approx(direct(statistics), rel=1e-12)
+
+
+def test_every_metric_is_described() -> None:
+    table = re.findall(r"^    (\w+(?:, \w+)*)  ", metrics.__doc__ or "", re.MULTILINE)
+    described = {f"troll/{name}" for names in table for name in names.split(", ")}
+    assert described == set(values_of(statistics_of(1), 1))
+
+
+def test_a_micro_batch_without_tokens_adds_nothing() -> None:
+    empty = statistics_of(0)
+    assert set(sums_and_maxima(empty)) == {0.0}
+    for batch_num_tokens in (0, 40):
+        assert set(values_of(empty, batch_num_tokens).values()) == {0.0}
+
+
+def test_micro_batches_and_ranks_add_up_to_the_mini_batch() -> None:
+    statistics = statistics_of(37, seed=1)
+    cuts = statistics.split([9, 0, 11, 4, 13, 0], dim=1)
+    ranks = []
+    for own in (cuts[:3], cuts[3:]):
+        first, *others = (metrics_of(cut, 37, dp_size=2) for cut in own)
+        for other in others:
+            for name, metric in other.items():
+                first[name].extend(metric)
+        ranks.append(first)
+    whole = {name: Metric.aggregate_dp([rank[name] for rank in ranks]) for name in ranks[0]}
+    assert whole == pytest.approx(direct(statistics), rel=1e-12)
+
+
+def test_maxima_are_taken_and_the_rest_is_added() -> None:
+    for name, metric in metrics_of(statistics_of(3), 3).items():
+        assert metric.aggregation is (AggregationType.MAX if name.endswith("_max") else AggregationType.SUM), name
+
+
+@pytest.mark.parametrize(("excess", "expected"), [(-0.5, 0.0), (0.0, 0.0), (0.2, 0.2)])
+def test_a_violation_is_the_excess_over_the_bound(excess: float, expected: float) -> None:
+    statistics = statistics_of(5)
+    statistics[KL_AFTER] = 0.4 * BOUND
+    statistics[KL_AFTER, 2] = BOUND * (1 + excess)
+    assert values_of(statistics, 5)["troll/violation_max"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_what_is_not_a_number_stays_visible() -> None:
+    statistics = statistics_of(5)
+    statistics[[KL_BEFORE, KL_AFTER], 3] = math.nan
+    seen = metrics_of(statistics, 10)
+    for name, metric in metrics_of(statistics_of(5, seed=2), 10).items():
+        seen[name].extend(metric)
+    lost = {name for name, metric in seen.items() if math.isnan(metric.aggregate())}
+    assert lost == {
+        "troll/kl_before",
+        "troll/kl_after",
+        "troll/kl_before_max",
+        "troll/kl_after_max",
+        "troll/violation_max",
+    }
