@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from verl_troll.patches import registry
 from verl_troll.patches.verl_fused_head import PATCH, HeadReader
 
-__all__ = ["HeadReader", "reading"]
+__all__ = ["reading"]
 
 _reader: contextvars.ContextVar[HeadReader | None] = contextvars.ContextVar("verl_troll_head_reader", default=None)
 
