@@ -25,7 +25,7 @@ CONTRACTS = _contracts()
 
 def lint(folder: Path, contract: str) -> subprocess.CompletedProcess[str]:
     """``lint-imports`` on the package in ``folder``."""
-    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--contract", contract]
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache", "--contract", contract]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
 
 

@@ -356,7 +356,7 @@ def library_terms(new: Tensor, batch: oracle.Batch, config: oracle.Settings) -> 
     old = batch.old.reshape(-1, COLUMNS)
     shard, selection = VocabShard.whole(COLUMNS, config.vocab_size), Selection(config.k, config.dropped_mass)
     policy = select(VocabLogits.of(old, rows, shard), batch.sampled.reshape(-1)[rows], selection)
-    comparison = compare(config.rule, VocabLogits.of(new.reshape(-1, COLUMNS), rows, shard), policy, selection)  # type: ignore[arg-type]
+    comparison = compare(config.rule, VocabLogits.of(new.reshape(-1, COLUMNS), rows, shard), policy, selection)
     mode = "implicit" if config.implicit else "detached"
     return token_terms(comparison, config.bound, mode), policy  # type: ignore[arg-type]
 

@@ -588,8 +588,8 @@ def test_a_rule_is_one_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) -> No
     terms = policy_terms("on_sampled_id", VocabLogits.of(leaf), policy, Selection(8, 1e-5), kl_bound=0.05)
 
     log_q, log_p = (x.log_softmax(-1)[rows, rows].double() for x in (old, new))
-    pairs = [torch.stack([x, (1 - x.exp()).log()], dim=-1) for x in (log_p, log_q)]
-    expected = project(*pairs, 0.05)
+    new_pair, old_pair = (torch.stack([x, (1 - x.exp()).log()], dim=-1) for x in (log_p, log_q))
+    expected = project(new_pair, old_pair, 0.05)
     torch.testing.assert_close(
         terms.log_ratio.detach().double(), expected.log_probs[:, 0] - log_q, rtol=1e-3, atol=1e-5
     )

@@ -19,6 +19,7 @@ from verl.workers.utils.losses import ppo_loss
 from tests import oracle
 from tests.distributed.batches import VOCAB, make_batch, with_old_policy
 from tests.distributed.launch import run_ranks
+from verl_troll.core import wire
 from verl_troll.core.lm_head import LinearHead
 from verl_troll.core.vocab import VocabShard
 from verl_troll.plugin import carry
@@ -83,14 +84,14 @@ def layout_of(batch: TensorDict, padded: bool) -> TokenLayout:
 def show(packed: Tensor, layout: TokenLayout) -> Tensor:
     """``[b, s, V]``, the packed logits where the layout says; poison at the padding."""
     flat = packed.new_full((layout.shape[0] * layout.shape[1], packed.shape[-1]), 77.0)
-    return flat.index_copy(0, layout.place, packed).view(*layout.shape, -1)
+    return flat.index_copy(0, layout.row_of, packed).view(*layout.shape, -1)
 
 
 def stored(tensors: dict[str, Tensor], layout: TokenLayout, batch: TensorDict) -> dict[str, Tensor]:
     """What verl makes of per-token tensors ``[b, s]`` before it calls the loss."""
     offsets = batch["input_ids"].offsets()
     return {
-        name: torch.nested.nested_tensor_from_jagged(values.flatten(0, 1)[layout.place], offsets)
+        name: torch.nested.nested_tensor_from_jagged(values.flatten(0, 1)[layout.row_of], offsets)
         for name, values in tensors.items()
     }
 
@@ -167,7 +168,7 @@ def test_the_support_is_that_of_the_loops_for_tokens_that_take_part(padded: bool
             oracle.keep(row, int(o), k=K, dropped_mass=DROPPED_MASS, vocab_size=VOCAB).ids if live else []
             for row, o, live in zip(rows, sampled, mask, strict=True)
         ]
-        ids, log_probs = carry.decode(supports[sample])
+        ids, log_probs = wire.decode(supports[sample])
         assert counts[sample].tolist() == [len(x) for x in kept]
         assert ids.tolist() == [i for x in kept for i in x]
         (own,) = (x for j, (x, _) in enumerate(pairs(dense, batch)) if j == sample)

@@ -11,6 +11,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
 from verl.workers.config import ActorConfig
 
+from verl_troll.core.loss import BatchLosses, BatchTerms
 from verl_troll.plugin.policy_loss import ProjectedTerms, projected_terms, register, troll_policy_loss
 from verl_troll.plugin.settings import TrollConfig
 
@@ -26,6 +27,11 @@ ALPHA = 0.3
 
 def draw(seed: int) -> Tensor:
     return torch.randn(MASK.shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+def losses_of(terms: ProjectedTerms) -> BatchLosses:
+    assert terms.losses is not None
+    return terms.losses
 
 
 class Inputs:
@@ -47,7 +53,7 @@ class Inputs:
         return self.log_ratio, self.regression_kl, self.log_prob
 
     def terms(self) -> ProjectedTerms:
-        return ProjectedTerms(self.settings, self.log_ratio, self.regression_kl, self.projected)
+        return ProjectedTerms(self.settings, BatchTerms(self.log_ratio, self.regression_kl, self.projected))
 
     def loss(
         self,
@@ -123,8 +129,8 @@ def test_both_parts_and_their_gradients_are_those_of_the_objective(
     inputs = Inputs(importance_ratio=importance_ratio, one_sided=one_sided)
     loss, terms = inputs.loss(mode, weighted=weighted)
     expected = by_hand(inputs, mode, weighted=weighted)
-    assert terms.regression_loss is not None
-    for actual, reference in zip((loss, terms.regression_loss), expected, strict=True):
+    assert terms.losses is not None
+    for actual, reference in zip((loss, terms.losses.regression), expected, strict=True):
         torch.testing.assert_close(actual, reference, rtol=1e-7, atol=0)
         ours = torch.autograd.grad(actual, inputs.leaves, retain_graph=True, allow_unused=True)
         theirs = torch.autograd.grad(reference, inputs.leaves, retain_graph=True, allow_unused=True)
@@ -141,16 +147,15 @@ def test_some_tokens_left_against_their_advantage_and_some_did_not() -> None:
 
 def test_the_regression_is_weighted_by_alpha_alone() -> None:
     """Neither advantages nor rollout weights touch it."""
-    plain, weighted = (Inputs().loss(weighted=value)[1].regression_loss for value in (False, True))
-    assert plain is not None and weighted is not None
+    plain, weighted = (losses_of(Inputs().loss(weighted=value)[1]).regression for value in (False, True))
     expected = ALPHA * Inputs().regression_kl[LIVE].sum() * 2 / 23
     assert plain.item() == weighted.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_the_shift_is_taken_over_the_tokens_that_take_part() -> None:
     inputs = Inputs()
-    shift = inputs.loss()[1].shift
-    assert shift is not None and not shift.requires_grad
+    shift = losses_of(inputs.loss()[1]).shift
+    assert not shift.requires_grad
     moved = (inputs.old_log_prob - inputs.log_prob.detach())[LIVE].tolist()
     share = inputs.projected[LIVE].tolist()
     assert shift.tolist() == pytest.approx([math.fsum(x) / len(x) for x in (moved, share)], rel=1e-12)
@@ -158,8 +163,8 @@ def test_the_shift_is_taken_over_the_tokens_that_take_part() -> None:
 
 def test_a_micro_batch_without_a_token_that_takes_part_is_zero() -> None:
     loss, terms = Inputs().loss(mask=torch.zeros_like(MASK))
-    assert terms.regression_loss is not None and terms.shift is not None
-    assert (loss.item(), terms.regression_loss.item(), terms.shift.tolist()) == (0, 0, [0, 0])
+    losses = losses_of(terms)
+    assert (loss.item(), losses.regression.item(), losses.shift.tolist()) == (0, 0, [0, 0])
 
 
 def test_micro_batches_add_up() -> None:
@@ -171,11 +176,9 @@ def test_micro_batches_add_up() -> None:
         for name in ("log_ratio", "regression_kl", "old_log_prob", "log_prob", "projected", "advantages", "weights"):
             setattr(part, name, getattr(part, name)[rows])
         own, own_terms = part.loss("seq-mean-token-mean", weighted=True, mask=MASK[rows])
-        assert own_terms.regression_loss is not None
-        parts.append((own.item(), own_terms.regression_loss.item()))
-    assert terms.regression_loss is not None
+        parts.append((own.item(), losses_of(own_terms).regression.item()))
     assert loss.item() == pytest.approx(sum(own for own, _ in parts), rel=1e-12)
-    assert terms.regression_loss.item() == pytest.approx(sum(own for _, own in parts), rel=1e-12)
+    assert losses_of(terms).regression.item() == pytest.approx(sum(own for _, own in parts), rel=1e-12)
 
 
 def test_equal_policies_have_the_plain_policy_gradient() -> None:
@@ -209,7 +212,7 @@ def test_terms_are_handed_to_the_loss_inside_only() -> None:
         with pytest.raises(ArithmeticError), projected_terms(inner):
             raise ArithmeticError
         call(inputs, config)
-    assert outer.shift is not None and inner.shift is None
+    assert outer.losses is not None and inner.losses is None
     with pytest.raises(RuntimeError, match="without projected terms"):
         call(inputs, config)
 

@@ -192,9 +192,10 @@ def test_reading_with_the_blocks_of_a_gpu() -> None:
     ],
 )
 def test_reading_refuses(change: dict[str, object], message: str) -> None:
-    arguments = dict(logits=torch.zeros(4, 9), rows=torch.tensor([0]), ids=torch.zeros(1, 1), columns=9) | change
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    arguments = dict(logits=torch.zeros(4, 9), rows=torch.tensor([0]), ids=ids, columns=9, k=0) | change
     with pytest.raises(ValueError, match=message):
-        kernels.read_rows(**arguments)  # type: ignore[arg-type]
+        form.read_rows(**arguments)  # type: ignore[arg-type]
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -309,6 +310,7 @@ def test_writing_with_the_blocks_of_a_gpu() -> None:
     case.check(case.logits)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("out", [torch.zeros(6, 49), torch.zeros(6, 50, dtype=torch.float16), torch.zeros(50, 6).T])
 def test_writing_refuses_another_form_of_out(out: Tensor) -> None:
     with pytest.raises(ValueError, match="out must be"):
