@@ -221,12 +221,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "title": table.title,
                 "unit": table.unit or "count",
                 "lines": [
-                    {
-                        "label": line.label,
-                        "vanilla": line.vanilla,
-                        "troll": line.troll,
-                        "difference": line.difference,
-                    }
+                    {"label": line.label, "vanilla": line.vanilla, "troll": line.troll, "difference": line.difference}
                     for line in table.lines
                 ],
             }
