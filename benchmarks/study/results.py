@@ -1,7 +1,7 @@
 """The study's results: one line of JSON per run, appended when it has ended.
 
-A line is ``{"run": {...}, "metrics": {"step": [...], NAME: [...]}}``, which ``verl-troll report`` reads: ``run`` names
-the run and holds its cell, ``metrics`` its curves, null where a step has no value: evaluations are every few steps.
+The format is that of collected runs (``docs/report.md``), which ``verl-troll report`` reads; ``run`` also holds the
+cell. A curve is null at the steps without a value: evaluations are every few steps.
 """
 
 from __future__ import annotations

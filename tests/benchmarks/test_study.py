@@ -17,6 +17,7 @@ from benchmarks.study.__main__ import main
 from benchmarks.study.cells import Cell
 from benchmarks.study.pool import Pool, SessionError
 from benchmarks.study.tables import by_arm
+from verl_troll.tools.report.read import DISTINCT_ANSWERS, read_runs
 
 CELL = Cell("chain", "union", lr=2e-4, seed=0)
 
@@ -133,6 +134,15 @@ def test_a_changed_setting_is_told_to_the_report(tmp_path: Path) -> None:
     cell = dataclasses.replace(CELL, settings=("troll.kl_bound=0.01", "troll.step_size_gradient=detached"))
     line = results.record(cell, metrics_file(tmp_path / "m", [0.3]), seconds=12.0)
     assert line["run"]["settings"] == {"kl_bound": 0.01, "step_size_gradient": "detached"}
+
+
+def test_the_published_results_are_runs_that_the_report_reads() -> None:
+    def refuse(text: str) -> None:
+        raise AssertionError(text)
+
+    runs = read_runs([results.FILE], refuse)
+    assert len(runs) == len(results.read())
+    assert all(run.held_out() and run.metric(DISTINCT_ANSWERS) for run in runs)
 
 
 @pytest.mark.parametrize(

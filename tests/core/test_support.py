@@ -581,7 +581,7 @@ def on_sampled_id(logits: VocabLogits, old: SparsePolicy, selection: Selection, 
 
 
 def test_a_rule_is_one_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RULES, "on_sampled_id", SupportRule(on_sampled_id, max_outcomes=lambda ids: 2))
+    monkeypatch.setitem(RULES, "on_sampled_id", SupportRule(on_sampled_id))
     old, new, rows = normal(5, 40, seed=31), normal(5, 40, seed=32), torch.arange(5)
     policy = select(VocabLogits.of(old), rows, Selection(8, 1e-5))
     leaf = new.clone().requires_grad_()

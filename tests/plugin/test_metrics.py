@@ -13,7 +13,6 @@ from torch import Tensor
 from verl.utils.metric import AggregationType, Metric
 
 from verl_troll.core.kernels.constants import STATISTICS
-from verl_troll.core.loss import 
 from verl_troll.plugin import metrics
 from verl_troll.plugin.metrics import as_metrics, token_statistics
 

@@ -3,13 +3,14 @@
 Memory is measured from storages that operations make and free, traffic from what they read and write, both exact;
 the plan may be off by ``TOLERANCE``. Around the Triton kernels it is measured in Triton's interpreter, in a process of
 its own (``tests/core/kernels/interpreted_plan.py``). Times are not measured: no test here could confirm them. Not
-measured
-either: flash-attention's cross-entropy, and verl's fused kernel for Megatron.
+measured either: flash-attention's cross-entropy, and verl's fused kernel for Megatron.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -32,24 +33,26 @@ from benchmarks.processes import run
 from tests.distributed.batches import VOCAB, make_batch
 from tests.distributed.launch import run_ranks
 from tests.distributed.vocab_scenarios import Traffic
-from verl_troll.core import wire
 from verl_troll.core.kernels import logits_torch as logits_module
+from verl_troll.core.kernels.logits_torch import block_elements
 from verl_troll.core.lm_head import LinearHead
-from verl_troll.core.logits import DenseLogits, block_elements
-from verl_troll.core.loss import PolicyTerms, policy_terms
-from verl_troll.core.support import Selection, SparsePolicy, select
+from verl_troll.core.logits import DenseLogits
+from verl_troll.core.loss import BatchLosses, PolicyTerms, policy_terms
+from verl_troll.core.support import RULES, Selection, SparsePolicy, select
 from verl_troll.core.vocab import VocabLogits, VocabShard
 from verl_troll.plugin import carry
 from verl_troll.plugin.layout import TokenLayout
 from verl_troll.tools import cli
-from verl_troll.tools.plan import formulas, report
-from verl_troll.tools.plan.setting import MAX_VOCAB, Model, Setting, model_from_config
+from verl_troll.tools.plan import command, report
+from verl_troll.tools.plan.formulas import Plan
+from verl_troll.tools.plan.number import TestName
+from verl_troll.tools.plan.setting import SUPPORTS, Model, PlanError, Setting, model_from_config
 
 TOLERANCE = 0.25
 HOST_BLOCK = block_elements(torch.device("cpu"))
 DTYPES = {torch.float32: 4, torch.bfloat16: 2}
 LIMITS: dict[str, Any] = {"k": 64, "dropped_mass": 1e-5}
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
 
 
@@ -131,8 +134,7 @@ def plan_of(rows: int, vocab: int, *, hidden: int = 8, block: int = HOST_BLOCK, 
     }
     options = defaults | options
     setting = Setting(model=model, tokens=rows, **options)
-    numbers = formulas.inputs(setting, device="cpu", block=block)
-    return {name: value.value for name, value in formulas.evaluate(numbers).items()}
+    return Plan(setting, device="cpu", block=block).numbers
 
 
 def close(what: str, measured: float, predicted: float) -> None:
@@ -258,8 +260,9 @@ class Passes:
         def inner(model_output: dict[str, Tensor], **_: Any) -> tuple[Tensor, dict[str, Any]]:
             terms = _terms.get()
             assert terms is not None
-            terms.regression_loss, terms.shift = terms.regression_kl.sum(), torch.zeros(2)
-            return terms.log_ratio.exp().sum(), {}
+            loss, regression = terms.batch.log_ratio.exp().sum(), terms.batch.regression_kl.sum()
+            terms.losses = BatchLosses(loss, regression, torch.zeros(2))
+            return loss, {}
 
         updating = UpdatePass(config, engine, inner, entropy=False)
         self.watch(self.update)
@@ -302,7 +305,6 @@ def test_carried_bytes(k: int) -> None:
     kept = fields[carry.COUNTS].values().float().mean().item()
     carried = sum(field.values().nbytes for field in fields.values())
     assert plan_of(responses, VOCAB, k=k, kept_ids=kept)["troll_step"] == pytest.approx(carried, rel=1e-6)
-    assert wire.MAX_VOCAB_SIZE == MAX_VOCAB
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -591,6 +593,12 @@ VARIANTS = {
 }
 
 
+def plan_from(arguments: str) -> Plan:
+    parser = argparse.ArgumentParser()
+    command.add_options(parser)
+    return Plan(command.setting_from(parser.parse_args(shlex.split(arguments))))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tables_fit_a_terminal_and_agree_with_the_json(
     variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -608,17 +616,68 @@ def test_tables_fit_a_terminal_and_agree_with_the_json(
             difference = f"{'+' if line['difference'] > 0 else ''}{report.amount(line['difference'], unit)}"
             assert any(text.endswith(f" {difference}") for text in printed), line
             assert line["difference"] == line["troll"] - line["vanilla"]
-    for formula in formulas.FORMULAS:
-        assert re.search(rf"^  {formula.name} = ", output, re.MULTILINE), formula.name
-        tests = [formula.test] if isinstance(formula.test, str) else formula.test.values()
-        assert all(callable(globals()[test]) for test in tests if test), formula.name
+    for name in written["values"]:
+        assert re.search(rf"^  {name} = ", output, re.MULTILINE), name
+
+
+def test_the_tests_that_formulas_name_are_here() -> None:
+    assert all(callable(globals()[test]) for test in get_args(TestName) if test)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_explained_is_what_is_computed(variant: str) -> None:
+    """Each printed expression, computed from the printed numbers alone, gives the printed value."""
+    plan = plan_from(f"{SIZES} {STEP} {VARIANTS[variant]}")
+    explained = {name: found for section in plan.explanations.values() for name, found in section.items()}
+    assert list(explained) == list(plan.numbers)
+    names: dict[str, Any] = {"ceil": math.ceil, "floor": math.floor, "min": min, "max": max, **plan.inputs}
+    for name, found in explained.items():
+        assert found.value == plan.numbers[name] == eval(found.expression, {"__builtins__": {}}, names), name
+        assert found.reason, name
+        names[name] = found.value
+
+
+@pytest.mark.parametrize(
+    ("options", "expression"),
+    [
+        ("--kernels torch", "rows * outcomes * 130"),
+        ("--support anchored", "rows * (80 + (26 if tp * cp == 1 else 36) * width + 12 * kept_ids)"),
+        ("", "rows * (140 + (77 if tp > 1 else 56 if cp == 1 else 68) * width)"),
+    ],
+)
+def test_the_case_that_applies_is_explained(options: str, expression: str) -> None:
+    plan = plan_from(f"{SIZES} {STEP} {options}")
+    assert plan.explanations["Memory of the update, bytes per GPU"]["small"].expression == expression
+
+
+def test_the_plan_knows_every_support_rule() -> None:
+    assert set(SUPPORTS) == set(RULES)
+
+
+@pytest.mark.parametrize(("option", "allowed"), [("support", "union, anchored"), ("backend", "fsdp, megatron")])
+def test_a_rule_or_backend_without_numbers_is_refused_by_name(option: str, allowed: str) -> None:
+    sizes: dict[str, Any] = {
+        "model": Model(1000, 8, 1e6, 1e6),
+        "tokens": 9,
+        "prompt_tokens": 0,
+        "micro_batch_tokens": 9,
+    }
+    with pytest.raises(PlanError, match=f"^--{option} must be one of {allowed}, got 'other'$"):
+        Setting(**sizes | {"backend": "fsdp", option: "other"})
+
+
+def test_a_formula_without_a_case_for_the_support_rule_says_so() -> None:
+    plan = plan_from(f"{SIZES} {STEP}")
+    plan.support = "other"  # type: ignore[assignment]
+    for name in ("searches", "outcomes", "small", "small_kept", "small_bytes", "update_launches"):
+        with pytest.raises(PlanError, match=r"^--support must be one of union, anchored, got 'other'$"):
+            getattr(plan, name)
 
 
 def test_peaks_and_totals_are_those_of_their_lines(capsys: pytest.CaptureFixture[str]) -> None:
     setting = Setting(Model(1000, 8, 1e6, 1e6), "megatron", 10_000, 500, 1000, tp=2, cp=2, dp=2)
-    values = formulas.evaluate(formulas.inputs(setting))
-    time = report.tables(setting)[-1]
-    *parts, total = [(vanilla, troll) for _, vanilla, troll in report.rows(time, values)]
+    time = report.tables(Plan(setting))[-1]
+    *parts, total = [(line.vanilla, line.troll) for line in time.lines]
     assert total == pytest.approx([sum(column) for column in zip(*parts, strict=True)])
 
 
@@ -643,5 +702,5 @@ def commands_in_docs() -> list[tuple[str, str]]:
 def test_docs_show_what_the_commands_print(capsys: pytest.CaptureFixture[str]) -> None:
     shown = commands_in_docs()
     assert len(shown) == 3
-    for command, output in shown:
-        assert plan(capsys, command) == (0, output)
+    for arguments, output in shown:
+        assert plan(capsys, arguments) == (0, output)

@@ -57,7 +57,7 @@ def make_run(arm: str = "union", seed: int | None = 0, lr: float | None = None, 
 def collected(
     arm: str, seed: Any, success: Sequence[float | None], metrics: Mapping[str, Any] | None = None, **run: Any
 ) -> str:
-    """A line of a study's collected file."""
+    """A line of a file of collected runs."""
     steps = list(range(0, 5 * len(success), 5))
     described = {"task": "chain", "arm": arm, "seed": seed, "status": "finished", "settings": {}, **run}
     return json.dumps({"run": described, "metrics": {"step": steps, HELD_OUT: list(success), **(metrics or {})}})
@@ -324,6 +324,16 @@ class TestReading:
         assert why_diverged(first) == "actor/entropy not finite at step 10"
         assert second.arm == "vanilla"
 
+    def test_distinct_answers_may_have_any_prefix(self, tmp_path: Path) -> None:
+        file = tmp_path / "metrics.jsonl"
+        file.write_text(logged((1, {"mine/distinct_answers": 0.5, "mine/actor/entropy": 0.1})))
+        (run,) = read_runs([file], refuse_to_warn)
+        assert run.metric(read.DISTINCT_ANSWERS) == Series((1,), (0.5,))
+        assert not run.metric(read.ENTROPY)
+        file.write_text(logged((1, {"mine/distinct_answers": "many"})))
+        with pytest.raises(ReportError, match=r":1: mine/distinct_answers must be a number, got 'many'"):
+            read_runs([file], refuse_to_warn)
+
     def test_folder_is_searched_and_other_files_are_left_out(self, tmp_path: Path) -> None:
         (tmp_path / "a-seed0").mkdir()
         (tmp_path / "a-seed0" / "metrics.jsonl").write_text(logged((1, {"actor/entropy": 0.5})))
@@ -486,7 +496,7 @@ def full_metrics(seed: int, bounded: bool) -> dict[str, list[float]]:
 
 
 def study(folder: Path, arms: Sequence[str], seeds: int = 3, rates: Sequence[float] = (1e-4, 3e-4)) -> Path:
-    """A collected file with every metric."""
+    """A file of collected runs with every metric."""
     lines = []
     for arm in arms:
         for rate in rates:

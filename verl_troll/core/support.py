@@ -135,11 +135,9 @@ class SupportRule:
             entropy is wanted.
         read: what the Triton form needs of the new policy; None if the rule has no Triton form, so that GPUs run it in
             torch.
-        max_outcomes: largest number of outcomes of a token whose old policy has so many ids.
     """
 
     compare: Callable[[VocabLogits, SparsePolicy, Selection, bool], Comparison]
-    max_outcomes: Callable[[int], int]
     read: Callable[[VocabLogits, SparsePolicy, Selection], NewPolicyReading] | None = None
 
 
@@ -314,8 +312,8 @@ def _read_union(logits: VocabLogits, old: SparsePolicy, selection: Selection) ->
 
 
 RULES: dict[str, SupportRule] = {
-    "union": SupportRule(_union, max_outcomes=lambda ids: 2 * ids, read=_read_union),
-    "anchored": SupportRule(_anchored, max_outcomes=lambda ids: ids + 1, read=_read_anchored),
+    "union": SupportRule(_union, read=_read_union),
+    "anchored": SupportRule(_anchored, read=_read_anchored),
 }
 """Every rule by its name, which is also the value of the setting ``support``."""
 

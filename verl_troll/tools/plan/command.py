@@ -8,12 +8,13 @@ import json
 import sys
 from pathlib import Path
 
-from verl_troll.core.support import RULES
 from verl_troll.tools.plan import report
+from verl_troll.tools.plan.formulas import Plan
 from verl_troll.tools.plan.setting import (
     BACKENDS,
     DTYPE_BYTES,
     FORMS,
+    SUPPORTS,
     Backend,
     Hardware,
     Model,
@@ -87,7 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="mean ids kept of a token (default 10: the paper, arXiv 2510.03817, reports 5 to 10 on average at the "
         "default settings); a run logs it as troll/support_size",
     )
-    troll.add_argument("--support", choices=tuple(RULES), default="union", help="default union")
+    troll.add_argument("--support", choices=SUPPORTS, default="union", help="default union")
     troll.add_argument("--fused", action="store_true", help="use_fused_kernels=True, also for vanilla")
     troll.add_argument("--entropy", action="store_true", help="the update needs the entropy")
     troll.add_argument("--no-reuse-logits", action="store_true", help="reuse_logits=False")
@@ -234,13 +235,13 @@ def _data_parallel(arguments: argparse.Namespace) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 0, or 2 where the options describe no run."""
     try:
-        setting = setting_from(arguments)
+        plan = Plan(setting_from(arguments))
     except PlanError as error:
         print(f"verl-troll plan: {error}", file=sys.stderr)
         return 2
-    print(report.text(setting))
+    print(report.text(plan))
     if arguments.explain:
-        print(f"\n{report.explanation(setting)}")
+        print(f"\n{report.explanation(plan)}")
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report.as_json(setting), indent=2) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(report.as_json(plan), indent=2) + "\n", encoding="utf-8")
     return 0

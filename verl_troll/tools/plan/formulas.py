@@ -1,676 +1,842 @@
-"""Every formula of the plan, as text: what ``--explain`` prints is what is computed.
+"""Every formula of the plan: one method for each number, with its unit, its reason and the test that measures it.
 
-A formula is a Python expression over the run's numbers (:func:`inputs`) and earlier formulas, or one for each case, of
-which the first that applies counts. It has a unit, a reason, and where it can be measured on a small machine the test
-in ``tests/tools/test_plan.py`` that does; formulas without one are counted by hand from the code that they speak of.
+``--explain`` prints the source of these methods, section by section: each class is one, and uses the numbers of those
+above it. Formulas without a test are counted by hand from the code that they speak of.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from math import ceil, floor
+from typing import NoReturn
 
 import torch
 
 from verl_troll.core import lm_head
 from verl_troll.core.kernels.logits_torch import block_elements
-from verl_troll.tools.plan.setting import Setting
-
-_MEMORY = "test_memory_of_the_update"
-_SMALL = "test_small_tensors"
-_KERNELS = "test_kernels_in_the_interpreter"
-_VANILLA = "test_vanillas_own_memory"
-_FUSED = "test_memory_of_fused_heads"
-_CARRIED = "test_carried_bytes"
-_SENT = "test_collectives_on_two_ranks"
-_VANILLA_MEGATRON = "test_vanillas_own_memory_on_megatron"
-_VANILLA_SENT = "test_vanillas_own_collectives"
+from verl_troll.tools.plan.number import Explanation, TestName, explain, number, sections
+from verl_troll.tools.plan.setting import SUPPORTS, PlanError, Setting
 
 
-@dataclass(frozen=True)
-class Formula:
-    """One number of the plan.
-
-    Attributes:
-        name: how later formulas call it.
-        expression: Python; or one expression for each case, by the condition under which it applies.
-        unit: of the value; empty for a count.
-        reason: why it is so, in one line.
-        test: the test that measures it; or one for each case, empty where none does.
-    """
-
-    name: str
-    expression: str | Mapping[str, str]
-    unit: str
-    reason: str
-    test: str | Mapping[str, str] = ""
-
-
-@dataclass(frozen=True)
-class Value:
-    """A formula's value in one run, the expression that gave it, and the test that measures that."""
-
-    value: float
-    expression: str
-    test: str
-
-
-SECTIONS: dict[str, tuple[Formula, ...]] = {
-    "Sizes": (
-        Formula("gpus", "tp * pp * cp * dp", "", "every GPU has one place in the grid of ranks"),
-        Formula("step_tokens", "tokens + prompt_tokens", "tokens", "the actor reads prompts and responses"),
-        Formula("mini_batch", "ceil(step_tokens / (mini_batches * dp))", "tokens", "a data-parallel rank's share"),
-        Formula(
-            "rows",
-            "ceil(min(micro_batch_tokens, mini_batch) / cp)",
-            "rows",
-            "tokens of a micro-batch on one GPU; memory is reckoned as if all were response tokens",
-        ),
-        Formula("columns", "ceil(vocab / tp)", "columns", "Megatron splits the vocabulary evenly; FSDP does not"),
-        Formula("old_cuts", "ceil(step_tokens / (dp * micro_batch_tokens))", "", "micro-batches of the old pass"),
-        Formula(
-            "cuts",
-            "epochs * mini_batches * ceil(mini_batch / micro_batch_tokens)",
-            "",
-            "micro-batches of all updates of a step",
-        ),
-        Formula("gpu_rows", "step_tokens / (dp * cp)", "rows", "tokens that one GPU reads in a pass over the step"),
-        Formula("gpu_responses", "tokens / (dp * cp)", "rows", "response tokens among them; TROLL reads only these"),
-        Formula("width", "min(k + 1, vocab)", "ids", "most ids of a token: K selected ones and the sampled one"),
-        Formula(
-            "outcomes",
-            {"anchored": "width + 1", "union": "2 * width"},
-            "",
-            "anchored adds one rest outcome; union may add as many ids of the new policy",
-        ),
-        Formula(
-            "group",
-            {"k <= 64": "64", "k <= 256": "32", "True": "16"},
-            "columns",
-            "the Triton kernels search the groups of columns whose largest logits are largest",
-            {"triton": _KERNELS, "True": ""},
-        ),
-    ),
-    "Memory of the update, bytes per GPU": (
-        Formula(
-            "logits",
-            {"fused": "0", "True": "rows * columns * dtype_bytes"},
-            "bytes",
-            "one per token and column; a fused head never holds them all",
-        ),
-        Formula("head_gradient", "columns * hidden * dtype_bytes", "bytes", "the gradient of the head's weight"),
-        Formula(
-            "vanilla_update",
-            {
-                "fused and megatron": "rows * min(columns, 9504) * dtype_bytes + head_gradient "
-                "+ 2 * rows * hidden * dtype_bytes",
-                "fused": "5 * min(rows, 512) * columns * 4 + 2 * head_gradient + rows * hidden * dtype_bytes",
-                "megatron and entropy": "3 * logits",
-                "entropy": "2 * logits",
-                "True": "0",
-            },
-            "bytes",
-            "the gradient goes over the logits (flash-attention, Megatron), which the entropy needs whole; fused: "
-            "float32 blocks of 512 tokens (FSDP), or a gradient of 9,504 columns (Megatron)",
-            {"megatron and not fused": _VANILLA_MEGATRON, "fused and not megatron": _FUSED, "True": ""},
-        ),
-        Formula(
-            "vanilla_update_torch",
-            {
-                "fused or megatron": "vanilla_update",
-                "half and entropy": "7 * logits",
-                "half": "2 * logits",
-                "entropy": "6 * logits",
-                "True": "3 * logits",
-            },
-            "bytes",
-            "without flash-attention torch makes the gradient row by row and then stacks the rows",
-            {"fused or megatron": "", "True": _VANILLA},
-        ),
-        Formula(
-            "troll_gradient",
-            {"fused or reuse_logits": "0", "True": "logits"},
-            "bytes",
-            "reuse_logits writes the gradient over the logits, entropy or not",
-            _MEMORY,
-        ),
-        Formula(
-            "read_block",
-            {
-                "fused": "min(rows, read_tokens) * (min(columns, read_columns) + hidden) * dtype_bytes + "
-                "(min(rows, read_tokens) * ceil(min(columns, read_columns) / group) * dtype_bytes if triton else "
-                "4 * min(block_elements, min(rows, read_tokens) * min(columns, read_columns)))",
-                "triton": "rows * ceil(columns / group) * dtype_bytes",
-                "half": "min(rows, floor(block_elements / columns)) * columns * 6",
-                "True": "min(rows, floor(block_elements / columns)) * columns * 12",
-            },
-            "bytes",
-            "the torch forms copy some rows in float32, the Triton kernels write each group's largest logit; a fused "
-            "head computes a block of logits",
-            {"triton": _KERNELS, "fused": _FUSED, "True": _MEMORY},
-        ),
-        Formula(
-            "update_block",
-            {"triton and anchored and not fused": "0", "True": "read_block"},
-            "bytes",
-            "anchored searches nothing in the update: its ids are the old ones",
-            {"triton": _KERNELS, "fused": _FUSED, "True": _MEMORY},
-        ),
-        Formula(
-            "write_columns",
-            "min(columns, floor(write_elements / min(rows, write_tokens)))",
-            "columns",
-            "of a block whose gradient a fused head makes",
-        ),
-        Formula(
-            "write_block",
-            {
-                "fused": "min(rows, write_tokens) * write_columns * dtype_bytes "
-                "+ (0 if triton else 4 * min(block_elements, min(rows, write_tokens) * write_columns))",
-                "triton": "0",
-                "True": "read_block",
-            },
-            "bytes",
-            "the Triton kernels write in place; a fused head has a block of logits",
-            {"triton": _KERNELS, "fused": _FUSED, "True": _MEMORY},
-        ),
-        Formula(
-            "small_reading",
-            "rows * (80 + 12 * width * (1 if cp == 1 else 2) + (12 if union else 4) * width * (2 if fused else 1))",
-            "bytes",
-            "the old ids, unpacked and then this GPU's picked out, and what was read; a fused head joins its blocks",
-            {"triton": _KERNELS, "True": _SMALL},
-        ),
-        Formula(
-            "small",
-            {
-                "triton and anchored": "rows * (80 + (26 if tp * cp == 1 else 36) * width + 12 * kept_ids)",
-                "triton": "rows * (140 + (77 if tp > 1 else 56 if cp == 1 else 68) * width)",
-                "True": "rows * outcomes * 130",
-            },
-            "bytes",
-            "ids, log-probabilities, gradients and the torch form's float64, per token and outcome, at their peak",
-            {"triton": _KERNELS, "True": _SMALL},
-        ),
-        Formula(
-            "small_kept",
-            {
-                "triton and anchored": "rows * (100 + (20 if tp == 1 else 37) * width)",
-                "triton": "rows * (100 + (40 if tp == 1 else 78) * width)",
-                "True": "rows * outcomes * 43",
-            },
-            "bytes",
-            "those among them that wait for the backward pass; with the kernels also those from which it is written",
-            {"triton": _KERNELS, "True": _SMALL},
-        ),
-        Formula(
-            "fused_gradients",
-            {
-                "fused": "write_block + head_gradient + rows * hidden * (4 + 2 * dtype_bytes) "
-                "+ (0 if half and rows <= write_tokens else write_columns * hidden * (6 if half else 4))",
-                "True": "0",
-            },
-            "bytes",
-            "blocks of logits, the gradients of the weight and of the hidden states, and of the weight a part in "
-            "float32 where it is summed",
-            {"fused and triton": _KERNELS, "fused": _FUSED, "True": ""},
-        ),
-        Formula(
-            "troll_update",
-            {
-                "fused": "max(update_block + small_reading, small, small_kept + fused_gradients)",
-                "triton": "max(update_block + small_reading, small, small_kept + troll_gradient)",
-                "True": "max(update_block, small, small_kept + write_block + troll_gradient)",
-            },
-            "bytes",
-            "reading, projection and backward pass have their peaks one after the other",
-            {"triton": _KERNELS, "fused": _FUSED, "True": _MEMORY},
-        ),
-        Formula("vanilla_peak", "logits + vanilla_update", "bytes", "logits and all that comes beside them"),
-        Formula("vanilla_peak_torch", "logits + vanilla_update_torch", "bytes", "the same without flash-attention"),
-        Formula("troll_peak", "logits + troll_update", "bytes", "the same with TROLL"),
-    ),
-    "Memory of the old-log-prob pass, bytes per GPU": (
-        Formula(
-            "vanilla_old",
-            {
-                "fused and megatron": "rows * ceil(columns / 1024) * 16",
-                "fused": "3 * min(rows, 512) * columns * 4",
-                "megatron": "3 * logits",
-                "True": "0",
-            },
-            "bytes",
-            "verl asks for the entropy here: Megatron copies the logits for it; FSDP compiles it, taken as free",
-            {"megatron and not fused": _VANILLA_MEGATRON, "fused and not megatron": _FUSED, "True": ""},
-        ),
-        Formula(
-            "troll_old",
-            {
-                "triton": "max(read_block + rows * (100 + 12 * width * (2 if fused else 1)), "
-                "rows * (80 + 24 * width if tp == 1 else 90 + 60 * width))",
-                "True": "read_block + rows * width * 40",
-            },
-            "bytes",
-            "the block, and the candidates of every token",
-            {"triton": _KERNELS, "True": _SMALL},
-        ),
-    ),
-    "Carried with the batch": (
-        Formula(
-            "verl_response",
-            "5 * 8 + 7 * 4",
-            "bytes/token",
-            "int64: responses, response_mask, loss_mask, input_ids, position_ids; float32: rollout_log_probs, "
-            "rm_scores, log_probs, entropy, old_log_probs, advantages, returns",
-        ),
-        Formula(
-            "verl_prompt",
-            "3 * 8 + 4",
-            "bytes/token",
-            "int64: prompts, input_ids, position_ids; float32: log_probs",
-        ),
-        Formula("verl_step", "tokens * verl_response + prompt_tokens * verl_prompt", "bytes", "stored in the queue"),
-        Formula(
-            "troll_response",
-            "2 + 6 * kept_ids",
-            "bytes/token",
-            "int16 count; 48 bits for each kept id and its log-probability",
-            _CARRIED,
-        ),
-        Formula("troll_step", "tokens * troll_response", "bytes", "stored in the queue", _CARRIED),
-        Formula(
-            "verl_moved",
-            "(tokens * (verl_response + 48 + 8) + prompt_tokens * (verl_prompt + 24 + 8)) / dp",
-            "bytes",
-            "per GPU: the old pass reads what the rollout wrote and writes log_probs and entropy; the update reads all",
-        ),
-        Formula(
-            "troll_moved",
-            "2 * troll_step / dp",
-            "bytes",
-            "per GPU: written by the old pass, read by the update once, whatever the epochs",
-        ),
-    ),
-    "Collectives between tensor- and context-parallel ranks": (
-        Formula("ring", "2 * (tp - 1) / tp", "", "a rank sends and receives this many times a message"),
-        Formula(
-            "vanilla_sent",
-            {
-                "tp == 1": "0",
-                "fused": "4 * ceil(columns / 1024) + 12",
-                "True": "12 * (2 if entropy else 1)",
-            },
-            "bytes/token",
-            "largest logit, target's logit and normaliser, each all-reduced; so the entropy's three",
-            {"fused": "", "True": _VANILLA_SENT},
-        ),
-        Formula(
-            "vanilla_calls",
-            {"tp == 1": "0", "fused": "3", "entropy": "6", "True": "3"},
-            "",
-            "all-reduces per micro-batch of the update",
-            {"fused": "", "True": _VANILLA_SENT},
-        ),
-        Formula(
-            "vanilla_old_sent",
-            {"tp == 1": "0", "fused": "4 * ceil(columns / 1024) + 12", "True": "24"},
-            "bytes/token",
-            "as above with the entropy",
-        ),
-        Formula("vanilla_old_calls", {"tp == 1": "0", "fused": "3", "True": "6"}, "", "so many all-reduces"),
-        Formula(
-            "troll_old_sent",
-            {"tp == 1": "0", "True": "8 * min(k, vocab) + 16"},
-            "bytes/token",
-            "K logits and ids, the sampled logit, the normaliser in two parts, the entropy",
-            _SENT,
-        ),
-        Formula("troll_old_calls", {"tp == 1": "0", "True": "2"}, "", "one all-to-all to merge, one all-gather", _SENT),
-        Formula(
-            "troll_sent",
-            {
-                "tp == 1": "0",
-                "anchored": "4 * (width + (3 if entropy or triton else 2) * tp)",
-                "union": "8 * min(k, vocab) + (16 if entropy or triton else 12)",
-            },
-            "bytes/token",
-            "anchored: the logits at the old ids, and a slot per rank for its normaliser; union: as the old pass. The "
-            "kernels read the entropy always",
-            {"triton": _KERNELS, "True": _SENT},
-        ),
-        Formula(
-            "troll_calls",
-            {"tp == 1": "0", "anchored": "1", "union": "2"},
-            "",
-            "one all-reduce, or an all-to-all and an all-gather; none in the backward pass",
-            _SENT,
-        ),
-        Formula(
-            "vanilla_shared",
-            {"cp == 1": "0", "True": "4 * (cp - 1) * (2 if entropy else 1)"},
-            "bytes/token",
-            "log-probabilities (and entropy) gathered from the ranks that share the tokens",
-        ),
-        Formula(
-            "troll_shared",
-            {"cp == 1": "0", "True": "4 * (cp - 1) * (5 if entropy else 4)"},
-            "bytes/token",
-            "three numbers more per token: log-ratio, regression KL, projected or not",
-        ),
-        Formula(
-            "vanilla_old_shared",
-            {"cp == 1": "0", "True": "8 * (cp - 1)"},
-            "bytes/token",
-            "log-probabilities and entropy",
-        ),
-        Formula(
-            "troll_old_shared",
-            {"cp == 1": "0", "True": "8 * (cp - 1) + 2 * (cp - 1) * 8 * width"},
-            "bytes/token",
-            "and the kept ids with their log-probabilities, all-reduced",
-        ),
-        Formula(
-            "vanilla_received",
-            "epochs * gpu_rows * (vanilla_sent * ring + vanilla_shared) "
-            "+ gpu_rows * (vanilla_old_sent * ring + vanilla_old_shared)",
-            "bytes",
-            "per GPU and step; vanilla sends for prompts too",
-        ),
-        Formula(
-            "troll_received",
-            "epochs * (gpu_responses * troll_sent * ring + gpu_rows * troll_shared) "
-            "+ gpu_responses * troll_old_sent * ring + gpu_rows * troll_old_shared",
-            "bytes",
-            "per GPU and step",
-        ),
-        Formula(
-            "vanilla_all_calls",
-            "cuts * (vanilla_calls + (0 if cp == 1 else 2 if entropy else 1)) "
-            "+ old_cuts * (vanilla_old_calls + (0 if cp == 1 else 2))",
-            "",
-            "collectives per GPU and step",
-        ),
-        Formula(
-            "troll_all_calls",
-            "cuts * (troll_calls + (0 if cp == 1 else 7 if entropy else 6)) "
-            "+ old_cuts * (troll_old_calls + (0 if cp == 1 else 3))",
-            "",
-            "so; with context parallelism two small ones for the metrics among them",
-        ),
-    ),
-    "Kernels, timed on one NVIDIA H200: 8,192 tokens x 151,936 bfloat16 logits, K 64": (
-        Formula("timed_bytes", "8192 * 151936 * 2", "bytes", "the logits that were read"),
-        Formula("timed_bandwidth", "4.8e12", "bytes/s", "its data sheet's; passes are scaled to other cards by theirs"),
-        Formula(
-            "copy_pass",
-            "1.17e-3 * timed_bandwidth / (2 * timed_bytes)",
-            "",
-            "a copy reads and writes them in 1.17 ms, a pass so many times what the data sheet's rate would take. Used "
-            "for all that was not timed: torch's, verl's and Megatron's operations, and products on logits",
-        ),
-        Formula(
-            "torch_pass",
-            "3.5 * copy_pass",
-            "",
-            "TROLL's torch forms took 111 to 122 ms for old pass and update, where passes at a copy's rate and small "
-            "operations come to 40",
-        ),
-        Formula(
-            "flash_pass", "2.12e-3 * timed_bandwidth / (3 * timed_bytes)", "", "flash-attention, 2.12 ms for three"
-        ),
-        Formula(
-            "old_pass",
-            "6.28e-3 * timed_bandwidth / timed_bytes",
-            "",
-            "flash-attention's cross-entropy and torch's compiled entropy, 6.28 ms",
-        ),
-        Formula("read_pass", "0.58e-3 * timed_bandwidth / timed_bytes", "", "the reading kernel, 0.58 ms"),
-        Formula("write_pass", "1.26e-3 * timed_bandwidth / (2 * timed_bytes)", "", "the writing kernel, 1.26 ms"),
-        Formula(
-            "search_seconds",
-            "0.38e-3 / 8192 * (ceil(columns / group) + k * group) / (ceil(151936 / 64) + 64 * 64)",
-            "s",
-            "per token, of 0.38 ms; in proportion to the groups and to the columns of those that are chosen. Not bound "
-            "by the memory: taken as it is on other cards",
-        ),
-        Formula(
-            "terms_seconds",
-            "(0.37e-3 + 0.007e-3 + 0.006e-3) / 8192 * outcomes / 130",
-            "s",
-            "per token: the projection (0.37 ms; 0.04 with every token inside the region), the choice of ids and the "
-            "gradient's corrections, in proportion to the outcomes. Not bound by the memory either",
-        ),
-    ),
-    "Time, seconds per step on a GPU that holds the head": (
-        Formula(
-            "trunk_parameters",
-            "active_parameters - vocab * hidden * (1 if tied else 2)",
-            "",
-            "what one token uses besides embedding and head",
-        ),
-        Formula(
-            "step_flops",
-            "step_tokens * (trunk_parameters + vocab * hidden) * (2 + 6 * epochs)",
-            "flop",
-            "2 per parameter and token in the old pass, 6 in an update; no attention, no recomputation, no rollout",
-        ),
-        Formula("actor_seconds", "step_flops / (gpus * flops)", "s", "at the nominal rate, the least it can take"),
-        Formula("row_bytes", "columns * dtype_bytes", "bytes", "the logits of one token on one GPU"),
-        Formula(
-            "vanilla_old_passes",
-            {
-                "fused and megatron": "0",
-                "fused": "(26 if half else 13) * copy_pass",
-                "megatron": "20 * copy_pass",
-                "True": "old_pass",
-            },
-            "",
-            "FSDP: flash-attention's cross-entropy and the compiled entropy. Megatron: copy 2, largest 1, subtract 2, "
-            "exp 2, sum 1, divide 2, product 2; then 8 of the cross-entropy. Fused, FSDP: torch's operations",
-        ),
-        Formula(
-            "vanilla_passes",
-            {
-                "fused and megatron": "3 * copy_pass",
-                "fused": "(66 if half else 34) * copy_pass",
-                "megatron": "(10 + (26 if entropy else 0)) * copy_pass",
-                "True": "3 * flash_pass + (8 * copy_pass if entropy else 0)",
-            },
-            "",
-            "FSDP: flash-attention reads, reads and writes. Megatron: largest 1, subtract 2, exp 2, sum 1, divide 2, "
-            "multiply 2. Fused, Megatron: its gradient written once and read twice",
-        ),
-        Formula(
-            "troll_old_passes",
-            {
-                "triton": "read_pass + (copy_pass if fused else 0)",
-                "True": "(18 if fused else 17 if half else 8) * torch_pass",
-            },
-            "",
-            "one reading; a fused head first writes the block; the torch forms copy, group, subtract, exp and sum",
-        ),
-        Formula(
-            "troll_passes",
-            {
-                "triton": "read_pass + 2 * write_pass + (4 * copy_pass if fused else 0)",
-                "True": "(40 if fused else 39 if half else 18) * torch_pass",
-            },
-            "",
-            "read; read and write; a fused head writes the block twice more and reads it twice for its gradients",
-        ),
-        Formula(
-            "vanilla_reading",
-            "gpu_rows * row_bytes * (vanilla_old_passes + epochs * vanilla_passes) / memory_bandwidth",
-            "s",
-            "passes over the logits of all tokens, at the memory's rate",
-        ),
-        Formula(
-            "troll_reading",
-            "(gpu_responses * row_bytes * (troll_old_passes + epochs * troll_passes) "
-            "+ (0 if fused else epochs * (gpu_rows - gpu_responses) * row_bytes * "
-            "(write_pass if triton else copy_pass))) / memory_bandwidth",
-            "s",
-            "passes over the logits of response tokens; the gradient of the others is filled with 0",
-        ),
-        Formula(
-            "troll_searching",
-            {"triton": "gpu_responses * search_seconds * (1 + (epochs if union else 0))", "True": "0"},
-            "s",
-            "in the old pass, and in the update under union; the torch forms search in the passes above",
-        ),
-        Formula(
-            "small_bytes",
-            {
-                "triton": "1600 + 95 * width + 110 * kept_ids + (0 if tp == 1 else 160 if anchored else 330) * width",
-                "anchored": "2900 * outcomes",
-                "union": "4900 * outcomes",
-            },
-            "bytes/token",
-            "what torch's operations on ids and log-probabilities read and write in the update, beside the kernels",
-            {"triton": _KERNELS, "True": _SMALL},
-        ),
-        Formula(
-            "old_small_bytes",
-            {
-                "triton": "900 + 25 * width + 130 * kept_ids + (0 if tp == 1 else 190) * width",
-                "True": "390 * width",
-            },
-            "bytes/token",
-            "and in the old pass",
-            {"triton": _KERNELS, "True": _SMALL},
-        ),
-        Formula(
-            "troll_small",
-            "gpu_responses * (old_small_bytes + epochs * small_bytes) * copy_pass / memory_bandwidth "
-            "+ (gpu_responses * epochs * terms_seconds if triton else 0)",
-            "s",
-            "support and projection of response tokens, as if all were projected",
-        ),
-        Formula(
-            "update_launches",
-            {
-                "triton and anchored": "125 if tp == 1 else 170",
-                "triton": "125 if tp == 1 else 190",
-                "anchored": "560",
-                "union": "900",
-            },
-            "",
-            "operations of unpacking, support, projection and metrics per micro-batch, both ways; more where ranks "
-            "merge what they found",
-            {"triton": _KERNELS, "True": _SMALL},
-        ),
-        Formula(
-            "sequence_launches",
-            "21",
-            "",
-            "and of each sample: verl pads three tensors more",
-            {"triton": _KERNELS, "True": _SMALL},
-        ),
-        Formula(
-            "old_launches",
-            {"triton": "56 if tp == 1 else 110", "True": "95"},
-            "",
-            "operations of the old pass per micro-batch: candidates and packing",
-            {"triton": _KERNELS, "True": _SMALL},
-        ),
-        Formula(
-            "troll_launches",
-            "(cuts * update_launches + epochs * sequences / dp * sequence_launches + old_cuts * old_launches) * launch",
-            "s",
-            "had the GPU to wait for each; vanilla's few are left out",
-        ),
-        Formula(
-            "group_bandwidth",
-            {"tp * cp <= gpus_per_node": "link_bandwidth", "True": "network_bandwidth"},
-            "bytes/s",
-            "ranks that share a micro-batch talk inside a node if they fit",
-        ),
-        Formula(
-            "vanilla_collectives",
-            "vanilla_all_calls * latency + vanilla_received / group_bandwidth",
-            "s",
-            "a latency for each and the bytes at the link's rate, nothing overlapped",
-        ),
-        Formula("troll_collectives", "troll_all_calls * latency + troll_received / group_bandwidth", "s", "so"),
-        Formula("vanilla_carrying", "verl_moved / network_bandwidth", "s", "at the network's rate; a queue is slower"),
-        Formula("troll_carrying", "(verl_moved + troll_moved) / network_bandwidth", "s", "so"),
-        Formula(
-            "vanilla_seconds",
-            "vanilla_reading + vanilla_collectives + vanilla_carrying",
-            "s",
-            "what vanilla does where TROLL does something else",
-        ),
-        Formula(
-            "troll_seconds",
-            "troll_reading + troll_searching + troll_small + troll_launches + troll_collectives + troll_carrying",
-            "s",
-            "what TROLL does in its place",
-        ),
-        Formula(
-            "share",
-            "(troll_seconds - vanilla_seconds) / (actor_seconds + vanilla_seconds)",
-            "",
-            "of the actor's own time, which is a least one",
-        ),
-    ),
-}
-
-FORMULAS: tuple[Formula, ...] = tuple(formula for section in SECTIONS.values() for formula in section)
-
-_FUNCTIONS = {"ceil": math.ceil, "floor": math.floor, "min": min, "max": max}
-
-
-def inputs(setting: Setting, *, device: str = "cuda", block: int | None = None) -> dict[str, float]:
-    """Names and numbers that the formulas start from.
+class Run:
+    """A run as the formulas see it: the numbers that they start from, and those that they give.
 
     Args:
-        device: type of the device whose blocks are worked on at a time.
+        device: type of the device whose blocks of logits are worked on at a time.
         block: elements of logits that the torch forms work on at a time; those of ``device`` by default.
     """
-    numbers: dict[str, float] = {
-        name: value
-        for part in (setting, setting.model, setting.hardware)
-        for name, value in ((field.name, getattr(part, field.name)) for field in dataclasses.fields(part))
-        if isinstance(value, int | float)
-    }
-    read_tokens, read_columns = lm_head._READ_BLOCK.get(device, lm_head._DEVICE_READ_BLOCK)
-    write_tokens, write_elements = lm_head._GRADIENT_BLOCK.get(device, lm_head._DEVICE_GRADIENT_BLOCK)
-    return numbers | {
-        "megatron": setting.backend == "megatron",
-        "anchored": setting.support == "anchored",
-        "union": setting.support == "union",
-        "triton": setting.form == "triton",
-        "half": setting.dtype_bytes == 2,
-        "block_elements": block_elements(torch.device(device)) if block is None else block,
-        "read_tokens": read_tokens,
-        "read_columns": read_columns,
-        "write_tokens": write_tokens,
-        "write_elements": write_elements,
-    }
+
+    def __init__(self, setting: Setting, *, device: str = "cuda", block: int | None = None) -> None:
+        model, hardware = setting.model, setting.hardware
+        self.setting = setting
+        self.tokens, self.prompt_tokens, self.sequences = setting.tokens, setting.prompt_tokens, setting.sequences
+        self.micro_batch_tokens = setting.micro_batch_tokens
+        self.tp, self.pp, self.cp, self.dp = setting.tp, setting.pp, setting.cp, setting.dp
+        self.epochs, self.mini_batches = setting.epochs, setting.mini_batches
+        self.k, self.kept_ids = setting.k, setting.kept_ids
+        self.fused, self.entropy, self.reuse_logits = setting.fused, setting.entropy, setting.reuse_logits
+        self.support = setting.support
+        self.megatron, self.triton = setting.backend == "megatron", setting.form == "triton"
+        self.dtype_bytes, self.half = setting.dtype_bytes, setting.dtype_bytes == 2
+        self.vocab, self.hidden, self.tied = model.vocab, model.hidden, model.tied
+        self.parameters, self.active_parameters = model.parameters, model.active_parameters
+        self.flops, self.memory_bandwidth = hardware.flops, hardware.memory_bandwidth
+        self.link_bandwidth, self.network_bandwidth = hardware.link_bandwidth, hardware.network_bandwidth
+        self.latency, self.launch, self.gpus_per_node = hardware.latency, hardware.launch, hardware.gpus_per_node
+        self.block_elements = block_elements(torch.device(device)) if block is None else block
+        self.read_tokens, self.read_columns = lm_head._READ_BLOCK.get(device, lm_head._DEVICE_READ_BLOCK)
+        self.write_tokens, self.write_elements = lm_head._GRADIENT_BLOCK.get(device, lm_head._DEVICE_GRADIENT_BLOCK)
+
+    @property
+    def inputs(self) -> dict[str, float]:
+        """The numbers that the formulas start from."""
+        given = {name: x for name, x in vars(self).items() if not hasattr(type(self), name)}
+        return {name: x for name, x in given.items() if isinstance(x, int | float)}
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """All that the formulas give."""
+        return {name: getattr(self, name) for names in sections(type(self)).values() for name in names}
+
+    @property
+    def explanations(self) -> dict[str, dict[str, Explanation]]:
+        """How each number came about, by section and name."""
+        return {title: {name: explain(self, name) for name in names} for title, names in sections(type(self)).items()}
 
 
-def evaluate(numbers: Mapping[str, float]) -> dict[str, Value]:
-    """All formulas, by name, from :func:`inputs`."""
-    names: dict[str, object] = {**_FUNCTIONS, **numbers}
-    values: dict[str, Value] = {}
-    for formula in FORMULAS:
-        expression = _case(formula.expression, names)
-        result = _value(expression, names)
-        values[formula.name] = Value(result, expression, _case(formula.test, names))
-        names[formula.name] = result
-    return values
+def _unknown(support: NoReturn) -> NoReturn:
+    """Refuse a support rule without numbers of its own. mypy finds each formula that lacks one of ``Support``."""
+    raise PlanError(f"--support must be one of {', '.join(SUPPORTS)}, got {support!r}")
 
 
-def _case(cases: str | Mapping[str, str], names: Mapping[str, object]) -> str:
-    """The first that applies."""
-    if isinstance(cases, str):
-        return cases
-    return next(text for condition, text in cases.items() if _value(condition, names))
+def _by_form(run: Run) -> TestName:
+    return "test_kernels_in_the_interpreter" if run.triton else "test_small_tensors"
 
 
-def _value(expression: str, names: Mapping[str, object]) -> float:
-    # The expressions are this module's own.
-    result: float = eval(expression, {"__builtins__": {}}, names)
-    return result
+def _by_head(run: Run) -> TestName:
+    if run.triton:
+        return "test_kernels_in_the_interpreter"
+    return "test_memory_of_fused_heads" if run.fused else "test_memory_of_the_update"
+
+
+def _of_vanilla(run: Run) -> TestName:
+    if run.fused:
+        return "" if run.megatron else "test_memory_of_fused_heads"
+    return "test_vanillas_own_memory_on_megatron" if run.megatron else ""
+
+
+class Sizes(Run):
+    """Sizes."""
+
+    @number()
+    def gpus(self) -> float:
+        """Every GPU has one place in the grid of ranks."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    @number("tokens")
+    def step_tokens(self) -> float:
+        """The actor reads prompts and responses."""
+        return self.tokens + self.prompt_tokens
+
+    @number("tokens")
+    def mini_batch(self) -> float:
+        """A data-parallel rank's share."""
+        return ceil(self.step_tokens / (self.mini_batches * self.dp))
+
+    @number("rows")
+    def rows(self) -> float:
+        """Tokens of a micro-batch on one GPU. Memory is counted as if all were response tokens."""
+        return ceil(min(self.micro_batch_tokens, self.mini_batch) / self.cp)
+
+    @number("columns")
+    def columns(self) -> float:
+        """Megatron splits the vocabulary evenly; FSDP does not."""
+        return ceil(self.vocab / self.tp)
+
+    @number()
+    def old_cuts(self) -> float:
+        """Micro-batches of the old pass."""
+        return ceil(self.step_tokens / (self.dp * self.micro_batch_tokens))
+
+    @number()
+    def cuts(self) -> float:
+        """Micro-batches of all updates of a step."""
+        return self.epochs * self.mini_batches * ceil(self.mini_batch / self.micro_batch_tokens)
+
+    @number("rows")
+    def gpu_rows(self) -> float:
+        """Tokens that one GPU reads in a pass over the step."""
+        return self.step_tokens / (self.dp * self.cp)
+
+    @number("rows")
+    def gpu_responses(self) -> float:
+        """Response tokens among them; TROLL reads only these."""
+        return self.tokens / (self.dp * self.cp)
+
+    @number("ids")
+    def width(self) -> float:
+        """Most ids kept of a token: K selected ones and the sampled one."""
+        return min(self.k + 1, self.vocab)
+
+    @number()
+    def searches(self) -> float:
+        """Whether the update searches for ids (1, union) or takes those of the old pass (0, anchored)."""
+        if self.support == "anchored":
+            return 0
+        if self.support == "union":
+            return 1
+        _unknown(self.support)
+
+    @number()
+    def outcomes(self) -> float:
+        """Most outcomes of a token: anchored adds one for the rest, union may add as many ids of the new policy."""
+        if self.support == "anchored":
+            return self.width + 1
+        if self.support == "union":
+            return 2 * self.width
+        _unknown(self.support)
+
+    @number("columns", lambda run: "test_kernels_in_the_interpreter" if run.triton else "")
+    def group(self) -> float:
+        """The Triton kernels search only the groups of columns with the largest maxima."""
+        if self.k <= 64:
+            return 64
+        if self.k <= 256:
+            return 32
+        return 16
+
+
+class UpdateMemory(Sizes):
+    """Memory of the update, bytes per GPU."""
+
+    @number("bytes")
+    def logits(self) -> float:
+        """One per token and column; a fused head never holds them all."""
+        if self.fused:
+            return 0
+        return self.rows * self.columns * self.dtype_bytes
+
+    @number("bytes")
+    def head_gradient(self) -> float:
+        """The gradient of the head's weight."""
+        return self.columns * self.hidden * self.dtype_bytes
+
+    @number("bytes", _of_vanilla)
+    def vanilla_update(self) -> float:
+        """Flash-attention and Megatron write the gradient over the logits, which the entropy needs whole. Fused heads
+        hold float32 blocks of 512 tokens (FSDP) or a gradient of 9,504 columns (Megatron).
+        """
+        if self.fused and self.megatron:
+            return (
+                self.rows * min(self.columns, 9504) * self.dtype_bytes
+                + self.head_gradient
+                + 2 * self.rows * self.hidden * self.dtype_bytes
+            )
+        if self.fused:
+            return (
+                5 * min(self.rows, 512) * self.columns * 4
+                + 2 * self.head_gradient
+                + self.rows * self.hidden * self.dtype_bytes
+            )
+        if self.megatron and self.entropy:
+            return 3 * self.logits
+        if self.entropy:
+            return 2 * self.logits
+        return 0
+
+    @number("bytes", lambda run: "" if run.fused or run.megatron else "test_vanillas_own_memory")
+    def vanilla_update_torch(self) -> float:
+        """Without flash-attention, torch computes the gradient row by row and then stacks the rows."""
+        if self.fused or self.megatron:
+            return self.vanilla_update
+        if self.half and self.entropy:
+            return 7 * self.logits
+        if self.half:
+            return 2 * self.logits
+        if self.entropy:
+            return 6 * self.logits
+        return 3 * self.logits
+
+    @number("bytes", "test_memory_of_the_update")
+    def troll_gradient(self) -> float:
+        """With reuse_logits the gradient is written over the logits, with or without the entropy."""
+        if self.fused or self.reuse_logits:
+            return 0
+        return self.logits
+
+    @number("rows")
+    def read_rows(self) -> float:
+        """Of a block of logits that a fused head reads."""
+        return min(self.rows, self.read_tokens)
+
+    @number("columns")
+    def read_width(self) -> float:
+        """Of the same block."""
+        return min(self.columns, self.read_columns)
+
+    @number("bytes", _by_head)
+    def read_block(self) -> float:
+        """The torch forms copy some rows in float32; the Triton kernels write the maximum of each group. A fused head
+        computes a block of logits beside that.
+        """
+        if self.fused and self.triton:
+            return (
+                self.read_rows * (self.read_width + self.hidden) * self.dtype_bytes
+                + self.read_rows * ceil(self.read_width / self.group) * self.dtype_bytes
+            )
+        if self.fused:
+            return self.read_rows * (self.read_width + self.hidden) * self.dtype_bytes + 4 * min(
+                self.block_elements, self.read_rows * self.read_width
+            )
+        if self.triton:
+            return self.rows * ceil(self.columns / self.group) * self.dtype_bytes
+        if self.half:
+            return min(self.rows, floor(self.block_elements / self.columns)) * self.columns * 6
+        return min(self.rows, floor(self.block_elements / self.columns)) * self.columns * 12
+
+    @number("bytes", _by_head)
+    def update_block(self) -> float:
+        """The same in the update. The kernels need none unless the update searches."""
+        if self.triton and not self.searches and not self.fused:
+            return 0
+        return self.read_block
+
+    @number("rows")
+    def write_rows(self) -> float:
+        """Of a block of logits whose gradient a fused head computes."""
+        return min(self.rows, self.write_tokens)
+
+    @number("columns")
+    def write_columns(self) -> float:
+        """Of the same block."""
+        return min(self.columns, floor(self.write_elements / self.write_rows))
+
+    @number("bytes", _by_head)
+    def write_block(self) -> float:
+        """The Triton kernels write in place; a fused head holds a block of logits."""
+        if self.fused and self.triton:
+            return self.write_rows * self.write_columns * self.dtype_bytes
+        if self.fused:
+            return self.write_rows * self.write_columns * self.dtype_bytes + 4 * min(
+                self.block_elements, self.write_rows * self.write_columns
+            )
+        if self.triton:
+            return 0
+        return self.read_block
+
+    @number("bytes", _by_form)
+    def small_reading(self) -> float:
+        """The old ids, unpacked and then picked for this GPU, and what was read; a fused head joins its blocks."""
+        return self.rows * (
+            80
+            + 12 * self.width * (1 if self.cp == 1 else 2)
+            + (12 if self.searches else 4) * self.width * (2 if self.fused else 1)
+        )
+
+    @number("bytes", _by_form)
+    def small(self) -> float:
+        """Tensors per token and outcome at their peak: ids, log-probabilities, gradients, float64 of the torch form."""
+        if not self.triton:
+            return self.rows * self.outcomes * 130
+        if self.support == "anchored":
+            return self.rows * (80 + (26 if self.tp * self.cp == 1 else 36) * self.width + 12 * self.kept_ids)
+        if self.support == "union":
+            return self.rows * (140 + (77 if self.tp > 1 else 56 if self.cp == 1 else 68) * self.width)
+        _unknown(self.support)
+
+    @number("bytes", _by_form)
+    def small_kept(self) -> float:
+        """Those that wait for the backward pass; with the kernels, also those that the gradient is written from."""
+        if not self.triton:
+            return self.rows * self.outcomes * 43
+        if self.support == "anchored":
+            return self.rows * (100 + (20 if self.tp == 1 else 37) * self.width)
+        if self.support == "union":
+            return self.rows * (100 + (40 if self.tp == 1 else 78) * self.width)
+        _unknown(self.support)
+
+    @number(
+        "bytes",
+        lambda run: (
+            "" if not run.fused else "test_kernels_in_the_interpreter" if run.triton else "test_memory_of_fused_heads"
+        ),
+    )
+    def fused_gradients(self) -> float:
+        """A block of logits, the gradients of weight and hidden states, and where the weight's gradient is summed from
+        several blocks, a part of it in float32.
+        """
+        if not self.fused:
+            return 0
+        return (
+            self.write_block
+            + self.head_gradient
+            + self.rows * self.hidden * (4 + 2 * self.dtype_bytes)
+            + (
+                0
+                if self.half and self.rows <= self.write_tokens
+                else self.write_columns * self.hidden * (6 if self.half else 4)
+            )
+        )
+
+    @number("bytes", _by_head)
+    def troll_update(self) -> float:
+        """Reading, projection and backward pass peak one after the other."""
+        if self.fused:
+            return max(self.update_block + self.small_reading, self.small, self.small_kept + self.fused_gradients)
+        if self.triton:
+            return max(self.update_block + self.small_reading, self.small, self.small_kept + self.troll_gradient)
+        return max(self.update_block, self.small, self.small_kept + self.write_block + self.troll_gradient)
+
+    @number("bytes")
+    def vanilla_peak(self) -> float:
+        """The logits and everything beside them."""
+        return self.logits + self.vanilla_update
+
+    @number("bytes")
+    def vanilla_peak_torch(self) -> float:
+        """The same without flash-attention."""
+        return self.logits + self.vanilla_update_torch
+
+    @number("bytes")
+    def troll_peak(self) -> float:
+        """The same with TROLL."""
+        return self.logits + self.troll_update
+
+
+class OldPassMemory(UpdateMemory):
+    """Memory of the old-log-prob pass, bytes per GPU."""
+
+    @number("bytes", _of_vanilla)
+    def vanilla_old(self) -> float:
+        """verl asks for the entropy here. Megatron copies the logits for it; FSDP compiles it, taken as free."""
+        if self.fused and self.megatron:
+            return self.rows * ceil(self.columns / 1024) * 16
+        if self.fused:
+            return 3 * min(self.rows, 512) * self.columns * 4
+        if self.megatron:
+            return 3 * self.logits
+        return 0
+
+    @number("bytes", _by_form)
+    def troll_old(self) -> float:
+        """The block that is read, and the candidates of every token."""
+        if self.triton:
+            return max(
+                self.read_block + self.rows * (100 + 12 * self.width * (2 if self.fused else 1)),
+                self.rows * (80 + 24 * self.width if self.tp == 1 else 90 + 60 * self.width),
+            )
+        return self.read_block + self.rows * self.width * 40
+
+
+class Carried(OldPassMemory):
+    """Carried with the batch."""
+
+    @number("bytes/token")
+    def verl_response(self) -> float:
+        """int64: responses, response_mask, loss_mask, input_ids, position_ids; float32: rollout_log_probs, rm_scores,
+        log_probs, entropy, old_log_probs, advantages, returns.
+        """
+        return 5 * 8 + 7 * 4
+
+    @number("bytes/token")
+    def verl_prompt(self) -> float:
+        """int64: prompts, input_ids, position_ids; float32: log_probs."""
+        return 3 * 8 + 4
+
+    @number("bytes")
+    def verl_step(self) -> float:
+        """Stored in the queue."""
+        return self.tokens * self.verl_response + self.prompt_tokens * self.verl_prompt
+
+    @number("bytes/token", "test_carried_bytes")
+    def troll_response(self) -> float:
+        """An int16 count, and 48 bits for each kept id with its log-probability."""
+        return 2 + 6 * self.kept_ids
+
+    @number("bytes", "test_carried_bytes")
+    def troll_step(self) -> float:
+        """Stored in the queue."""
+        return self.tokens * self.troll_response
+
+    @number("bytes")
+    def verl_moved(self) -> float:
+        """Per GPU: the old pass reads what the rollout wrote and writes log_probs and entropy; the update reads all."""
+        return (
+            self.tokens * (self.verl_response + 48 + 8) + self.prompt_tokens * (self.verl_prompt + 24 + 8)
+        ) / self.dp
+
+    @number("bytes")
+    def troll_moved(self) -> float:
+        """Per GPU: written by the old pass and read by the update once, whatever the number of epochs."""
+        return 2 * self.troll_step / self.dp
+
+
+class Collectives(Carried):
+    """Collectives between tensor- and context-parallel ranks."""
+
+    @number()
+    def ring(self) -> float:
+        """A rank sends and receives a message this many times."""
+        return 2 * (self.tp - 1) / self.tp
+
+    @number("bytes/token", lambda run: "" if run.fused else "test_vanillas_own_collectives")
+    def vanilla_sent(self) -> float:
+        """All-reduces of the largest logit, the target's logit and the normaliser; three more for the entropy."""
+        if self.tp == 1:
+            return 0
+        if self.fused:
+            return 4 * ceil(self.columns / 1024) + 12
+        return 12 * (2 if self.entropy else 1)
+
+    @number("", lambda run: "" if run.fused else "test_vanillas_own_collectives")
+    def vanilla_calls(self) -> float:
+        """All-reduces per micro-batch of the update."""
+        if self.tp == 1:
+            return 0
+        if self.fused:
+            return 3
+        if self.entropy:
+            return 6
+        return 3
+
+    @number("bytes/token")
+    def vanilla_old_sent(self) -> float:
+        """As in the update, with the entropy."""
+        if self.tp == 1:
+            return 0
+        if self.fused:
+            return 4 * ceil(self.columns / 1024) + 12
+        return 24
+
+    @number()
+    def vanilla_old_calls(self) -> float:
+        """All-reduces per micro-batch of the old pass."""
+        if self.tp == 1:
+            return 0
+        if self.fused:
+            return 3
+        return 6
+
+    @number("bytes/token", "test_collectives_on_two_ranks")
+    def troll_old_sent(self) -> float:
+        """K logits and ids, the sampled logit, the normaliser in two parts, the entropy."""
+        if self.tp == 1:
+            return 0
+        return 8 * min(self.k, self.vocab) + 16
+
+    @number("", "test_collectives_on_two_ranks")
+    def troll_old_calls(self) -> float:
+        """An all-to-all to merge, and an all-gather."""
+        if self.tp == 1:
+            return 0
+        return 2
+
+    @number(
+        "bytes/token",
+        lambda run: "test_kernels_in_the_interpreter" if run.triton else "test_collectives_on_two_ranks",
+    )
+    def troll_sent(self) -> float:
+        """As in the old pass if the update searches; else the logits at the old ids, and a slot of each rank for its
+        normaliser. The kernels always read the entropy.
+        """
+        if self.tp == 1:
+            return 0
+        if self.searches:
+            return 8 * min(self.k, self.vocab) + (16 if self.entropy or self.triton else 12)
+        return 4 * (self.width + (3 if self.entropy or self.triton else 2) * self.tp)
+
+    @number("", "test_collectives_on_two_ranks")
+    def troll_calls(self) -> float:
+        """An all-to-all and an all-gather if the update searches, else one all-reduce; none in the backward pass."""
+        if self.tp == 1:
+            return 0
+        if self.searches:
+            return 2
+        return 1
+
+    @number("bytes/token")
+    def vanilla_shared(self) -> float:
+        """Log-probabilities (and entropy) gathered from the ranks that share the tokens."""
+        if self.cp == 1:
+            return 0
+        return 4 * (self.cp - 1) * (2 if self.entropy else 1)
+
+    @number("bytes/token")
+    def troll_shared(self) -> float:
+        """Three more numbers per token: log-ratio, regression KL, projected or not."""
+        if self.cp == 1:
+            return 0
+        return 4 * (self.cp - 1) * (5 if self.entropy else 4)
+
+    @number("bytes/token")
+    def vanilla_old_shared(self) -> float:
+        """Log-probabilities and entropy."""
+        if self.cp == 1:
+            return 0
+        return 8 * (self.cp - 1)
+
+    @number("bytes/token")
+    def troll_old_shared(self) -> float:
+        """The same, and the kept ids with their log-probabilities, all-reduced."""
+        if self.cp == 1:
+            return 0
+        return 8 * (self.cp - 1) + 2 * (self.cp - 1) * 8 * self.width
+
+    @number("bytes")
+    def vanilla_received(self) -> float:
+        """Per GPU and step. Vanilla sends for prompts too."""
+        return self.epochs * self.gpu_rows * (self.vanilla_sent * self.ring + self.vanilla_shared) + self.gpu_rows * (
+            self.vanilla_old_sent * self.ring + self.vanilla_old_shared
+        )
+
+    @number("bytes")
+    def troll_received(self) -> float:
+        """Per GPU and step."""
+        return (
+            self.epochs * (self.gpu_responses * self.troll_sent * self.ring + self.gpu_rows * self.troll_shared)
+            + self.gpu_responses * self.troll_old_sent * self.ring
+            + self.gpu_rows * self.troll_old_shared
+        )
+
+    @number()
+    def vanilla_all_calls(self) -> float:
+        """Collectives per GPU and step."""
+        return self.cuts * (self.vanilla_calls + (0 if self.cp == 1 else 2 if self.entropy else 1)) + self.old_cuts * (
+            self.vanilla_old_calls + (0 if self.cp == 1 else 2)
+        )
+
+    @number()
+    def troll_all_calls(self) -> float:
+        """Collectives per GPU and step; with context parallelism, two small ones for the metrics among them."""
+        return self.cuts * (self.troll_calls + (0 if self.cp == 1 else 7 if self.entropy else 6)) + self.old_cuts * (
+            self.troll_old_calls + (0 if self.cp == 1 else 3)
+        )
+
+
+class Kernels(Collectives):
+    """Kernels, timed on one NVIDIA H200: 8,192 tokens x 151,936 bfloat16 logits, K 64."""
+
+    @number("bytes")
+    def timed_bytes(self) -> float:
+        """The logits that were read."""
+        return 8192 * 151936 * 2
+
+    @number("bytes/s")
+    def timed_bandwidth(self) -> float:
+        """By that card's data sheet. Passes are scaled to other cards by theirs."""
+        return 4.8e12
+
+    @number()
+    def copy_pass(self) -> float:
+        """A copy reads and writes the logits in 1.17 ms: a pass takes this many times what it would at the data sheet's
+        rate. Used for everything that was not timed: torch's, verl's and Megatron's operations, products on logits.
+        """
+        return 1.17e-3 * self.timed_bandwidth / (2 * self.timed_bytes)
+
+    @number()
+    def torch_pass(self) -> float:
+        """TROLL's torch forms took 111 to 122 ms for old pass and update, where passes at a copy's rate and small
+        operations add up to 40 ms.
+        """
+        return 3.5 * self.copy_pass
+
+    @number()
+    def flash_pass(self) -> float:
+        """Flash-attention, 2.12 ms for three passes."""
+        return 2.12e-3 * self.timed_bandwidth / (3 * self.timed_bytes)
+
+    @number()
+    def old_pass(self) -> float:
+        """Flash-attention's cross-entropy and torch's compiled entropy, 6.28 ms."""
+        return 6.28e-3 * self.timed_bandwidth / self.timed_bytes
+
+    @number()
+    def read_pass(self) -> float:
+        """The reading kernel, 0.58 ms."""
+        return 0.58e-3 * self.timed_bandwidth / self.timed_bytes
+
+    @number()
+    def write_pass(self) -> float:
+        """The writing kernel, 1.26 ms."""
+        return 1.26e-3 * self.timed_bandwidth / (2 * self.timed_bytes)
+
+    @number("s")
+    def search_seconds(self) -> float:
+        """Per token, 0.38 ms for all; in proportion to the number of groups and to the columns of those chosen. Memory
+        does not bound it: taken as it is on other cards.
+        """
+        return 0.38e-3 / 8192 * (ceil(self.columns / self.group) + self.k * self.group) / (ceil(151936 / 64) + 64 * 64)
+
+    @number("s")
+    def terms_seconds(self) -> float:
+        """Per token: the projection (0.37 ms for all; 0.04 ms if every token is inside the region), the choice of ids,
+        and the corrections of the gradient; in proportion to the outcomes. Memory does not bound it either.
+        """
+        return (0.37e-3 + 0.007e-3 + 0.006e-3) / 8192 * self.outcomes / 130
+
+
+class Plan(Kernels):
+    """Time, seconds per step on a GPU that holds the head."""
+
+    @number()
+    def trunk_parameters(self) -> float:
+        """What one token uses besides embedding and head."""
+        return self.active_parameters - self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @number("flop")
+    def step_flops(self) -> float:
+        """Per parameter and token 2 in the old pass and 6 in an update; no attention, recomputation or rollout."""
+        return self.step_tokens * (self.trunk_parameters + self.vocab * self.hidden) * (2 + 6 * self.epochs)
+
+    @number("s")
+    def actor_seconds(self) -> float:
+        """The least it can take, at the nominal rate."""
+        return self.step_flops / (self.gpus * self.flops)
+
+    @number("bytes")
+    def row_bytes(self) -> float:
+        """The logits of one token on one GPU."""
+        return self.columns * self.dtype_bytes
+
+    @number()
+    def vanilla_old_passes(self) -> float:
+        """FSDP: flash-attention's cross-entropy and the compiled entropy; fused, torch's operations. Megatron: copy 2,
+        largest 1, subtract 2, exp 2, sum 1, divide 2, product 2, then 8 of the cross-entropy.
+        """
+        if self.fused and self.megatron:
+            return 0
+        if self.fused:
+            return (26 if self.half else 13) * self.copy_pass
+        if self.megatron:
+            return 20 * self.copy_pass
+        return self.old_pass
+
+    @number()
+    def vanilla_passes(self) -> float:
+        """FSDP: flash-attention reads, then reads and writes. Megatron: largest 1, subtract 2, exp 2, sum 1, divide 2,
+        multiply 2; fused, its gradient is written once and read twice.
+        """
+        if self.fused and self.megatron:
+            return 3 * self.copy_pass
+        if self.fused:
+            return (66 if self.half else 34) * self.copy_pass
+        if self.megatron:
+            return (10 + (26 if self.entropy else 0)) * self.copy_pass
+        return 3 * self.flash_pass + (8 * self.copy_pass if self.entropy else 0)
+
+    @number()
+    def troll_old_passes(self) -> float:
+        """One reading; a fused head first writes the block; the torch forms copy, group, subtract, exp and sum."""
+        if self.triton:
+            return self.read_pass + (self.copy_pass if self.fused else 0)
+        return (18 if self.fused else 17 if self.half else 8) * self.torch_pass
+
+    @number()
+    def troll_passes(self) -> float:
+        """Read, then read and write; a fused head writes the block twice more and reads it twice for its gradients."""
+        if self.triton:
+            return self.read_pass + 2 * self.write_pass + (4 * self.copy_pass if self.fused else 0)
+        return (40 if self.fused else 39 if self.half else 18) * self.torch_pass
+
+    @number("s")
+    def vanilla_reading(self) -> float:
+        """Passes over the logits of all tokens, at the memory's rate."""
+        return (
+            self.gpu_rows
+            * self.row_bytes
+            * (self.vanilla_old_passes + self.epochs * self.vanilla_passes)
+            / self.memory_bandwidth
+        )
+
+    @number("s")
+    def troll_reading(self) -> float:
+        """Passes over the logits of response tokens. The gradient of the others is filled with 0."""
+        return (
+            self.gpu_responses * self.row_bytes * (self.troll_old_passes + self.epochs * self.troll_passes)
+            + (
+                0
+                if self.fused
+                else self.epochs
+                * (self.gpu_rows - self.gpu_responses)
+                * self.row_bytes
+                * (self.write_pass if self.triton else self.copy_pass)
+            )
+        ) / self.memory_bandwidth
+
+    @number("s")
+    def troll_searching(self) -> float:
+        """In the old pass, and in the update if it searches; the torch forms search in the passes above."""
+        if self.triton:
+            return self.gpu_responses * self.search_seconds * (1 + (self.epochs if self.searches else 0))
+        return 0
+
+    @number("bytes/token", _by_form)
+    def small_bytes(self) -> float:
+        """What torch's operations on ids and log-probabilities read and write in the update, beside the kernels."""
+        if self.support == "anchored":
+            if self.triton:
+                return 1600 + 95 * self.width + 110 * self.kept_ids + (0 if self.tp == 1 else 160) * self.width
+            return 2900 * self.outcomes
+        if self.support == "union":
+            if self.triton:
+                return 1600 + 95 * self.width + 110 * self.kept_ids + (0 if self.tp == 1 else 330) * self.width
+            return 4900 * self.outcomes
+        _unknown(self.support)
+
+    @number("bytes/token", _by_form)
+    def old_small_bytes(self) -> float:
+        """And in the old pass."""
+        if self.triton:
+            return 900 + 25 * self.width + 130 * self.kept_ids + (0 if self.tp == 1 else 190) * self.width
+        return 390 * self.width
+
+    @number("s")
+    def troll_small(self) -> float:
+        """Support and projection of response tokens, as if all were projected."""
+        return self.gpu_responses * (
+            self.old_small_bytes + self.epochs * self.small_bytes
+        ) * self.copy_pass / self.memory_bandwidth + (
+            self.gpu_responses * self.epochs * self.terms_seconds if self.triton else 0
+        )
+
+    @number("", _by_form)
+    def update_launches(self) -> float:
+        """Operations per micro-batch of the update, both ways: unpacking, support, projection and metrics."""
+        if self.support == "anchored":
+            if self.triton:
+                return 125 if self.tp == 1 else 170
+            return 560
+        if self.support == "union":
+            if self.triton:
+                return 125 if self.tp == 1 else 190
+            return 900
+        _unknown(self.support)
+
+    @number("", _by_form)
+    def sequence_launches(self) -> float:
+        """And per sample: verl pads three tensors more."""
+        return 21
+
+    @number("", _by_form)
+    def old_launches(self) -> float:
+        """Operations per micro-batch of the old pass: candidates and packing."""
+        if self.triton:
+            return 56 if self.tp == 1 else 110
+        return 95
+
+    @number("s")
+    def troll_launches(self) -> float:
+        """As if the GPU waited for each. Vanilla's are few and left out."""
+        return (
+            self.cuts * self.update_launches
+            + self.epochs * self.sequences / self.dp * self.sequence_launches
+            + self.old_cuts * self.old_launches
+        ) * self.launch
+
+    @number("bytes/s")
+    def group_bandwidth(self) -> float:
+        """Ranks that share a micro-batch talk inside a node if they fit."""
+        if self.tp * self.cp <= self.gpus_per_node:
+            return self.link_bandwidth
+        return self.network_bandwidth
+
+    @number("s")
+    def vanilla_collectives(self) -> float:
+        """A latency for each, and the bytes at the link's rate; nothing overlaps."""
+        return self.vanilla_all_calls * self.latency + self.vanilla_received / self.group_bandwidth
+
+    @number("s")
+    def troll_collectives(self) -> float:
+        """Counted in the same way."""
+        return self.troll_all_calls * self.latency + self.troll_received / self.group_bandwidth
+
+    @number("s")
+    def vanilla_carrying(self) -> float:
+        """At the network's rate; a queue is slower."""
+        return self.verl_moved / self.network_bandwidth
+
+    @number("s")
+    def troll_carrying(self) -> float:
+        """At the same rate."""
+        return (self.verl_moved + self.troll_moved) / self.network_bandwidth
+
+    @number("s")
+    def vanilla_seconds(self) -> float:
+        """What vanilla does where TROLL does something else."""
+        return self.vanilla_reading + self.vanilla_collectives + self.vanilla_carrying
+
+    @number("s")
+    def troll_seconds(self) -> float:
+        """What TROLL does in its place."""
+        return (
+            self.troll_reading
+            + self.troll_searching
+            + self.troll_small
+            + self.troll_launches
+            + self.troll_collectives
+            + self.troll_carrying
+        )
+
+    @number()
+    def share(self) -> float:
+        """Of the actor's own time, which is the least it can take."""
+        return (self.troll_seconds - self.vanilla_seconds) / (self.actor_seconds + self.vanilla_seconds)

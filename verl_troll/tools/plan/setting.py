@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from verl_troll.core.kernels import MAX_K_OF_TERMS
-from verl_troll.core.support import RULES
+from verl_troll.core.wire import MAX_K, MAX_VOCAB_SIZE
 
 Backend = Literal["fsdp", "megatron"]
+Support = Literal["union", "anchored"]
 Form = Literal["triton", "torch"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+SUPPORTS: tuple[str, ...] = get_args(Support)
 FORMS: tuple[str, ...] = get_args(Form)
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
-# What the carried form of an id and of a token's count can hold (verl_troll.plugin.carry).
-MAX_VOCAB = 1 << 20
-MAX_K = 32766
 
 
 class PlanError(ValueError):
@@ -97,7 +95,7 @@ class Setting:
     sequences: int = 0
     k: int = 64
     kept_ids: float = 10.0
-    support: str = "union"
+    support: Support = "union"
     fused: bool = False
     entropy: bool = False
     reuse_logits: bool = True
@@ -112,7 +110,7 @@ class Setting:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("prompt_tokens", "sequences"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        _require(2 <= model.vocab <= MAX_VOCAB, "vocab", model.vocab, f"between 2 and {MAX_VOCAB}")
+        _require(2 <= model.vocab <= MAX_VOCAB_SIZE, "vocab", model.vocab, f"between 2 and {MAX_VOCAB_SIZE}")
         _require(model.hidden >= 1, "hidden", model.hidden, "at least 1")
         embeddings = model.vocab * model.hidden * (1 if model.tied else 2)
         for name in ("parameters", "active_parameters"):
@@ -129,7 +127,7 @@ class Setting:
         _require(kernels_hold, "k", self.k, f"at most {MAX_K_OF_TERMS}, or --kernels torch must be given")
         most = min(self.k + 1, model.vocab)
         _require(1 <= self.kept_ids <= most, "kept_ids", self.kept_ids, f"between 1 and {most} (k and the sampled id)")
-        for name, allowed in (("backend", BACKENDS), ("support", tuple(RULES)), ("form", FORMS)):
+        for name, allowed in (("backend", BACKENDS), ("support", SUPPORTS), ("form", FORMS)):
             _require(getattr(self, name) in allowed, name, getattr(self, name), f"one of {', '.join(allowed)}")
         _require(self.dtype_bytes in DTYPE_BYTES.values(), "dtype_bytes", self.dtype_bytes, "2 or 4")
         if self.backend == "fsdp":

@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="+",
         metavar="RUNS",
-        help="metrics.jsonl of verl's file logger, TensorBoard event files, a study's collected file, or folders that "
+        help="metrics.jsonl of verl's file logger, TensorBoard event files, files of collected runs, or folders that "
         "are searched for these; NAME=PATH names the arm of all that PATH holds",
     )
     parser.add_argument(

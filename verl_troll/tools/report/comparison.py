@@ -62,7 +62,7 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs of one task (and one section of a study).
+    """All runs of one task (and one section of it).
 
     Attributes:
         task, section: empty where nothing says them.

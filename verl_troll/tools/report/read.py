@@ -1,4 +1,4 @@
-"""Runs, read from verl's file logger, from TensorBoard, or from a file that holds one run per line."""
+"""Runs, read from verl's file logger, from TensorBoard, or from a file of collected runs, one per line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ SUPPORT_SIZE = "troll/support_size"
 OLD_KEPT_MASS, NEW_KEPT_MASS = "troll/old_kept_mass", "troll/new_kept_mass"
 STEP_SECONDS = "timing_s/step"
 RESPONSE_LENGTH = "response_length/mean"
-DISTINCT_ANSWERS = "study/distinct_answers"
+# Not one of verl's: a trainer logs it under a prefix of its own.
+DISTINCT_ANSWERS = "distinct_answers"
 READ = frozenset(
     (
         *REWARDS,
@@ -111,10 +112,10 @@ class Run:
         arm: the method, e.g. ``vanilla``.
         seed: None where nothing says it; such a run is in no pair.
         lr: the actor's learning rate, None where nothing says it.
-        status: ``finished``, ``diverged`` or another word of the study; empty for a log that has none.
+        status: ``diverged``, or another word for how it ended; empty where nothing says it.
         settings: what told the run apart otherwise, by name.
         metrics: by verl's name of the metric.
-        section: part of a study; runs of two sections are never averaged.
+        section: what it is compared within; runs of two sections are never averaged.
         source: file or folder, as given.
         argument: the argument of the command that it was found under.
         kind: format of the source.
@@ -134,8 +135,9 @@ class Run:
     _derived: dict[str, Series] = field(default_factory=dict, repr=False, compare=False)
 
     def metric(self, *names: str) -> Series:
-        """The first of the named metrics that the run has, else an empty series."""
-        return next((self.metrics[name] for name in names if name in self.metrics), Series())
+        """The first of the named metrics that the run has, else an empty series; a name without prefix has any."""
+        found = (series for name in names for key, series in self.metrics.items() if name in _names(key))
+        return next(found, Series())
 
     def held_out(self) -> Series:
         """Held-out success, averaged over data sources at the steps where all of them were measured."""
@@ -149,6 +151,11 @@ class Run:
             if name.split(".")[-1] == "kl_bound":
                 return _as_float(value)
         return None
+
+
+def _names(key: str) -> tuple[str, str]:
+    """What a metric is found by: its name with and without prefix."""
+    return key, key.rsplit("/", 1)[-1]
 
 
 def held_out_keys(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -181,7 +188,7 @@ def read_runs(paths: Sequence[str | Path], warn: Warn = warn_on_stderr) -> list[
     if not runs:
         raise ReportError(
             f"no run in {', '.join(map(str, paths)) or 'no path'}: give metrics.jsonl of verl's file logger, "
-            "TensorBoard event files, a study's collected file, or a folder that holds any of them"
+            "TensorBoard event files, a file of collected runs, or a folder that holds any of them"
         )
     kept: dict[object, Run] = {}
     for number, run in enumerate(runs):
@@ -244,11 +251,11 @@ def _in_file(path: Path, warn: Warn, searched: bool) -> Iterator[Run]:
     elif {"step", "data"} <= keys:
         yield _file_logger(lines, path)
     elif searched:
-        warn(f"{path} is left out: it is neither a log of verl's file logger nor a study's collected file")
+        warn(f"{path} is left out: it is neither a log of verl's file logger nor a file of collected runs")
     else:
         raise ReportError(
-            f"{path}:{lines[0][0]}: a line has either 'step' and 'data' (verl's file logger) or 'run' and 'metrics' (a "
-            f"study's collected file), got {sorted(keys) if keys else type(first).__name__}"
+            f"{path}:{lines[0][0]}: a line has either 'step' and 'data' (verl's file logger) or 'run' and 'metrics' "
+            f"(collected runs), got {sorted(keys) if keys else type(first).__name__}"
         )
 
 
@@ -283,7 +290,7 @@ def _file_logger(lines: Sequence[tuple[int, Any]], path: Path) -> Run:
             number_or_none = math.nan if value is None else _as_float(value)
             if number_or_none is not None:
                 points.setdefault(key, {})[line["step"]] = number_or_none
-            elif key in READ or _HELD_OUT.fullmatch(key):
+            elif not READ.isdisjoint(_names(key)) or _HELD_OUT.fullmatch(key):
                 raise ReportError(f"{place}: {key} must be a number, got {value!r}")
     return _described({key: _series(found) for key, found in points.items()}, path, "verl's file logger")
 
@@ -406,7 +413,7 @@ def _collected(line: Any, place: str, path: Path) -> Run:
         metrics={name: _column(name, column, steps, place) for name, column in columns.items() if name != "step"},
         section=run.get("section", ""),
         source=str(path),
-        kind="collected file",
+        kind="collected runs",
     )
 
 
