@@ -30,26 +30,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="+",
         metavar="RUNS",
-        help="metrics.jsonl of verl's file logger, TensorBoard event files, a study's collected file, or folders that "
-        "are searched for these; NAME=PATH names the arm of all that PATH holds",
+        help="metrics.jsonl from verl's file logger, TensorBoard event files, a study's collected file, or folders to "
+        "search for these; NAME=PATH sets the arm of every run under PATH",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("report.html"),
         metavar="FILE",
-        help="the page (default report.html); its pictures go to a folder beside it, named after it and -figures",
+        help="output page (default report.html); its figures go to a folder beside it, e.g. report-figures",
     )
     parser.add_argument(
         "--baseline",
         metavar="ARM",
-        help="arm that the others are compared with (default: vanilla, else clip, else the first)",
+        help="arm to compare the others with (default: vanilla, else clip, else the first)",
     )
     parser.add_argument(
         "--threshold",
         type=_finite,
         metavar="X",
-        help="held-out success that steps are counted to (default: half-way from the start to the best arm's final)",
+        help="held-out success for 'steps to threshold' (default: halfway from the start to the best arm's final)",
     )
 
 
@@ -61,7 +61,7 @@ def _command(arguments: argparse.Namespace) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the report; 0, or 2 where there is nothing to report or something is damaged."""
+    """Write the report. Return 0, or 2 if there is nothing to report or an input is damaged."""
     notes: list[str] = []
 
     def note(text: str) -> None:
