@@ -18,7 +18,7 @@ from verl.workers.rollout.sglang_rollout.async_sglang_server import SGLangReplic
 from tests.sglang.replica import STOCK, SUPPORT, Served, configuration
 from tests.trainer.run import ROOT, make_assets
 from verl_troll.core.support import select
-from verl_troll.plugin.rollout.sglang import SupportReplica
+from verl_troll.plugin.rollout.sglang import SglangSupportReplica
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -78,7 +78,7 @@ def stock(model: Path) -> dict[str, list[TokenOutput]]:
 @pytest.fixture(scope="module")
 def observed(model: Path) -> Iterator[tuple[Served, dict[str, list[TokenOutput]]]]:
     """The replica with the plugin, and its first answers."""
-    served = Served(configuration(model, *WITH_SUPPORT), SupportReplica)
+    served = Served(configuration(model, *WITH_SUPPORT), SglangSupportReplica)
     try:
         served.update(model)
         yield served, sample(served)
