@@ -1,4 +1,4 @@
-"""TROLL's chain from the logits to the loss, as the plugin runs it."""
+"""TROLL from logits to loss, as the plugin runs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KL_BOUND, DROPPED_MASS, ALPHA = 0.05, 1e-5, 1.0
 
 
 def compact(policy: SparsePolicy) -> SparsePolicy:
-    """The policy with as many places as its widest row uses, which is how it arrives in the update."""
+    """The policy, as wide as its widest row needs, which is how the update receives it."""
     used = policy.ids >= 0
     order = used.int().sort(dim=-1, descending=True, stable=True).indices[:, : int(used.sum(-1).max())]
     ids = policy.ids.gather(-1, order)
@@ -30,7 +30,7 @@ def sampled_log_probs(policy: SparsePolicy) -> Tensor:
 
 
 def loss_from_terms(log_ratio: Tensor, regression_kl: Tensor, advantages: Tensor) -> Tensor:
-    """The objective's negative, averaged over R tokens."""
+    """The negative objective, averaged over R tokens."""
     mask = torch.ones_like(log_ratio, dtype=torch.bool).unsqueeze(0)
     ratio = importance_ratio(log_ratio.unsqueeze(0), mask, "token").squeeze(0)
     return surrogate_losses(ratio, advantages).mean() + ALPHA * regression_kl.mean()
@@ -44,7 +44,7 @@ def projected_loss(
     advantages: Tensor,
     **options: Any,
 ) -> tuple[Tensor, PolicyTerms]:
-    """The loss and its terms; the metrics are computed as well, as verl computes its own with its loss.
+    """The loss and its terms. Also computes the metrics, as verl does with its loss.
 
     ``options`` go to :func:`verl_troll.core.loss.policy_terms`.
     """
@@ -60,7 +60,7 @@ def support_facts(old: SparsePolicy) -> dict[str, float]:
 
 
 def projection_facts(terms: PolicyTerms) -> dict[str, float]:
-    """Share of projected tokens and the evaluations that one of them took."""
+    """Share of projected tokens, and solver evaluations per projected token."""
     projected = terms.projected > 0
     spent = terms.statistics[STATISTICS.index("solver_evaluations")][projected]
     return {
