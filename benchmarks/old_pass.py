@@ -1,4 +1,4 @@
-"""Reading the old policy from its logits: log-probs, entropy and, with TROLL, the support.
+"""Reads the old policy from its logits: log-probs, entropy and, with TROLL, the support.
 
 verl reads all tokens, TROLL only response tokens. verl's trainer computes the entropy in this pass, so the rows with
 entropy match a real step.

@@ -52,7 +52,7 @@ def outside_rows(rows: int, width: int, family: str, device: str = "cpu") -> tup
 
 
 def run(case: Case, repeat: int, shard: None = None) -> list[Row]:
-    """Two methods at three widths and two families."""
+    """Both methods at three widths and two families."""
     rows = min(case.tokens, _MAX_ROWS)
     result = []
     for width in WIDTHS:

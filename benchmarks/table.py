@@ -74,7 +74,7 @@ def number(value: float) -> str:
 
 
 def describe(parameters: dict[str, Any]) -> str:
-    """A case in a few words."""
+    """A short description of a case."""
     words = []
     for name, value in parameters.items():
         if (name, value) in (("ranks", 1), ("response_share", 1.0), ("device", "cpu")):

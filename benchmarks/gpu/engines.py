@@ -810,7 +810,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Run the parts; 1 if a row failed."""
+    """Run the parts; return 1 if a row failed."""
     options = arguments(given)
     warnings.filterwarnings("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
@@ -826,7 +826,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
         engine_part(options.part, options, append)
         sys.stdout.flush()
-        # Library threads must not keep a finished process alive.
+        # Keep library threads from holding up exit.
         os._exit(0)
     clock = Clock(options.seconds)
     results = Results(options.out, machine(options.device))

@@ -36,7 +36,7 @@ TINY = Sizes(vocab=333, odd_vocab=77, tokens=6, checked=5, k=8, fuzzed=12, hidde
 
 @dataclass
 class Session:
-    """One run of the command.
+    """State of one run.
 
     Attributes:
         device: ``cuda``, or ``cpu`` for a dry run in Triton's interpreter.

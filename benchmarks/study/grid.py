@@ -141,7 +141,7 @@ def ablations(results: Results) -> Iterator[Cell]:
 
 
 def temperature(results: Results) -> Iterator[Cell]:
-    """Sampling and training at another temperature."""
+    """Sampling and training at other temperatures."""
     for value, loss, seed in product((0.7, 1.3), ("clip", "union"), SEEDS):
         yield Cell("chain", loss, 2e-4, seed, temperature=value, steps=STEPS)
 

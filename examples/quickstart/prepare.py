@@ -51,7 +51,7 @@ END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, plus the two special tokens of the Qwen family."""
+    """One token per byte, plus Qwen's two special tokens."""
     # transformers loads a byte-level tokenizer for every Qwen2 model, whatever was saved.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: index for index, symbol in enumerate([*alphabet, END_OF_TEXT, END_OF_TURN])}

@@ -149,7 +149,7 @@ def follow(process: subprocess.Popen[bytes], metrics: Path, steps: int) -> None:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the trainer and let it end its Ray processes."""
+    """Stop the trainer, letting it stop its Ray processes."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         try:

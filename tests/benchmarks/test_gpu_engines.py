@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from benchmarks.gpu import engines
-from benchmarks.gpu.engines import Clock, Results, EngineRow
+from benchmarks.gpu.engines import Clock, EngineRow, Results
 
 
 def run(out: Path, *arguments: str, **environment: str) -> tuple[int, list[dict[str, Any]]]:

@@ -53,7 +53,7 @@ class ObjectStoreCheckpointEngine(CheckpointEngine):  # type: ignore[misc, unuse
     def build_topology(
         cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[Any]
     ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-        """The sending rank's mailbox for everyone."""
+        """Give every rank the sending rank's mailbox."""
         return {"mailbox": [metadata[0]] * actor_wg_world_size}, {"mailbox": [metadata[0]] * rollout_world_size}
 
     def init_process_group(self, mailbox: Any) -> None:

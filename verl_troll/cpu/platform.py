@@ -1,4 +1,4 @@
-"""verl's platform interface for a machine whose only device is the CPU."""
+"""verl's platform interface for a machine without an accelerator."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class _CpuDeviceModule(ModuleType):
         return int(memory.available), int(memory.total)
 
     def get_device_name(self, device: Any = None) -> str:
-        """A name for throughput estimates, which verl skips for devices it does not know."""
+        """An unknown name, so verl skips throughput estimates."""
         return "CPU"
 
     def get_rng_state(self, device: Any = None) -> torch.Tensor:

@@ -20,7 +20,7 @@ LogprobsMode = Literal["processed_logprobs", "raw_logprobs"]
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to continue.
+    """One prompt to complete.
 
     Attributes:
         prompt: token ids, at least one.
@@ -42,14 +42,14 @@ class Request:
     noise: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        for name, good, rule in (
+        for name, valid, rule in (
             ("prompt", len(self.prompt) >= 1, "at least one token"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("temperature", 0.0 <= self.temperature < float("inf"), "0 (greedy) or a positive number"),
             ("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]"),
             ("top_k", self.top_k >= -1, "-1 or 0 (no limit), or a positive number"),
         ):
-            if not good:
+            if not valid:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be {rule}")
 
 

@@ -49,7 +49,7 @@ def _server_name(replica_rank: int) -> str:
 
 
 def stop_token_ids(model_config: HFModelConfig) -> frozenset[int]:
-    """End-of-sequence tokens of the generation configuration and of the tokenizer."""
+    """End-of-sequence tokens of the generation configuration and the tokenizer."""
     found: set[int] = set()
     for owner in (model_config.generation_config, model_config.tokenizer):
         value = getattr(owner, "eos_token_id", None)
@@ -352,7 +352,7 @@ class EmbeddedRollout(BaseRollout):  # type: ignore[misc, unused-ignore]
     Args:
         config: ``actor_rollout_ref.rollout``.
         model_config: ``actor_rollout_ref.model``.
-        device_mesh: verl's rollout mesh; unused, the ranks of a replica share one server.
+        device_mesh: unused, since the ranks of a replica share one server.
         replica_rank: index of the replica; -1 derives it from ``RANK``.
     """
 

@@ -45,7 +45,7 @@ class _OutputWithSupport(AgentLoopOutput):  # type: ignore[misc, unused-ignore]
 
 
 class RolloutSupportMixin(AgentLoopBase):  # type: ignore[misc, unused-ignore]
-    """For an agent loop of your own: ``@register("mine") class Mine(RolloutSupportMixin, AgentLoop): ...``.
+    """Adds the support to your own agent loop: ``@register("mine") class Mine(RolloutSupportMixin, AgentLoop): ...``.
 
     The engine's tokens must reach the trainer unchanged and in order; other tokens need ``response_mask`` 0.
     """
@@ -63,8 +63,8 @@ class RolloutSupportMixin(AgentLoopBase):  # type: ignore[misc, unused-ignore]
         output = await super().run(sampling_params, **kwargs)
         if not isinstance(output, AgentLoopOutput):
             raise TypeError(
-                f"{type(self).__name__} returned {type(output).__name__}: with the old policy from the rollout engine "
-                "an agent loop returns one AgentLoopOutput"
+                f"{type(self).__name__} returned {type(output).__name__}: with the old policy from the rollout engine, "
+                "an agent loop must return one AgentLoopOutput"
             )
         if client.without_support or not client.turns:
             # Validation samples have no support; an update on one reports what is missing.

@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("report.html"),
         metavar="FILE",
-        help="output page (default report.html); its figures go to a folder beside it, e.g. report-figures",
+        help="output page (default report.html); its pictures go to a folder beside it, e.g. report-figures",
     )
     parser.add_argument(
         "--baseline",

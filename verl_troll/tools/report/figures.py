@@ -1,4 +1,4 @@
-"""The report's figures, one panel each. Colour, line style and marker all distinguish the arms.
+"""The report's pictures, one panel each. Colour, line style and marker all distinguish the arms.
 
 The palette is Okabe and Ito's, safe for the common forms of colour blindness.
 """
@@ -68,7 +68,7 @@ class Picture:
     gist: str
 
     def png(self) -> bytes:
-        """The figure as PNG; equal figures give equal bytes."""
+        """The picture as PNG; equal figures give equal bytes."""
         from matplotlib import rc_context
 
         buffer = io.BytesIO()
@@ -79,7 +79,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure to draw; ``draw`` returns None if the runs have no data for it."""
+    """A picture to draw; ``draw`` returns None if the runs have no data for it."""
 
     section: str
     name: str
@@ -484,7 +484,7 @@ PANELS = (
 
 
 def pictures(comparison: TaskComparison) -> tuple[dict[str, list[Picture]], list[str]]:
-    """The figures of each section, and what is missing."""
+    """The pictures of each section, and what is missing."""
     from matplotlib import rc_context
 
     drawn: dict[str, list[Picture]] = {}

@@ -1,4 +1,4 @@
-"""Writes the page: all tables, figures and inputs in one HTML file."""
+"""Writes the page: all tables, pictures and inputs in one HTML file."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _title(comparison: TaskComparison, alone: bool) -> str:
 
 
 def part(comparison: TaskComparison, alone: bool = True) -> Part:
-    """Tables and figures of one comparison.
+    """Tables and pictures of one comparison.
 
     Args:
         comparison: from :func:`~verl_troll.tools.report.comparison.compare`.
@@ -133,7 +133,7 @@ def _no_pairs(comparison: TaskComparison) -> str:
         return "paired differences (this task has no baseline arm)"
     if len(comparison.best) == 1:
         return "paired differences (there is only one arm)"
-    return "paired differences (no arm shares a seed with held-out success with the baseline)"
+    return "paired differences (no arm has a seed with held-out success in common with the baseline)"
 
 
 def _summary(comparison: TaskComparison) -> str:
@@ -181,7 +181,7 @@ def _versions() -> str:
 def write(
     comparisons: Sequence[TaskComparison], runs: Sequence[Run], out: Path, command: str, notes: Sequence[str]
 ) -> list[Path]:
-    """Write the page, and its figures to a folder beside it; both are overwritten.
+    """Write the page, and its pictures to a folder beside it; both are overwritten.
 
     Args:
         comparisons: from :func:`~verl_troll.tools.report.comparison.compare`.
@@ -191,7 +191,7 @@ def write(
         notes: what reading left out.
 
     Returns:
-        The paths of the figures.
+        The paths of the pictures.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

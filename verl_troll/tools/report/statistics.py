@@ -88,7 +88,7 @@ def _check(values: Sequence[float], of: str) -> None:
         raise ValueError(f"{of} needs at least one value, got none")
     wrong = [value for value in values if not math.isfinite(value)]
     if wrong:
-        raise ValueError(f"{of} needs finite values, got {wrong[0]}: leave out or count what is not finite")
+        raise ValueError(f"{of} needs finite values, got {wrong[0]}: drop or count non-finite values")
 
 
 def _means(sample: Any, axis: int) -> Any:
@@ -135,7 +135,7 @@ def paired_difference(a_by_seed: Mapping[int, float], b_by_seed: Mapping[int, fl
     """
     common = sorted(set(a_by_seed) & set(b_by_seed))
     if not common:
-        raise ValueError(f"no seed is common: {sorted(a_by_seed)} and {sorted(b_by_seed)}; pairs need equal seeds")
+        raise ValueError(f"no seed is common: {sorted(a_by_seed)} and {sorted(b_by_seed)}; runs pair by equal seeds")
     differences = [a_by_seed[seed] - b_by_seed[seed] for seed in common]
     interval = mean_interval(differences)
     wins, losses = sum(value > 0 for value in differences), sum(value < 0 for value in differences)
@@ -150,7 +150,7 @@ def area_under_curve(steps: Sequence[int], values: Sequence[float]) -> float:
     """
     _check(values, "the area under a curve")
     if len(steps) != len(values):
-        raise ValueError(f"as many steps as values are needed, got {len(steps)} and {len(values)}")
+        raise ValueError(f"steps and values must have the same length, got {len(steps)} and {len(values)}")
     widths = [right - left for left, right in pairwise(steps)]
     if any(width <= 0 for width in widths):
         raise ValueError(f"steps must increase, got {list(steps)}")

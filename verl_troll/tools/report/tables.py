@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from verl_troll.tools.report import read
 from verl_troll.tools.report.comparison import (
     Cell,
-    TaskComparison,
     Measure,
     Pairing,
+    TaskComparison,
     at_the_end,
     best_success,
     final_success,
