@@ -1,5 +1,5 @@
-"""What TROLL costs beside verl's clipping: ``python -m benchmarks --help``.
+"""What TROLL costs compared with verl's clipping: ``python -m benchmarks --help``.
 
-Every method of a measurement takes its turn on the same inputs in one run. Whole trainer steps are a command of their
-own, ``python -m benchmarks.trainer_steps``, as is the choice among two ways to merge, ``benchmarks.shard_merge``.
+All methods of a measurement alternate on the same inputs in one run. Separate commands measure whole trainer steps
+(``python -m benchmarks.trainer_steps``) and two ways to merge shards (``benchmarks.shard_merge``).
 """

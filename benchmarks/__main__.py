@@ -1,15 +1,15 @@
-"""Measure what TROLL costs beside verl's clipping, on the same inputs, in one run.
+"""Measure what TROLL costs compared with verl's clipping, on the same inputs, in one run.
 
     python -m benchmarks [--quick | --full] [--only NAME ...] [--json FILE] [--markdown]
 
 ``old_pass`` reads the old policy, ``update`` goes from the new policy's logits to the loss and back, ``head`` does so
-from the hidden states, ``solver`` is the step size alone, ``carried`` counts the bytes between the passes. Methods take
-turns, so that a busy machine slows all alike. Each axis is walked on its own from the first value of every axis, which
-takes up to an hour on two cores; ``--full`` takes all combinations. What does not fit into the memory that is free is
-a row that says so.
+from the hidden states, ``solver`` finds only the step size, ``carried`` counts the bytes between the passes. Methods
+alternate, so a busy machine slows all of them equally. By default one axis varies at a time, the others stay at their
+first value; this takes up to an hour on two cores. ``--full`` runs all combinations. Cases that do not fit into free
+memory are reported as skipped.
 
-Extra memory is what is allocated above the inputs at the peak. A floor is the bytes that must move over the bandwidth,
-or the operations over the matrix-product rate, both measured in the same turns.
+Extra memory is the peak allocation above the inputs. A floor is the bytes that must move divided by the bandwidth, or
+the operations divided by the matrix-product rate, both measured in the same turns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 NAMES = ("old_pass", "update", "solver", "carried", "head")
 AXES = ("vocab", "tokens", "k", "dtype", "ranks", "response_share", "hidden")
-# The first value of each axis is the centre.
+# The first value of each axis is its default.
 DEFAULT = {
     "vocab": [151_936, 32_000, 128_256, 256_000],
     "tokens": [1024, 256, 4096, 32_768],
@@ -48,16 +48,16 @@ QUICK = {
     "response_share": [1.0],
     "hidden": [896],
 }
-# Of the head, whose matrix products would take most of the time.
+# For the head, whose matrix products would dominate the run time.
 DEFAULT_HEAD = {"vocab": [151_936, 32_000], "tokens": [512, 2048], "k": [64]}
 QUICK_HEAD = {"vocab": [32_000]}
 HEAD_REPEAT = 3
-# The fused head alone, beside the computed bytes of an unfused one.
+# The fused head only; the bytes of the unfused one are computed.
 FUSED_ALONE = {"vocab": 32_000, "tokens": 32_768}
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,15 +68,15 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one object per row")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeat", type=int, help="turns that are timed (5; --quick 3; head at most 3)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all ranks together")
-    axes = parser.add_argument_group("axes", "the first value is the centre")
+    parser.add_argument("--repeat", type=int, help="number of timed turns (5; --quick 3; head at most 3)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="total over all ranks")
+    axes = parser.add_argument_group("axes", "the first value is the default while other axes vary")
     axes.add_argument("--vocab", type=int, nargs="+")
     axes.add_argument("--tokens", type=int, nargs="+")
     axes.add_argument("--k", type=int, nargs="+")
     axes.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"))
-    axes.add_argument("--ranks", type=int, nargs="+", help="that share the vocabulary, on the host")
-    axes.add_argument("--response-share", type=float, nargs="+", help="of the tokens")
+    axes.add_argument("--ranks", type=int, nargs="+", help="ranks that share the vocabulary, on the host")
+    axes.add_argument("--response-share", type=float, nargs="+", help="share of response tokens")
     axes.add_argument("--hidden", type=int, nargs="+", help="width of the hidden states, for head")
     options = parser.parse_args(given)
     head = QUICK_HEAD if options.quick else DEFAULT_HEAD
@@ -94,7 +94,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def cases(options: argparse.Namespace, name: str, axes: Sequence[str]) -> Iterator[Any]:
-    """The cases of a measurement that depends on these axes."""
+    """The cases of a measurement over these axes."""
     from benchmarks.rows import Case
 
     values = {axis: getattr(options, axis) for axis in AXES} | (options.head if name == "head" else {})
@@ -110,7 +110,7 @@ def cases(options: argparse.Namespace, name: str, axes: Sequence[str]) -> Iterat
 
 
 def measure(options: argparse.Namespace, report: Callable[[str], None]) -> list[Any]:
-    """All rows."""
+    """Measure all rows."""
     from benchmarks import carried, head, old_pass, ranks, solver, update
     from benchmarks.measure import free_memory
     from benchmarks.rows import Case, Row, parameters
@@ -161,7 +161,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if options.device == "cpu":
         os.environ.setdefault("VERL_PLATFORM", "cpu")
         os.environ.setdefault("VERL_USE_EXTERNAL_MODULES", "verl_troll.cpu")
-    # Notices about the optional libraries that verl and Megatron do without, in the ranks' processes as well.
+    # Hide notices about missing optional libraries of verl and Megatron, also in the rank processes.
     warnings.filterwarnings("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("VERL_LOGGING_LEVEL", "ERROR")
@@ -171,7 +171,7 @@ def main(given: Sequence[str] | None = None) -> int:
     from benchmarks.measure import machine
 
     torch.set_num_threads(options.threads)
-    # A collection before each turn would otherwise walk all that the imports made.
+    # Keep the collection before each turn from scanning all imported objects.
     gc.freeze()
     facts = machine(options.device)
     if facts["load"] > 0.5 * facts["cores"]:

@@ -1,4 +1,4 @@
-"""Bytes that a response token carries from the old-log-prob pass to the update."""
+"""Bytes carried per response token from the old-log-prob pass to the update."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _PROMPT, _SEQUENCES = 3, 8
 
 
 def needed_bytes(case: Case) -> int:
-    """The logits that the language-model-like support is read from."""
+    """Memory for the logits of the language-model-like support."""
     return 2 * case.logits_bytes
 
 
 def micro_batch(sampled_ids: Tensor) -> tuple[TensorDict, carry.ResponseTokens]:
-    """verl's no-padding form of a batch whose responses are these ids, and where they are."""
+    """A batch in verl's no-padding format with these response ids, and their positions."""
     parts = [part for part in sampled_ids.cpu().tensor_split(_SEQUENCES) if part.numel() > 0]
     prompt = torch.zeros(_PROMPT, dtype=torch.int64)
 
@@ -59,12 +59,12 @@ def micro_batch(sampled_ids: Tensor) -> tuple[TensorDict, carry.ResponseTokens]:
 
 
 def packed_bytes(fields: dict[str, Tensor]) -> int:
-    """Bytes of the values; the offsets, 8 bytes per sequence and field, are not counted."""
+    """Bytes of the values, without the offsets (8 bytes per sequence and field)."""
     return sum(field.values().numel() * field.values().element_size() for field in fields.values())
 
 
 def run(case: Case, repeat: int, shard: None = None) -> list[Row]:
-    """Packed and counted at fixed numbers of kept ids and at a language model's, beside verl's and dense forms."""
+    """Packed bytes at fixed numbers of kept ids and a language model's, beside verl's fields and dense forms."""
     tokens = case.tokens
     result = []
     for kept in (*KEPT, None):

@@ -1,6 +1,6 @@
-"""The language-model head with the loss: hidden states in, gradients of the hidden states and of the weight out.
+"""The language-model head with the loss: from hidden states to the gradients of hidden states and weight.
 
-Fused forms never hold the logits. At 32k tokens only they are run: what the unfused form would hold is computed.
+Fused forms never materialise the logits. At 32k tokens only they run; the unfused form's memory is computed.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ _PRODUCT_ROWS = 512
 
 
 def needed_bytes(case: Case) -> int:
-    """Memory that the hungriest method needs."""
+    """Memory of the method that needs most."""
     size = case.torch_dtype.itemsize
     return int(case.logits_bytes * (1.3 + 3 * 4 / size)) + 4 * (case.vocab + case.tokens) * case.hidden * size
 
 
 def fused_bytes(case: Case) -> int:
-    """Memory that the fused methods need."""
+    """Memory of the fused methods."""
     size = case.torch_dtype.itemsize
     return 4 * (case.vocab + case.tokens) * case.hidden * size + 6 * 1024 * case.vocab * 4
 
 
 def unfused_bytes(case: Case) -> int:
-    """The least that a form which holds the logits allocates: them (the gradient over them) and both gradients."""
+    """Minimum memory of an unfused form: the logits (overwritten by their gradient) and both gradients."""
     return case.logits_bytes + (case.vocab + case.tokens) * case.hidden * case.torch_dtype.itemsize
 
 
 class _Inputs:
-    """Hidden states whose logits have a few likely ids, under the old and the new policy, and one weight."""
+    """Hidden states of the old and the new policy, whose logits have a few likely ids, and one weight."""
 
     def __init__(self, case: Case) -> None:
         generator = torch.Generator(case.device).manual_seed(0)
@@ -105,7 +105,7 @@ class _Inputs:
         return Contender(name, {"forward": forward, "backward": backward})
 
     def product(self) -> tuple[Contender, int]:
-        """The matrix product of the forward pass on some rows, and its operations."""
+        """The forward pass's matrix product on some rows, and its number of operations."""
         some = self.hidden.detach()[:_PRODUCT_ROWS]
         weight = self.weight.detach()
         operations = 2 * some.shape[0] * some.shape[1] * weight.shape[0]
@@ -165,7 +165,7 @@ def run(case: Case, repeat: int, shard: None = None) -> list[Row]:
 
 
 def run_fused_alone(case: Case) -> list[Row]:
-    """One run of each fused form under the memory meter, beside the computed bytes of an unfused one."""
+    """One run of each fused form with peak memory, beside the computed bytes of the unfused one."""
     inputs = _Inputs(case)
     product, operations = inputs.product()
     product_seconds = Spread.of(phase_seconds(take_turns([product], 3, case.device), "product", ["product"])).median

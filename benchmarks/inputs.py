@@ -1,8 +1,8 @@
-"""Logits shaped like a language model's, on one rank or split over several.
+"""Logits distributed like a language model's, on one rank or split over several.
 
-Each token has a few likely ids whose probabilities fall off geometrically, and a long normal tail. Most tails hold
-less mass than TROLL drops; one token in twenty is open-ended, so that the cap K ends its selection. The new policy is
-the old one plus noise on the logits, much more of it at a stated share of the tokens.
+Each token has a few likely ids with geometrically decreasing probabilities, and a long normal tail. Most tails hold
+less mass than TROLL drops; one token in twenty is open-ended, so the cap K ends its selection. The new policy is the
+old one plus noise on the logits, with much more noise at a fixed share of the tokens.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Batch:
     """One micro-batch of N packed tokens, R of them response tokens.
 
     Attributes:
-        old, new: ``[N, C]`` logits of this rank's columns under either policy.
-        labels: ``[N]`` int64, the sampled id at each place.
-        rows: ``[R]`` int64, places of the response tokens.
+        old, new: ``[N, C]`` logits of this rank's columns under each policy.
+        labels: ``[N]`` int64, the sampled id at each position.
+        rows: ``[R]`` int64, positions of the response tokens.
         advantages: ``[R]``.
         start: id of the first column.
     """
@@ -45,12 +45,12 @@ class Batch:
 
     @property
     def sampled_ids(self) -> Tensor:
-        """``[R]``."""
+        """``[R]``, the labels of the response tokens."""
         return self.labels[self.rows]
 
 
 def response_rows(tokens: int, share: float) -> Tensor:
-    """Places of the response tokens: the last ``share`` of each of eight packed sequences."""
+    """Positions of the response tokens: the last ``share`` of each of eight packed sequences."""
     bounds = torch.linspace(0, tokens, min(_SEQUENCES, tokens) + 1).long().tolist()
     runs = []
     for start, stop in itertools.pairwise(bounds):
@@ -59,7 +59,7 @@ def response_rows(tokens: int, share: float) -> Tensor:
 
 
 def make_batch(case: Case, rank: int = 0, *, old: bool = True, new: bool = True, seed: int = 0) -> Batch:
-    """The batch of a case as one rank sees it; ``old`` and ``new`` say whose logits are wanted (empty otherwise)."""
+    """One rank's part of a case's batch; ``old`` and ``new`` say which logits to make (empty otherwise)."""
     device = case.device
     shared = torch.Generator(device).manual_seed(seed)
     own = torch.Generator(device).manual_seed(seed + 1 + rank)
@@ -74,11 +74,11 @@ def make_batch(case: Case, rank: int = 0, *, old: bool = True, new: bool = True,
     open_ended = uniform(0, 1) < _OPEN_ENDED_SHARE
     tail_mass = torch.where(open_ended, uniform(-3, -1), uniform(-9, -6)).mul(math.log(10)).exp()
     decay = torch.where(open_ended, uniform(0.01, 0.1), uniform(1, 6))
-    place = torch.arange(likely, device=device)
-    log_probs = torch.log_softmax(-decay * place, dim=-1) + torch.log1p(-tail_mass)
+    index = torch.arange(likely, device=device)
+    log_probs = torch.log_softmax(-decay * index, dim=-1) + torch.log1p(-tail_mass)
     # Distinct ids, spread over the vocabulary and thus over the ranks.
     first = torch.randint(vocab, (tokens, 1), generator=shared, device=device)
-    ids = (first + place * (vocab // likely)) % vocab
+    ids = (first + index * (vocab // likely)) % vocab
     tail_total = math.log(vocab) + 0.5 * _TAIL_DEVIATION**2
     old_likely = log_probs - tail_mass.log() + tail_total
     noise = torch.where(uniform(0, 1) < _MOVED_SHARE, _NOISE_MOVED, _NOISE)

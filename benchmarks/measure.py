@@ -1,4 +1,4 @@
-"""Clock, memory meter and the machine's own rates."""
+"""Measures time, peak memory and the machine's bandwidth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# The profiler announces its start and stop otherwise; read when torch is imported.
+# Silences the profiler's start and stop messages; read when torch is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
@@ -25,13 +25,12 @@ Times = dict[str, dict[str, list[float]]]
 
 @dataclass(frozen=True)
 class Contender:
-    """One of the methods that are compared.
+    """One of the compared methods.
 
     Attributes:
-        name: of the method.
-        phases: what is timed, in order: each is called with what the one before it returned, the first with what
-            ``prepare`` returned.
-        prepare: called before each turn, not timed.
+        name: name of the method.
+        phases: the timed calls, in order; each receives the previous one's result, the first that of ``prepare``.
+        prepare: called before each turn, untimed.
     """
 
     name: str
@@ -55,7 +54,7 @@ class Spread:
 
 
 def synchronise(device: str) -> None:
-    """Wait for the device, and for the other ranks where there are any."""
+    """Wait for the device, and for other ranks if there are any."""
     if device == "cuda":
         torch.cuda.synchronize()
     if dist.is_initialized():
@@ -63,9 +62,9 @@ def synchronise(device: str) -> None:
 
 
 def take_turns(contenders: Sequence[Contender], repeat: int, device: str) -> Times:
-    """Seconds by contender and phase, one per turn; the first turn warms up and is dropped.
+    """Seconds by contender and phase, one per turn; the first turn is a warm-up and is dropped.
 
-    The contenders take turns, so that a busy machine slows all alike.
+    The contenders alternate, so a busy machine slows all of them equally.
     """
     times: Times = {contender.name: {phase: [] for phase in contender.phases} for contender in contenders}
     for turn in range(repeat + 1):
@@ -84,7 +83,7 @@ def take_turns(contenders: Sequence[Contender], repeat: int, device: str) -> Tim
 
 
 def peak_bytes(contender: Contender, device: str, phases: int | None = None) -> int:
-    """Bytes allocated at the peak of the first ``phases`` (all by default) above those allocated before them."""
+    """Peak bytes during the first ``phases`` (all by default), above what was allocated before them."""
     value = contender.prepare()
     gc.collect()
 
@@ -106,9 +105,9 @@ def _peak_on_accelerator(work: Callable[[], None]) -> int:
 
 
 def _peak_on_host(work: Callable[[], None]) -> int:
-    """From every event of torch's host allocator, scratch inside operators among them.
+    """Peak of torch's host allocator, including temporaries inside operators.
 
-    What operators take from the system themselves (a few libraries' work space) is not seen.
+    Memory that libraries take from the system directly is not counted.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
         work()
@@ -123,11 +122,11 @@ def _peak_on_host(work: Callable[[], None]) -> int:
 
 
 def bandwidth_contenders(buffer: Tensor) -> list[Contender]:
-    """Reading all bytes of ``buffer`` once, and reading and writing them in place; no value changes."""
+    """Reads all bytes of ``buffer`` once, and reads and writes them in place, without changing values."""
     flat = buffer.detach().flatten()
     if flat.element_size() < 4:
         flat = flat[: flat.numel() // 2 * 2].view(torch.float32)
-    # Sums of rows: a sum of all entries adds up in fewer lanes.
+    # Sum rows, since a sum over all entries uses fewer lanes.
     rows = flat[: flat.numel() // 64 * 64].view(64, -1)
     return [
         Contender("read once", {"read": lambda _: rows.sum(-1)}),
@@ -136,7 +135,7 @@ def bandwidth_contenders(buffer: Tensor) -> list[Contender]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Facts that the numbers depend on; ``load`` is the number of running processes over the last minute."""
+    """Facts that the numbers depend on; ``load`` is the average number of running processes in the last minute."""
     import verl
 
     facts = {
@@ -171,5 +170,5 @@ def total_memory() -> int:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that can be allocated now."""
+    """Bytes available for allocation."""
     return torch.cuda.mem_get_info()[0] if device == "cuda" else _meminfo("MemAvailable")

@@ -1,7 +1,7 @@
-"""Reading the old policy from its logits: log-probs, entropy and, with TROLL, the support.
+"""Reads the old policy from its logits: log-probs, entropy and, with TROLL, the support.
 
-verl reads all tokens, TROLL the response tokens. verl's trainer asks for the entropy in this pass, so that the rows
-with entropy are those of a real step.
+verl reads all tokens, TROLL only response tokens. verl's trainer computes the entropy in this pass, so the rows with
+entropy match a real step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PLAIN, WITH_ENTROPY, CHUNKED = "vanilla", "vanilla, entropy", "vanilla, entropy 
 
 
 def needed_bytes(case: Case) -> int:
-    """Memory that the hungriest method needs, all ranks together."""
+    """Memory of the method that needs most, over all ranks."""
     return int(case.logits_bytes * (1.3 + (3 if case.ranks == 1 else 4) * 4 / case.torch_dtype.itemsize))
 
 
@@ -36,7 +36,7 @@ def run(case: Case, repeat: int, shard: VocabShard | None = None) -> list[Row]:
     work = logits if shard is None else torch.empty_like(logits)
 
     def prepare() -> torch.Tensor:
-        # verl's form for sharded logits uses them up.
+        # verl's form for sharded logits overwrites them.
         return logits if shard is None else work.copy_(logits)
 
     def clipping(entropy: vanilla.Entropy) -> Callable[[Any], Any]:

@@ -1,12 +1,12 @@
-"""The published method (arXiv 2510.03817), restated from its description.
+"""The published method (arXiv 2510.03817), reimplemented from its description.
 
-Each policy's sparse support is read off a dense log-softmax by a top-k; an id that only one side keeps has probability
-1e-12 on the other, both sides are renormalised over the union, and the dual variable eta of
+Each policy's sparse support is the top-k of a dense log-softmax; an id that only one side keeps has probability 1e-12
+on the other, both sides are renormalised over the union, and the dual variable eta of
 
     log pi = (eta log q + log p) / (eta + 1) - const,    KL(pi || q) = bound
 
-is bracketed by 8 points, 20 times over, in [1e-7, 1e2]. Its gradient is that of the implicit function. Where the
-description is open, the cheaper reading is taken: only rows outside the region are solved, in float32.
+is bracketed in [1e-7, 1e2] with 8 points, 20 times. Its gradient follows from implicit differentiation. Where the
+description is ambiguous, this takes the cheaper reading: only rows outside the region are solved, in float32.
 
 Shapes: R rows, V ids, W kept ids, n outcomes.
 """
@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 POINTS, STEPS = 8, 20
-ETA_LEAST, ETA_MOST = 1e-7, 1e2
+ETA_MIN, ETA_MAX = 1e-7, 1e2
 LOG_MISSING = math.log(1e-12)
 
 
 class Support(NamedTuple):
-    """Kept ids ``[R, W]`` (-1 for none), their log-probs (``-inf`` there) and the sampled id's place ``[R]``."""
+    """Kept ids ``[R, W]`` (-1 if unused), their log-probs (``-inf`` if unused) and the sampled id's index ``[R]``."""
 
     ids: Tensor
     log_probs: Tensor
@@ -42,7 +42,7 @@ class Terms(NamedTuple):
 
 
 def sparse_support(logits: Tensor, sampled_ids: Tensor, k: int, dropped_mass: float) -> Support:
-    """The most probable ids of ``logits [R, V]`` until their mass reaches ``1 - dropped_mass``, and the sampled one."""
+    """The most probable ids of ``logits [R, V]`` up to a mass of ``1 - dropped_mass``, and the sampled id."""
     dense = torch.log_softmax(logits.float(), dim=-1)
     top, ids = dense.topk(min(k, dense.shape[-1]), dim=-1)
     mass = top.detach().exp()
@@ -61,7 +61,7 @@ def sparse_support(logits: Tensor, sampled_ids: Tensor, k: int, dropped_mass: fl
 
 
 def on_union(new: Support, old: Support) -> tuple[Tensor, Tensor]:
-    """Both sides' log-probs ``[R, n]`` over the union of their ids, old ids first; ``-inf`` at unused places."""
+    """Both sides' log-probs ``[R, n]`` over the union of their ids, old ids first; ``-inf`` if unused."""
     same = (old.ids.unsqueeze(-1) == new.ids.unsqueeze(-2)) & (old.ids >= 0).unsqueeze(-1)
     kept_by_new = same.any(-1)
     at_old = new.log_probs.gather(-1, same.int().argmax(-1))
@@ -74,7 +74,7 @@ def on_union(new: Support, old: Support) -> tuple[Tensor, Tensor]:
 
 
 def _tilted(log_q: Tensor, s: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
-    """``log pi`` and ``log(pi / q)`` ``[..., n]`` at ``eta [...]``, with ``s = log p - log q`` (0 at unused places)."""
+    """``log pi`` and ``log(pi / q)`` ``[..., n]`` at ``eta [...]``, with ``s = log p - log q`` (0 if unused)."""
     log_ratio = s / (1 + eta).unsqueeze(-1)
     log_ratio = log_ratio - torch.logsumexp(log_q + log_ratio, dim=-1, keepdim=True)
     return log_q + log_ratio, log_ratio
@@ -82,16 +82,16 @@ def _tilted(log_q: Tensor, s: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def bracket_eta(log_q: Tensor, s: Tensor, kl_bound: float) -> Tensor:
-    """Least ``eta [R]`` found with ``KL(pi || q) <= kl_bound``; the upper end where even that is outside."""
-    low = torch.full_like(s[:, 0], ETA_LEAST)
-    high = torch.full_like(low, ETA_MOST)
+    """Smallest ``eta [R]`` found with ``KL(pi || q) <= kl_bound``; the upper end if even that is outside."""
+    low = torch.full_like(s[:, 0], ETA_MIN)
+    high = torch.full_like(low, ETA_MAX)
     fractions = torch.arange(1, POINTS + 1, device=s.device, dtype=s.dtype) / (POINTS + 1)
     for _ in range(STEPS):
         points = low.unsqueeze(-1) + (high - low).unsqueeze(-1) * fractions
         log_pi, log_ratio = _tilted(log_q.unsqueeze(1), s.unsqueeze(1), points)
         outside = (log_pi.exp() * log_ratio).sum(-1) > kl_bound
         edges = torch.cat([low.unsqueeze(-1), points, high.unsqueeze(-1)], dim=-1)
-        # KL falls as eta grows.
+        # KL decreases with eta.
         last_outside = outside.sum(-1, keepdim=True)
         low = edges.gather(-1, last_outside).squeeze(-1)
         high = edges.gather(-1, last_outside + 1).squeeze(-1)
@@ -99,7 +99,7 @@ def bracket_eta(log_q: Tensor, s: Tensor, kl_bound: float) -> Tensor:
 
 
 class _Eta(torch.autograd.Function):
-    """eta as the function of s that ``KL(pi || q) = bound`` makes it."""
+    """eta as the function of s implied by ``KL(pi || q) = bound``."""
 
     @staticmethod
     def forward(ctx: Any, s: Tensor, log_q: Tensor, kl_bound: float) -> Tensor:
@@ -134,7 +134,7 @@ def update_terms(
         eta = _Eta.apply(s[outside], log_q[outside], kl_bound)  # type: ignore[no-untyped-call]
         solved = _tilted(log_q[outside], s[outside], eta)[0]
         log_pi = log_p.index_copy(0, outside, solved)
-    place = old.sampled.unsqueeze(-1)
-    log_ratio = (log_pi.gather(-1, place) - log_q.gather(-1, place)).squeeze(-1)
+    index = old.sampled.unsqueeze(-1)
+    log_ratio = (log_pi.gather(-1, index) - log_q.gather(-1, index)).squeeze(-1)
     gap = torch.where(used, log_p, 0.0) - torch.where(used, log_pi.detach(), 0.0)
     return Terms(log_ratio, (p * gap).sum(-1), projected), log_pi, log_p

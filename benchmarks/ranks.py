@@ -1,4 +1,4 @@
-"""Measurements with the vocabulary split over processes of this machine that talk through gloo."""
+"""Runs measurements with the vocabulary split over local processes that communicate through gloo."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks import old_pass, update
 from benchmarks.rows import Case, Row
 from verl_troll.core.vocab import VocabShard
 
-# What runs with sharded logits.
+# Measurements that support sharded logits.
 SHARDED: dict[str, Callable[[Case, int, VocabShard | None], list[Row]]] = {
     old_pass.NAME: old_pass.run,
     update.NAME: update.run,
@@ -26,7 +26,7 @@ SHARDED: dict[str, Callable[[Case, int, VocabShard | None], list[Row]]] = {
 
 
 def run_on_ranks(jobs: Sequence[tuple[str, Case]], ranks: int, repeat: int, threads: int) -> list[list[Row]]:
-    """The first rank's rows of each job (measurement, case); each rank works with its share of the threads.
+    """The first rank's rows of each job (measurement, case); the ranks divide the threads.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: a rank failed, with its traceback.

@@ -1,4 +1,4 @@
-"""The case that a measurement is taken at, and the row that it gives."""
+"""The case of a measurement, and its resulting row."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Case:
     """Parameters of one measurement.
 
     Attributes:
-        vocab, tokens: of the logits ``[tokens, vocab]``, over all ranks.
-        k: cap on the kept ids.
-        dtype: of the logits.
-        ranks: that share the vocabulary.
+        vocab, tokens: size of the logits ``[tokens, vocab]``, over all ranks.
+        k: cap on the number of kept ids.
+        dtype: dtype of the logits.
+        ranks: number of ranks that share the vocabulary.
         device: ``cpu`` or ``cuda``.
-        response_share: share of the tokens that are response tokens; verl reads all of them, TROLL these.
-        hidden: width of the hidden states, for the head alone.
+        response_share: share of response tokens; verl reads all tokens, TROLL only these.
+        hidden: width of the hidden states, for the head only.
     """
 
     vocab: int = 151_936
@@ -49,12 +49,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least that the work costs on this machine, by rates measured in the same turns.
+    """The minimum cost of the work on this machine, by rates measured in the same turns.
 
     Attributes:
-        seconds: the bytes over the bandwidth, plus the operations over the matrix-product rate.
-        byte_count, operations: that must move, and be done.
-        counted: which ones these are.
+        seconds: bytes divided by bandwidth, plus operations divided by the matrix-product rate.
+        byte_count, operations: the bytes that must move, and the operations required.
+        counted: what these are.
     """
 
     seconds: float
@@ -68,14 +68,14 @@ class Row:
     """One method in one case.
 
     Attributes:
-        measurement: the module's name.
+        measurement: name of the module.
         method, phase: what was timed.
-        parameters: of the case.
-        seconds: None where nothing was timed.
-        ratio: time over that of ``baseline``: the median over the turns of the ratio within a turn.
-        extra_bytes: allocated at the peak above the inputs.
+        parameters: parameters of the case.
+        seconds: None if nothing was timed.
+        ratio: time relative to ``baseline``: the median over turns of the ratio within a turn.
+        extra_bytes: peak allocation above the inputs.
         facts: further numbers, by name.
-        skipped: why there is no number.
+        skipped: why the case was skipped.
     """
 
     measurement: str
@@ -98,7 +98,7 @@ class Row:
 
     @property
     def ratio_to_floor(self) -> float | None:
-        """Time over the floor's."""
+        """Time relative to the floor."""
         if self.floor is None or self.seconds is None or self.floor.seconds == 0:
             return None
         return self.seconds.median / self.floor.seconds
@@ -110,10 +110,10 @@ def parameters(case: Case, *names: str) -> dict[str, Any]:
 
 
 def phase_seconds(times: Times, name: str, phases: Sequence[str]) -> list[float]:
-    """Seconds of each turn over the given phases together."""
+    """Seconds of each turn, summed over the given phases."""
     return [sum(turn) for turn in zip(*(times[name][phase] for phase in phases), strict=True)]
 
 
 def ratio(own: Sequence[float], base: Sequence[float]) -> float:
-    """Median over the turns of the ratio within a turn."""
+    """Median over turns of the ratio within a turn."""
     return Spread.of([a / b for a, b in zip(own, base, strict=True)]).median

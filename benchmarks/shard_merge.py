@@ -1,10 +1,10 @@
-"""Two exact ways to merge the top-k candidates of vocabulary shards, side by side.
+"""Compares two exact ways to merge the top-k candidates of vocabulary shards.
 
     python -m benchmarks.shard_merge [--ranks 2 4] [--tokens 512] [--vocab 151936] [--k 64] [--repeat 15]
 
-``by token`` is what the library does (``verl_troll.core.vocab._merge``): an all-to-all gives each rank all
-candidates of its share of the tokens, it merges those, and an all-gather hands the results round. ``everywhere``: one
-all-gather, then every rank merges all tokens. Ranks are processes on one machine that talk through gloo.
+``by token`` is the library's way (``verl_troll.core.vocab._merge``): an all-to-all gives each rank all candidates for
+its share of the tokens, it merges them, and an all-gather distributes the results. ``everywhere``: one all-gather, then
+every rank merges all tokens. Ranks are local processes that communicate through gloo.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from verl_troll.core.vocab import VocabShard, _merge, _pack, _unpack
 
 
 def merge_everywhere(reading: Reading, shard: VocabShard) -> Reading:
-    """As ``verl_troll.core.vocab._merge``, every row on every rank."""
+    """Same result as ``verl_troll.core.vocab._merge``, but every rank merges every row."""
     normaliser, sampled, values, ids = reading
     width = ids.shape[-1]
     found = _pack(normaliser, values, ids, sampled)
@@ -41,7 +41,7 @@ def merge_everywhere(reading: Reading, shard: VocabShard) -> Reading:
 
 
 def _seconds(calls: list[Callable[[], object]], repeat: int) -> list[float]:
-    """Median time of each call; they take turns, so that a busy machine slows all alike."""
+    """Median time of each call; they alternate, so a busy machine slows all of them equally."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeat + 1):
         for call, own in zip(calls, times, strict=True):
@@ -98,7 +98,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     print(f"vocabulary {arguments.vocab}, float32, milliseconds per call (median of {arguments.repeat})")
-    print("ranks  tokens    k  local reading  by token  everywhere  ratio  bytes received per token, either way")
+    print("ranks  tokens    k  local reading  by token  everywhere  ratio  bytes received per token, each way")
     for ranks in arguments.ranks:
         with tempfile.TemporaryDirectory() as folder:
             multiprocessing.spawn(_rank, args=(ranks, folder, arguments), nprocs=ranks)

@@ -1,7 +1,7 @@
-"""The step size alone: evaluations and time of TROLL's solver and of the published bracketing, on the same rows.
+"""Only the step size: evaluations and time of TROLL's solver and the published bracketing, on the same rows.
 
 All rows lie outside the region. ``overlapping``: both policies have mass everywhere; ``missing ids``: a tenth of the
-outcomes has probability 1e-12 on one side, as under the union rule.
+outcomes have probability 1e-12 on one side, as under the union rule.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ NAME = "solver"
 AXES = ("tokens",)
 WIDTHS = (8, 64, 256)
 BRACKETING = "published bracketing"
-# Rows per batch: enough that no fixed cost is seen, and that the published form's eight points fit.
-_MOST_ROWS = 8192
+# Rows per batch: enough to hide fixed costs, few enough that the published form's eight points fit in memory.
+_MAX_ROWS = 8192
 
 
 def needed_bytes(case: Case) -> int:
-    """Memory that the published form needs at the widest support."""
-    return min(case.tokens, _MOST_ROWS) * max(WIDTHS) * 4 * 8 * 6
+    """Memory of the published form at the widest support."""
+    return min(case.tokens, _MAX_ROWS) * max(WIDTHS) * 4 * 8 * 6
 
 
 def outside_rows(rows: int, width: int, family: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def outside_rows(rows: int, width: int, family: str, device: str = "cpu") -> tup
         new = old + normal[1]
         if family == "missing ids":
             uniform = torch.rand(rows, width, generator=generator, device=device)
-            # The first outcome stays, so that no row loses all of a side.
+            # The first outcome stays, so no row loses one side entirely.
             uniform[:, 0] = 0.5
             old = torch.where(uniform < 0.05, published.LOG_MISSING + 5, old)
             new = torch.where(uniform > 0.95, published.LOG_MISSING + 5, new)
@@ -52,8 +52,8 @@ def outside_rows(rows: int, width: int, family: str, device: str = "cpu") -> tup
 
 
 def run(case: Case, repeat: int, shard: None = None) -> list[Row]:
-    """Two methods at three widths and two families."""
-    rows = min(case.tokens, _MOST_ROWS)
+    """Both methods at three widths and two families."""
+    rows = min(case.tokens, _MAX_ROWS)
     result = []
     for width in WIDTHS:
         for family in ("overlapping", "missing ids"):
@@ -81,10 +81,10 @@ def _run(case: Case, repeat: int, rows: int, width: int, family: str) -> list[Ro
     result = []
     for contender in contenders:
         own = phase_seconds(times, contender.name, ["solve"])
-        mean, most = evaluations[contender.name]
+        mean, largest = evaluations[contender.name]
         facts = {
             "evaluations": mean,
-            "evaluations_max": most,
+            "evaluations_max": largest,
             "seconds_per_million_tokens": Spread.of(own).median / rows * 1e6,
         }
         if contender.name == "TROLL":

@@ -1,4 +1,4 @@
-"""Rows as aligned text or as Markdown."""
+"""Formats rows as aligned text or Markdown."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _SHORT = {
     "kept": "kept ids",
 }
 _COLUMNS = ("case", "method", "time, ms", "quartiles", "ratio", "extra MiB", "floor, ms", "x floor", "further")
-# Alike in all rows of a case, or only of use in the JSON.
-_UNSEEN = {"kept_ids_max", "read_gb_per_s", "gflop_per_s", "logits_bytes", "bytes_per_field", "allowed_bytes"}
+# The same in all rows of a case, or only useful in the JSON.
+_HIDDEN = {"kept_ids_max", "read_gb_per_s", "gflop_per_s", "logits_bytes", "bytes_per_field", "allowed_bytes"}
 
 
 def render(rows: Sequence[Row], markdown: bool) -> str:
-    """All rows, a table per measurement, and what the floors count."""
+    """A table per measurement, and what the floors count."""
     parts = []
     for name in dict.fromkeys(row.measurement for row in rows):
         own = [row for row in rows if row.measurement == name]
@@ -48,13 +48,13 @@ def render(rows: Sequence[Row], markdown: bool) -> str:
 
 
 def grid(columns: Sequence[str], cells: Sequence[Sequence[str]], markdown: bool) -> str:
-    """A table; numbers stand to the right in text."""
+    """A table; in plain text, numbers are right-aligned."""
     if markdown:
         lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
         return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)])
     table = [list(columns), *(list(row) for row in cells)]
-    widths = [max(len(row[place]) for row in table) for place in range(len(columns))]
-    right = [all(not row[place] or row[place][0].isdigit() for row in table[1:]) for place in range(len(columns))]
+    widths = [max(len(row[index]) for row in table) for index in range(len(columns))]
+    right = [all(not row[index] or row[index][0].isdigit() for row in table[1:]) for index in range(len(columns))]
     return "\n".join(
         "  ".join(
             text.rjust(width) if to_right else text.ljust(width)
@@ -65,7 +65,7 @@ def grid(columns: Sequence[str], cells: Sequence[Sequence[str]], markdown: bool)
 
 
 def number(value: float) -> str:
-    """Three significant digits, no exponent."""
+    """About three significant digits, without exponent."""
     if value == 0:
         return "0"
     if abs(value) >= 100:
@@ -74,7 +74,7 @@ def number(value: float) -> str:
 
 
 def describe(parameters: dict[str, Any]) -> str:
-    """A case in a few words."""
+    """A short description of a case."""
     words = []
     for name, value in parameters.items():
         if (name, value) in (("ranks", 1), ("response_share", 1.0), ("device", "cpu")):
@@ -98,7 +98,7 @@ def _cells(row: Row) -> list[str]:
         number(1e3 * row.floor.seconds) if row.floor else "",
         number(row.ratio_to_floor) if row.ratio_to_floor is not None else "",
     ]
-    facts = (f"{name} {_fact(value)}" for name, value in row.facts.items() if name not in _UNSEEN)
+    facts = (f"{name} {_fact(value)}" for name, value in row.facts.items() if name not in _HIDDEN)
     return [*cells, "; ".join(facts)]
 
 

@@ -1,4 +1,4 @@
-"""Each target beside what was measured for it, the worst row of those that count."""
+"""Compares each target with the worst row that counts for it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmarks.table import describe, number
 
 @dataclass(frozen=True)
 class Target:
-    """A target and what was measured for it.
+    """A target and its worst measured value.
 
     Attributes:
-        name: what is meant.
-        limit: most that is allowed.
-        measured: the worst value; None where nothing was measured.
-        case: where it was measured.
+        name: what is measured.
+        limit: the maximum allowed.
+        measured: the worst value; None if nothing was measured.
+        case: the case with the worst value.
         share_met: share of the rows within the limit.
     """
 
@@ -37,7 +37,7 @@ class Target:
         return "met" if self.measured <= self.limit else "missed"
 
     def cells(self) -> list[str]:
-        """Of the table of targets."""
+        """Cells of the target's row in the table."""
         value = "" if self.measured is None else number(self.measured)
         share = "" if self.share_met is None else f"{self.share_met:.0%}"
         return [self.name, f"at most {number(self.limit)}", value, self.verdict, share, self.case]

@@ -1,12 +1,12 @@
-"""Whole steps of verl's trainer with its clipping and with TROLL, on a machine without an accelerator.
+"""Measures whole steps of verl's trainer with clipping and with TROLL, without an accelerator.
 
     python -m benchmarks.trainer_steps [--steps 6] [--rounds 2] [--models head trunk] [--json FILE] [--markdown]
 
-Two random models: one whose head dominates (two narrow layers, a vocabulary of 150 000) and one whose trunk does (many
-layers, the tokenizer's few hundred ids). Each is trained by the real trainer three times: verl's clipping, TROLL
-anchored and TROLL union, everything else alike. Reported are verl's own ``timing_s/*``, medians after the first two
-steps of each run. The methods take turns run by run, which is coarse: generation is the same work in all of them, so
-that the ratio of ``gen`` shows how far the machine itself differed. Ten minutes on two idle cores.
+There are two random models: in one the head dominates (two narrow layers, a vocabulary of 150 000), in the other the
+trunk (many layers, the tokenizer's few hundred ids). The real trainer trains each with verl's clipping, TROLL anchored
+and TROLL union, otherwise identically. Reported are the medians of verl's own ``timing_s/*`` after the first two steps
+of each run. Methods alternate run by run, which is coarse: generation is the same work in all of them, so the ratio of
+``gen`` shows how much the machine itself varied. Takes ten minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from benchmarks.table import grid, number
 
 PARTS = ("gen", "old_log_prob", "update_actor", "step")
 WARM_UP = 2
-# Of the logits of the ids that the tokenizer knows.
+# Standard deviation of the logits of the tokenizer's ids.
 _LOGIT_DEVIATION = 10.0
 
 
 @dataclass(frozen=True)
-class Model:
+class RandomModel:
     """A random Qwen2.
 
     Attributes:
-        vocab: rows of the embedding and of the head; the tokenizer's own size where None.
-        hidden, layers: of the trunk.
-        prompts, samples, response: of a step; every response has this many tokens, no token ends it earlier.
+        vocab: rows of the embedding and of the head; None for the tokenizer's size.
+        hidden, layers: size of the trunk.
+        prompts, samples, response: prompts per step, samples per prompt, tokens per response (no early stop).
     """
 
     vocab: int | None
@@ -52,8 +52,8 @@ class Model:
 
 
 MODELS = {
-    "head": Model(vocab=150_000, hidden=64, layers=2),
-    "trunk": Model(vocab=None, hidden=256, layers=12),
+    "head": RandomModel(vocab=150_000, hidden=64, layers=2),
+    "trunk": RandomModel(vocab=None, hidden=256, layers=12),
 }
 METHODS = {
     "vanilla": [],
@@ -62,8 +62,8 @@ METHODS = {
 }
 
 
-def make_assets(folder: Path, model: Model) -> None:
-    """The model, its tokenizer and its prompts in ``folder``."""
+def make_assets(folder: Path, model: RandomModel) -> None:
+    """Write the model, its tokenizer and its prompts to ``folder``."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -88,14 +88,14 @@ def make_assets(folder: Path, model: Model) -> None:
         )
     )
     with torch.no_grad():
-        # Peaked as a trained model's outputs are, on ids that the tokenizer knows.
+        # Make outputs as peaked as a trained model's, on the tokenizer's ids.
         own = network.lm_head.weight[: tiny["vocab_size"] - 2]
         own.mul_(_LOGIT_DEVIATION / (own.std() * model.hidden**0.5))
     network.save_pretrained(folder / "model")
 
 
 def run(name: str, method: str, steps: int, folder: Path) -> list[dict[str, Any]]:
-    """One run of the trainer: the metrics of the steps after the first two."""
+    """Run the trainer once; return the metrics of the steps after the first two."""
     from tests.trainer.run import run_trainer
 
     model = MODELS[name]
@@ -124,7 +124,7 @@ def run(name: str, method: str, steps: int, folder: Path) -> list[dict[str, Any]
 
 
 def summary(name: str, method: str, steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians and quartiles of verl's timings over the steps of all rounds, and what they were taken at."""
+    """Medians and quartiles of verl's timings over the steps of all rounds, with the model's settings."""
     result: dict[str, Any] = {
         "model": name,
         "method": method,
@@ -141,7 +141,7 @@ def summary(name: str, method: str, steps: Sequence[dict[str, Any]]) -> dict[str
 
 
 def render(results: Sequence[dict[str, Any]], markdown: bool) -> str:
-    """Seconds of each part with its quartiles, and its ratio to vanilla's."""
+    """Seconds of each part with quartiles, and the ratio to vanilla."""
     columns = ["model", "method"]
     for part in PARTS:
         columns += [f"{part}, s", "quartiles", "ratio"]
@@ -164,8 +164,8 @@ def main(given: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=6, help=f"of a run; the first {WARM_UP} are dropped")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each method")
+    parser.add_argument("--steps", type=int, default=6, help=f"steps per run; the first {WARM_UP} are dropped")
+    parser.add_argument("--rounds", type=int, default=2, help="runs per method")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -174,7 +174,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
     if options.steps <= WARM_UP:
-        parser.error(f"--steps must be above {WARM_UP}, the steps that are dropped, got {options.steps}")
+        parser.error(f"--steps must be above {WARM_UP}, the number of dropped steps, got {options.steps}")
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from benchmarks.measure import machine

@@ -1,4 +1,4 @@
-"""TROLL's chain from the logits to the loss, as the plugin runs it."""
+"""TROLL from logits to loss, as the plugin runs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KL_BOUND, DROPPED_MASS, ALPHA = 0.05, 1e-5, 1.0
 
 
 def compact(policy: SparsePolicy) -> SparsePolicy:
-    """The policy with as many places as its widest row uses, which is how it arrives in the update."""
+    """The policy, as wide as its widest row needs, which is how the update receives it."""
     used = policy.ids >= 0
     order = used.int().sort(dim=-1, descending=True, stable=True).indices[:, : int(used.sum(-1).max())]
     ids = policy.ids.gather(-1, order)
@@ -29,7 +29,7 @@ def sampled_log_probs(policy: SparsePolicy) -> Tensor:
 
 
 def loss_from_terms(log_ratio: Tensor, regression_kl: Tensor, advantages: Tensor) -> Tensor:
-    """The objective's negative, averaged over R tokens."""
+    """The negative objective, averaged over R tokens."""
     terms = BatchTerms(log_ratio.unsqueeze(0), regression_kl.unsqueeze(0), torch.zeros_like(log_ratio).unsqueeze(0))
     losses = batch_losses(
         terms,
@@ -46,7 +46,7 @@ def loss_from_terms(log_ratio: Tensor, regression_kl: Tensor, advantages: Tensor
 def projected_loss(
     rule: str, logits: VocabLogits, old: SparsePolicy, advantages: Tensor, *, k: int
 ) -> tuple[Tensor, PolicyTerms]:
-    """The loss and its terms; the metrics are computed as well, as verl computes its own with its loss."""
+    """The loss and its terms. Also computes the metrics, as verl does with its loss."""
     terms = policy_terms(rule, logits, old, Selection(k, DROPPED_MASS), kl_bound=KL_BOUND)
     token_statistics(terms)
     return loss_from_terms(terms.log_ratio, terms.regression_kl, advantages), terms
@@ -59,7 +59,7 @@ def support_facts(old: SparsePolicy) -> dict[str, float]:
 
 
 def projection_facts(terms: PolicyTerms) -> dict[str, float]:
-    """Share of projected tokens and the evaluations that one of them took."""
+    """Share of projected tokens, and solver evaluations per projected token."""
     projected = terms.projected > 0
     spent = terms.statistics[STATISTICS.index("solver_evaluations")][projected]
     return {

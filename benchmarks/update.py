@@ -1,7 +1,7 @@
-"""From the new policy's logits to the loss, and back to the gradient on the logits.
+"""From the new policy's logits to the loss, and back to the gradient of the logits.
 
-Each method writes its gradient where it likes: what it allocates above the logits at its peak counts, the gradient
-too. ``reused`` is TROLL with its gradient written over the logits.
+Peak memory above the logits counts, including the gradient. ``reused`` is TROLL with the gradient written over the
+logits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PHASES = {FORWARD: ("forward",), BOTH: ("forward", "backward")}
 
 
 def needed_bytes(case: Case) -> int:
-    """Memory that the hungriest method needs, all ranks together."""
+    """Memory of the method that needs most, over all ranks."""
     return int(case.logits_bytes * (2.3 + 3.3 * 4 / case.torch_dtype.itemsize))
 
 
@@ -129,6 +129,6 @@ def _floors(times: dict[str, dict[str, list[float]]], logits: Tensor, share: flo
         BOTH: Floor(
             (read + write) * share,
             round(3 * size * share),
-            "the response tokens' logits, read twice, and their gradient, written once over them, on each rank",
+            "the response tokens' logits read twice, and their gradient written over them once, on each rank",
         ),
     }

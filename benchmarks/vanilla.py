@@ -1,4 +1,4 @@
-"""verl's own reading of the logits and its clipped loss, called as its engines call them."""
+"""verl's functions for log-probs, entropy and the clipped loss, called as its engines call them."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ def _entropy(kind: Entropy, device: str) -> Any:
         "default": verl_functional.entropy_from_logits,
         "chunked": verl_functional.entropy_from_logits_with_chunking,
     }[kind]
-    # verl compiles it by default; its CPU mode does not.
+    # verl compiles it by default, except in CPU mode.
     return torch.compile(function, dynamic=True) if device == "cuda" else function
 
 
 @torch.no_grad()
 def old_pass(logits: Tensor, labels: Tensor, entropy: Entropy) -> tuple[Tensor, Tensor | None]:
-    """Log-probs ``[N]`` of the labels, and entropies ``[N]`` where asked for."""
+    """Log-probs ``[N]`` of the labels, and entropies ``[N]`` if requested."""
     entropies = None if entropy == "none" else _entropy(entropy, logits.device.type)(logits)
     inplace = entropy == "none"
     return verl_functional.logprobs_from_logits(logits, labels, inplace_backward=inplace), entropies
 
 
 def log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """``[N]``, differentiable; where flash-attn is installed the gradient is written over the logits."""
+    """Log-probs ``[N]``, differentiable; with flash-attn the gradient is written over the logits."""
     result: Tensor = verl_functional.logprobs_from_logits(logits, labels, inplace_backward=True)
     return result
 
 
 @torch.no_grad()
 def sharded_old_pass(logits: Tensor, labels: Tensor, entropy: Entropy) -> tuple[Tensor, Tensor | None]:
-    """As :func:`old_pass` with columns on several ranks, as verl's Megatron engine does it; the logits are used up."""
+    """:func:`old_pass` with columns on several ranks, as in verl's Megatron engine; overwrites the logits."""
     from verl.utils.megatron import tensor_parallel
 
     entropies = None
     if entropy != "none":
         kept = logits.clone()
-        # With a leading batch dimension, as the chunked form wants it.
+        # The chunked form needs a leading batch dimension.
         function = {
             "default": tensor_parallel.vocab_parallel_entropy,
             "chunked": tensor_parallel.vocab_parallel_entropy_with_chunking,
@@ -68,7 +68,7 @@ def sharded_old_pass(logits: Tensor, labels: Tensor, entropy: Entropy) -> tuple[
 
 
 def sharded_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """``[N]``, differentiable; the logits are used up."""
+    """Log-probs ``[N]``, differentiable; overwrites the logits."""
     from verl.utils.megatron.tensor_parallel import vocab_parallel_log_probs_from_logits
 
     result: Tensor = vocab_parallel_log_probs_from_logits(logits, labels)
@@ -81,7 +81,7 @@ def _actor_config() -> ActorConfig:
 
 
 def clipped_loss(old_log_probs: Tensor, new_log_probs: Tensor, advantages: Tensor) -> Tensor:
-    """verl's PPO loss of R tokens, ``[R]`` each."""
+    """verl's PPO loss over R tokens; all arguments are ``[R]``."""
     loss, _ = compute_policy_loss_vanilla(
         old_log_prob=old_log_probs.unsqueeze(0),
         log_prob=new_log_probs.unsqueeze(0),

@@ -1,4 +1,4 @@
-"""TROLL under verl's own engines and trainer on one device: whether it runs, whether it is right, and what it costs.
+"""Runs TROLL in verl's own engines and trainer on one device, and checks correctness and cost.
 
     python -m benchmarks.gpu.engines --device cuda --out FOLDER [--only fsdp2 trainer] [--seconds 170] [--tiny]
 
@@ -9,9 +9,9 @@ megatron  the same on verl's Megatron engine at tensor-parallel size 1, with lay
 trainer   three steps of verl's trainer for each method, with the embedded rollout on the device
 ========  =============================================================================================================
 
-FOLDER/gpu_engines.json is rewritten after every row. A row has passed, failed, or was skipped, which it says why; the
-exit status is 1 if one failed. Parts run in processes of their own, one after the other, and the trainers side by side
-where there are eight cores or more.
+FOLDER/gpu_engines.json is rewritten after every row. A row is passed, failed or skipped, with the reason; the exit
+status is 1 if one failed. Parts run in separate processes, one after the other; the trainers run side by side on eight
+or more cores.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ NEEDED = {
     "megatron": ("verl", "tensordict", "transformers", "megatron.core", "mbridge"),
     "trainer": ("verl", "ray", "transfer_queue", "transformers"),
 }
-# Seconds that the trainers are left with, whatever the engines before them do.
+# Seconds reserved for the trainers, however long the engines take.
 TRAINER_SECONDS = 90.0
 
 
 @dataclass
-class Row:
+class EngineRow:
     """One case of one part.
 
     Attributes:
-        checks: by name, the value, the largest that passes, and whether it does.
+        checks: value, limit and whether it passed, by name.
         facts: further numbers.
         reason: why it failed or was skipped.
     """
@@ -74,7 +74,7 @@ class Row:
     seconds: float = 0.0
 
     def check(self, name: str, value: float, limit: float) -> None:
-        """Require ``value`` to be at most ``limit``; NaN is not."""
+        """Require ``value`` to be at most ``limit``; NaN fails."""
         self.checks[name] = (float(value), limit, float(value) <= limit)
 
     @property
@@ -90,7 +90,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Size:
-    """Of the model and of the two batches: that of the comparisons, and that of the measurements."""
+    """Sizes of the model and of two batches, one for comparisons and one for timing."""
 
     vocab: int
     hidden: int
@@ -109,7 +109,7 @@ SIZES = {
 
 
 class Clock:
-    """What is left of a part's time."""
+    """Tracks the time left for a part."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
@@ -119,12 +119,12 @@ class Clock:
         return self.end - time.monotonic()
 
 
-Report = Callable[[Row], None]
+Report = Callable[[EngineRow], None]
 
 
-def run_case(report: Report, part: str, name: str, clock: Clock, case: Callable[[Row], None]) -> None:
-    """Run one case and report its row, whatever happens in it."""
-    row = Row(part, name)
+def run_case(report: Report, part: str, name: str, clock: Clock, case: Callable[[EngineRow], None]) -> None:
+    """Run one case and report its row, even if it raises."""
+    row = EngineRow(part, name)
     begin = time.perf_counter()
     if clock.left <= 0:
         row.skipped, row.reason = True, "no time was left"
@@ -137,11 +137,11 @@ def run_case(report: Report, part: str, name: str, clock: Clock, case: Callable[
     report(row)
 
 
-# One engine of verl's, and what is asked of it.
+# verl's engines.
 
 
 class Host:
-    """One of verl's engines with a method chosen for each pass; ``setup`` is a test scenario's."""
+    """One of verl's engines, with the method selectable per pass; ``setup`` is a test scenario's."""
 
     def __init__(self, device: str, setup: Any) -> None:
         self.device = torch.device(device)
@@ -149,11 +149,11 @@ class Host:
         self.engine: Any = self.build(setup)
 
     def build(self, setup: Any) -> Any:
-        """The engine."""
+        """Build the engine."""
         raise NotImplementedError
 
     def loss_function(self, setup: Any, troll: dict[str, Any] | None) -> Any:
-        """verl's loss; makes the engine one with these settings of TROLL, or without TROLL."""
+        """verl's loss function; also configures the engine with these TROLL settings, or without TROLL."""
         raise NotImplementedError
 
     def old_pass(self, batch: Any, setup: Any) -> dict[str, Tensor]:
@@ -161,19 +161,19 @@ class Host:
         raise NotImplementedError
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Of the model."""
+        """The model's parameters."""
         raise NotImplementedError
 
     def gradient(self, parameter: torch.nn.Parameter) -> Tensor | None:
-        """What the backward pass left for this parameter."""
+        """The parameter's gradient after the backward pass."""
         return parameter.grad
 
     def forget(self) -> None:
-        """Drop the settings that the last method left in the engine's configuration."""
+        """Remove the last method's settings from the engine's configuration."""
         object.__setattr__(self.engine.engine_config, "troll", None)
 
     def move(self, scale: float) -> None:
-        """Change every parameter by a share of itself, as an updated policy would be."""
+        """Perturb every parameter relatively, to simulate updates."""
         with torch.no_grad():
             for number, parameter in enumerate(self.parameters()):
                 local = _local(parameter)
@@ -182,7 +182,7 @@ class Host:
                 local.mul_((1 + scale * noise).to(local.dtype))
 
     def loss(self, batch: Any, setup: Any, loss_function: Any) -> tuple[float, dict[str, float], Tensor]:
-        """Loss, metrics and gradient, as one vector, of a mini-batch."""
+        """Loss, metrics and gradient (as one vector) of a mini-batch."""
         from tests.distributed.batches import with_settings
 
         data = with_settings(batch, setup, calculate_entropy=False)
@@ -197,7 +197,7 @@ class Host:
         return float(sum(result["loss"])), _metrics(result["metrics"]), vector
 
     def step(self, batch: Any, setup: Any, loss_function: Any) -> None:
-        """One update, with the optimizer's step."""
+        """One update, including the optimizer step."""
         from tests.distributed.batches import with_settings
 
         data = with_settings(batch, setup, calculate_entropy=False)
@@ -266,7 +266,7 @@ class MegatronHost(Host):
 
 
 def _local(tensor: Any) -> Tensor:
-    """This rank's part, which on one rank is all."""
+    """This rank's part of a tensor; on one rank, all of it."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor.data
     return local
 
@@ -277,10 +277,11 @@ def _metrics(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(Metric.aggregate_dp([one])) for name, one in metrics.items() if isinstance(one, Metric)}
 
 
-def agreement(host: Host, setup: Any, troll: dict[str, Any], batch: Any, row: Row) -> None:
-    """One support on one engine: kernels against torch, verl's own log-probs, the first update, an update after a move.
+def agreement(host: Host, setup: Any, troll: dict[str, Any], batch: Any, row: EngineRow) -> None:
+    """Check one support rule on one engine: kernels against torch, log-probs against verl's, two updates.
 
-    The forward pass is the same for both forms, so that what differs is theirs.
+    The first update is on the old policy's own weights, the second after a move. Both forms share the forward pass, so
+    any difference is theirs.
     """
     from tests.distributed.batches import by_sample, with_old_policy
     from verl_troll.core import kernels
@@ -306,10 +307,10 @@ def agreement(host: Host, setup: Any, troll: dict[str, Any], batch: Any, row: Ro
     row.facts["tokens"] = tokens
     row.facts["tokens with another support"] = other_support
     row.facts["kept ids"] = forms["auto"]["troll_old_counts"].values().float().sum().item() / max(1, tokens)
-    # Rounding decides which id is the last one within the mass that may be left out.
+    # Rounding can change which id is the last one kept.
     row.check("mass of ids that one form keeps alone", alone, 2e-5)
     row.check("log-probs of the support apart", apart, 1e-3)
-    # In bfloat16 verl's own form rounds its result.
+    # In bfloat16, verl rounds its log-probs.
     values = forms["auto"]["log_probs"].values(), verls["log_probs"].values()
     inside = _response(batch)
     row.check("log-probs from verl's", (values[0] - values[1])[inside].abs().max().item(), 0.5 if bf16 else 1e-4)
@@ -340,7 +341,7 @@ def agreement(host: Host, setup: Any, troll: dict[str, Any], batch: Any, row: Ro
 
 
 def _by_token(sample: dict[str, Tensor]) -> Iterator[dict[int, float]]:
-    """Log-probs by id of each token with a support."""
+    """Log-probs by id, for each token with a support."""
     counts = [int(count) for count in sample["troll_old_counts"].tolist() if count > 0]
     for ids, log_probs in zip(
         sample["troll_old_ids"].split(counts), sample["troll_old_log_probs"].split(counts), strict=True
@@ -349,14 +350,14 @@ def _by_token(sample: dict[str, Tensor]) -> Iterator[dict[int, float]]:
 
 
 def _response(batch: Any) -> Tensor:
-    """Places in the packed batch whose logits predict a response token."""
+    """Positions in the packed batch whose logits predict a response token."""
     from verl_troll.plugin import carry
 
     return carry.response_tokens(batch).rows
 
 
-def cost(host: Host, setup: Any, batch: Any, repeat: int, row: Row) -> None:
-    """Seconds and peak memory of the old pass and of an update with its optimizer step: clipping, then TROLL."""
+def cost(host: Host, setup: Any, batch: Any, repeat: int, row: EngineRow) -> None:
+    """Measure time and peak memory of the old pass and of an update with optimizer step, clipping first, then TROLL."""
     from tests.distributed.batches import with_old_policy
 
     row.facts["tokens"] = int(batch["input_ids"].values().shape[0])
@@ -400,7 +401,7 @@ def _measure(work: Callable[[], Any], device: torch.device, repeat: int) -> tupl
 
 
 def make_batch(size: Size, *, timed: bool = False) -> Any:
-    """Random tokens with advantages, ragged; without what only some scenarios need."""
+    """A ragged batch of random tokens with advantages, without the fields that only some scenarios need."""
     from tests.distributed import batches
 
     batch = batches.make_batch(
@@ -412,7 +413,7 @@ def make_batch(size: Size, *, timed: bool = False) -> Any:
 
 
 def sampled(batch: Any, path: str, device: str) -> Any:
-    """The batch with responses that the model at ``path`` sampled, by the embedded rollout's own code."""
+    """The batch with responses sampled from the model at ``path`` by the embedded rollout's code."""
     from transformers import AutoModelForCausalLM
 
     from verl_troll.embedded.generation import Request, generate
@@ -437,7 +438,7 @@ def sampled(batch: Any, path: str, device: str) -> Any:
 
 
 def fsdp(strategy: str, device: str, size: Size, clock: Clock, report: Report) -> None:
-    """The cases of one FSDP strategy; each engine is built once and serves all methods."""
+    """Run the cases of one FSDP strategy; each engine is built once and used for all methods."""
     from tests.distributed.fsdp_scenarios import Setup
 
     with tempfile.TemporaryDirectory() as folder:
@@ -446,7 +447,7 @@ def fsdp(strategy: str, device: str, size: Size, clock: Clock, report: Report) -
             kind = "fused head" if fused else "logits"
             host: list[Host] = []
             batch: list[Any] = []
-            # verl's own fused kernels cannot read a head that FSDP2 shards by itself, as it does where it is not tied.
+            # verl's fused kernels cannot read an untied head, since FSDP2 shards it separately.
             path = write_model(Path(folder, f"tied-{fused}"), size, device, tied=fused)
             setup = Setup(
                 path,
@@ -460,7 +461,7 @@ def fsdp(strategy: str, device: str, size: Size, clock: Clock, report: Report) -
                 lr=1e-6,
             )
 
-            def start(row: Row, setup: Any = setup, host: list[Host] = host, batch: list[Any] = batch) -> None:
+            def start(row: EngineRow, setup: Any = setup, host: list[Host] = host, batch: list[Any] = batch) -> None:
                 batch[:] = [sampled(make_batch(size), setup.model_path, device)]
                 host.append(FsdpHost(device, setup))
                 row.facts["engine"] = type(host[0].engine).__name__
@@ -473,7 +474,7 @@ def fsdp(strategy: str, device: str, size: Size, clock: Clock, report: Report) -
 
 
 def cases(host: Host, setup: Any, batch: Any, size: Size, kind: str, clock: Clock, report: Report) -> None:
-    """Comparisons on a small batch and a measurement on a large one; the most telling come first."""
+    """Run comparisons on a small batch and a measurement on a large one, the most informative first."""
     part = getattr(setup, "strategy", "megatron")
     packings = [setup.use_remove_padding] if part == "megatron" else [True, False]
     for number, packed in enumerate(packings):
@@ -492,14 +493,14 @@ def cases(host: Host, setup: Any, batch: Any, size: Size, kind: str, clock: Cloc
 
 
 def release(device: str) -> None:
-    """Give the memory of an engine back before the next one is built."""
+    """Free an engine's memory before the next one is built."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def write_model(folder: Path, size: Size, device: str, *, tied: bool) -> str:
-    """A random Qwen2 whose outputs are as peaked as a trained model's."""
+    """Write a random Qwen2 whose outputs are as peaked as a trained model's; return its path."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -521,7 +522,7 @@ def write_model(folder: Path, size: Size, device: str, *, tied: bool) -> str:
         for layer in model.model.layers:
             for weight in (weight for weight in layer.parameters() if weight.ndim == 2):
                 weight.normal_(0, weight.shape[1] ** -0.5)
-            # More than the embedding, so that a tied head does not repeat its input.
+            # Larger than the embedding, so a tied head does not repeat its input.
             layer.mlp.down_proj.weight.mul_(20)
         model.lm_head.weight.mul_(10 / (model.lm_head.weight.std() * size.hidden**0.5))
     model.save_pretrained(folder)
@@ -529,12 +530,12 @@ def write_model(folder: Path, size: Size, device: str, *, tied: bool) -> str:
 
 
 def megatron(device: str, size: Size, clock: Clock, report: Report) -> None:
-    """The cases of the Megatron engine: packed and padded, each its own engine."""
+    """Run the cases of the Megatron engine, with separate engines for packed and padded."""
     from tests.distributed.megatron_stock import Layout
     from tests.distributed.megatron_stock import write_model as write
 
     with tempfile.TemporaryDirectory() as folder:
-        # For its tokenizer, which verl wants here.
+        # Writes the tokenizer, which verl requires.
         write(Path(folder))
         path = write_model(Path(folder), size, device, tied=False)
         for packed in (True, False):
@@ -543,7 +544,7 @@ def megatron(device: str, size: Size, clock: Clock, report: Report) -> None:
             batch: list[Any] = []
             layout = Layout(path, use_remove_padding=packed, micro_batch_size=8, lr=1e-6, temperature=1.0)
 
-            def start(row: Row, layout: Any = layout, host: list[Host] = host, batch: list[Any] = batch) -> None:
+            def start(row: EngineRow, layout: Any = layout, host: list[Host] = host, batch: list[Any] = batch) -> None:
                 batch[:] = [sampled(make_batch(size), layout.model_path, device)]
                 host.append(MegatronHost(device, layout))
                 row.facts["engine"] = type(host[0].engine).__name__
@@ -556,10 +557,10 @@ def megatron(device: str, size: Size, clock: Clock, report: Report) -> None:
 
 
 def engine_part(part: str, options: argparse.Namespace, report: Report) -> None:
-    """One part on an engine, in this process."""
+    """Run one engine part in this process."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     if part == "fsdp" and options.device == "cpu":
-        report(Row(part, "all", skipped=True, reason="FSDP1 needs an accelerator"))
+        report(EngineRow(part, "all", skipped=True, reason="FSDP1 needs an accelerator"))
         return
     import torch.distributed as dist
 
@@ -571,7 +572,7 @@ def engine_part(part: str, options: argparse.Namespace, report: Report) -> None:
             torch.cuda.set_device(0)
         store = dist.FileStore(str(Path(folder, "store")), 1)
         dist.init_process_group(backend(options.device), store=store, rank=0, world_size=1)
-        # The processes before this one still measure; then comes the time that is left.
+        # Wait until the parts before this one are done; the line holds the time left.
         clock = Clock(float(sys.stdin.readline() if options.wait else options.seconds))
         size = SIZES["tiny" if options.tiny else "full"]
         if part == "megatron":
@@ -602,8 +603,8 @@ RUNS = {
 }
 
 
-def train(method: str, device: str, folder: Path, clock: Clock, row: Row) -> None:
-    """Three steps of verl's trainer by one method, the rollout embedded on the device."""
+def train(method: str, device: str, folder: Path, clock: Clock, row: EngineRow) -> None:
+    """Run three steps of verl's trainer with one method and the embedded rollout on the device."""
     from tests.trainer.run import probe_lines, run_trainer
 
     troll = method != "vanilla"
@@ -612,7 +613,7 @@ def train(method: str, device: str, folder: Path, clock: Clock, row: Row) -> Non
         *RUNS[method],
         f"{ACTOR}.strategy={'fsdp' if 'FSDP1' in method else 'fsdp2'}",
         f"{ACTOR}.fsdp_config.use_torch_compile=false",
-        # So low that the task is not learnt at once, which would leave no gradient.
+        # Low, since a task that is learned at once leaves no gradient.
         f"{ACTOR}.optim.lr=1e-5",
         "actor_rollout_ref.rollout.calculate_log_probs=True",
         "+ray_kwargs.ray_init.object_store_memory=1000000000",
@@ -624,13 +625,13 @@ def train(method: str, device: str, folder: Path, clock: Clock, row: Row) -> Non
         row.facts[f"step {number}"] = {
             name: round(float(value), 5)
             for name, value in one.items()
-            # verl writes nothing where a number is none.
+            # verl writes NaN as null.
             if value is not None and name.startswith(SHOWN)
         }
         finite = one["actor/grad_norm"] is not None and math.isfinite(one["actor/grad_norm"])
         row.check(f"gradient is not a number, step {number}", float(not finite), 0)
         difference = one.get("training/rollout_probs_diff_mean", float("nan"))
-        # The rollout has the weights of the step before only if they were sent.
+        # Fails if the rollout did not receive the previous step's weights.
         row.check(f"rollout's probabilities from the actor's, step {number}", difference, 0.02)
     if troll:
         row.check("KL after projection", max(one["troll/kl_after_max"] for one in rows), 0.05 * (1 + 1e-5))
@@ -643,7 +644,7 @@ def train(method: str, device: str, folder: Path, clock: Clock, row: Row) -> Non
 
 
 def trainer_part(options: argparse.Namespace, jobs: int, clock: Clock, report: Report) -> None:
-    """All methods, so many at a time."""
+    """Run all methods, ``jobs`` at a time."""
     from tests.trainer.run import make_assets
 
     chosen = [name for name in RUNS if name in options.methods and (options.device != "cpu" or "FSDP1" not in name)]
@@ -656,11 +657,11 @@ def trainer_part(options: argparse.Namespace, jobs: int, clock: Clock, report: R
             threads.submit(run_case, report, "trainer", method, clock, case)
 
 
-# The command.
+# The command line.
 
 
 def missing(part: str) -> list[str]:
-    """Packages that a part needs and that are not installed."""
+    """Packages that a part needs but that are not installed."""
     absent = []
     for name in NEEDED[part]:
         try:
@@ -673,7 +674,7 @@ def missing(part: str) -> list[str]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Facts that the numbers depend on."""
     facts = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
     for name in ("triton", "transformers", "verl", "ray", "megatron.core", "flash_attn"):
         if not (spec := _spec(name)):
@@ -695,7 +696,7 @@ def _spec(name: str) -> Any:
 
 
 class Results:
-    """The rows so far, in one file that is always whole."""
+    """The rows so far, in one file that is replaced atomically."""
 
     def __init__(self, folder: Path, machine: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -704,7 +705,7 @@ class Results:
         self.write()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a row, and print its outcome."""
+        """Add a row and print its outcome."""
         self.content["rows"].append(row)
         self.write()
         print(f"{row['status']:8} {row['seconds']:7.1f} s  {row['part']}: {row['name']}", flush=True)
@@ -715,14 +716,14 @@ class Results:
             print("         " + row["reason"].strip().replace("\n", "\n         "), flush=True)
 
     def write(self) -> None:
-        """All rows."""
+        """Write all rows."""
         draft = self.path.with_suffix(".part")
         draft.write_text(json.dumps(self.content, indent=1) + "\n")
         draft.replace(self.path)
 
 
 def engine_parts(parts: Sequence[str], options: argparse.Namespace, clock: Clock, results: Results) -> None:
-    """Engines in processes of their own. Where there are cores, all import at once, and then work in turns."""
+    """Run engine parts in separate processes. With enough cores they all import at once, then work in turn."""
     together = _jobs(options) > 1
     with tempfile.TemporaryDirectory() as name:
         logs = {part: Path(name, f"{part}.log") for part in parts}
@@ -745,7 +746,7 @@ def engine_parts(parts: Sequence[str], options: argparse.Namespace, clock: Clock
             command += ["--device", options.device, *(["--tiny"] if options.tiny else [])]
             variables = {**os.environ, **environment(options.device), "TROLL_TEST_DEVICE": options.device}
             if part == "megatron":
-                # Compiling Megatron's small functions takes longer than all that is measured here.
+                # Compiling Megatron's small functions would take longer than the whole measurement.
                 variables["TORCHDYNAMO_DISABLE"] = "1"
             with logs[part].open("wb") as log:
                 processes[part] = subprocess.Popen(
@@ -775,7 +776,7 @@ def engine_parts(parts: Sequence[str], options: argparse.Namespace, clock: Clock
                 if process.poll() != 0:
                     why = f"exit status {process.returncode}" if ended else "not finished in time"
                     tail = logs[part].read_text(errors="replace")[-3000:]
-                    results.add(Row(part, "process", reason=f"{why}\n{tail}").as_dict())
+                    results.add(EngineRow(part, "process", reason=f"{why}\n{tail}").as_dict())
         finally:
             for process in processes.values():
                 process.kill()
@@ -788,7 +789,7 @@ def _jobs(options: argparse.Namespace) -> int:
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.engines",
         description=__doc__,
@@ -797,9 +798,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--methods", nargs="+", choices=RUNS, default=list(RUNS), help="of the trainer")
-    parser.add_argument("--seconds", type=float, default=170.0, help="after which everything is ended")
-    parser.add_argument("--jobs", type=int, help="processes at a time; by default 4, or 1 with fewer than eight cores")
+    parser.add_argument("--methods", nargs="+", choices=RUNS, default=list(RUNS), help="the trainer's methods")
+    parser.add_argument("--seconds", type=float, default=170.0, help="time limit for everything")
+    parser.add_argument("--jobs", type=int, help="parallel processes; by default 4, or 1 with fewer than eight cores")
     parser.add_argument("--tiny", action="store_true", help="small models, for a dry run")
     parser.add_argument("--part", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--wait", action="store_true", help=argparse.SUPPRESS)
@@ -810,23 +811,23 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Run the parts; 1 if a row failed."""
+    """Run the parts; return 1 if a row failed."""
     options = arguments(given)
     warnings.filterwarnings("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("VERL_LOGGING_LEVEL", "ERROR")
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", RAY_USAGE_STATS_ENABLED="0")
-    # One machine, which may have no other interface.
+    # The machine may have no other interface.
     os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
     if options.part:
 
-        def append(row: Row) -> None:
+        def append(row: EngineRow) -> None:
             with options.out.open("a") as file:
                 file.write(json.dumps(row.as_dict()) + "\n")
 
         engine_part(options.part, options, append)
         sys.stdout.flush()
-        # Library threads must not keep a finished process alive.
+        # Keep library threads from holding up exit.
         os._exit(0)
     clock = Clock(options.seconds)
     results = Results(options.out, machine(options.device))
@@ -834,7 +835,7 @@ def main(given: Sequence[str] | None = None) -> int:
     for part in options.only:
         if absent := missing(part):
             reason = f"not installed: {', '.join(absent)}"
-            results.add(Row(part, "all", skipped=True, reason=reason).as_dict())
+            results.add(EngineRow(part, "all", skipped=True, reason=reason).as_dict())
         else:
             parts.append(part)
     engines = [part for part in ENGINES if part in parts]

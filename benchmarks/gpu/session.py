@@ -1,4 +1,4 @@
-"""What a run on a GPU shares: its device and sizes, its clock, and the results, written down after every row."""
+"""State of one GPU run: device, sizes, clock, and the results, saved after every row."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Cycles of the device before each timed call.
+# Device cycles to sleep before each timed call.
 _HEAD_START = 20_000_000
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the inputs are: ``vocab`` columns, ``tokens`` rows that are timed, ``k`` ids kept."""
+    """Sizes of the inputs: ``vocab`` columns, ``tokens`` timed rows, ``k`` kept ids."""
 
     vocab: int = 151_936
     odd_vocab: int = 50_257
@@ -36,14 +36,14 @@ TINY = Sizes(vocab=333, odd_vocab=77, tokens=6, checked=5, k=8, fuzzed=12, hidde
 
 @dataclass
 class Session:
-    """One run of the command.
+    """State of one run.
 
     Attributes:
         device: ``cuda``, or ``cpu`` for a dry run in Triton's interpreter.
-        out: folder of ``gpu.json`` and ``gpu.md``.
-        seconds: no further row is begun after so many.
-        checks: by name, what was found, or a text that begins with FAILED.
-        times: by name, milliseconds and memory.
+        out: folder for ``gpu.json`` and ``gpu.md``.
+        seconds: no row starts after this many seconds.
+        checks: the result of each check, by name; failures are texts that begin with FAILED.
+        times: milliseconds and memory, by name.
     """
 
     device: str
@@ -72,14 +72,14 @@ class Session:
             torch.cuda.synchronize()
 
     def late(self, name: str) -> bool:
-        """Whether the time is up; then ``name`` is noted as skipped."""
+        """Whether the time is up; if so, record ``name`` as skipped."""
         if self.elapsed() < self.seconds:
             return False
         self.skipped.append(name)
         return True
 
     def check(self, name: str, function: Callable[[], Any]) -> None:
-        """Run ``function``, which raises where something is wrong, and note what it returned."""
+        """Run ``function``, which raises on failure, and record its result."""
         if self.late(name):
             return
         try:
@@ -98,16 +98,16 @@ class Session:
         *,
         repeat: int = 11,
     ) -> None:
-        """Time ``function(prepare())`` on the device: median and quartiles over turns, the first two left out.
+        """Time ``function(prepare())`` on the device: median and quartiles over turns, without the first two.
 
-        ``extra_mib`` is the peak above what was allocated before, ``host_ms`` what the host took to ask for the work.
+        ``extra_mib`` is the peak above the previous allocation, ``host_ms`` the host's time to launch the work.
         """
         if self.late(name):
             return
         try:
             self._time(name, function, prepare, repeat)
         except Exception as error:
-            # What belongs to others may not run here; what is ours has been checked.
+            # Third-party code may not run here; our own has been checked.
             self.skipped.append(f"{name} ({type(error).__name__}: {error})"[:300])
             traceback.print_exc(limit=2)
         self.write()
@@ -122,21 +122,21 @@ class Session:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-                # The host runs ahead, as it does in training, so that what is timed is the device's work alone.
+                # Let the host run ahead, as in training, so that only the device's work is timed.
                 torch.cuda._sleep(_HEAD_START)
-                asked = time.perf_counter()
+                launch = time.perf_counter()
                 begin.record()
                 function(value)
                 end.record()
-                asked = time.perf_counter() - asked
+                launch = time.perf_counter() - launch
                 self.synchronise()
                 if turn > 1:
                     milliseconds.append(begin.elapsed_time(end))
-                    host.append(1e3 * asked)
+                    host.append(1e3 * launch)
             else:
-                asked = time.perf_counter()
+                launch = time.perf_counter()
                 function(value)
-                milliseconds.append(1e3 * (time.perf_counter() - asked))
+                milliseconds.append(1e3 * (time.perf_counter() - launch))
                 host.append(milliseconds[-1])
             del value
         ordered = sorted(milliseconds)
@@ -155,7 +155,7 @@ class Session:
         )
 
     def ratio(self, name: str, base: str) -> float | None:
-        """Time of ``name`` over that of ``base``, where both were taken."""
+        """Time of ``name`` relative to ``base``; None unless both were measured."""
         if name not in self.times or base not in self.times:
             return None
         return self.times[name]["ms"] / self.times[base]["ms"]
@@ -172,7 +172,7 @@ class Session:
         (self.out / "gpu.json").write_text(json.dumps(content, indent=1) + "\n")
 
     def normal(self, rows: int, columns: int, *, dtype: torch.dtype, seed: int = 0, scale: float = 3.0) -> Tensor:
-        """Random logits, made a few rows at a time so that no float32 copy of all is held."""
+        """Random logits, generated a few rows at a time to avoid a full float32 copy."""
         generator = torch.Generator(self.device).manual_seed(seed)
         result = torch.empty(rows, columns, dtype=dtype, device=self.device)
         for start in range(0, rows, 256):

@@ -1,1 +1,1 @@
-"""A study of RL losses on small language models that are trained from scratch."""
+"""A study of RL losses on small language models trained from scratch."""

@@ -48,7 +48,7 @@ def _list(options: argparse.Namespace) -> int:
     seconds = [line["run"]["seconds"] for line in done.values()]
     left = len(seen - done.keys())
     mean = sum(seconds) / len(seconds) if seconds else 60.0
-    print(f"{left} runs known to be left, about {left * mean / 2 / 3600:.1f} h, two at a time ({mean:.0f} s each)")
+    print(f"{left} known runs left, about {left * mean / 2 / 3600:.1f} h, two at a time ({mean:.0f} s each)")
     return 0
 
 
@@ -104,19 +104,19 @@ def _tables(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description="TROLL against its rivals")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description="Compare TROLL with its rivals.")
     parser.set_defaults(results=results.FILE)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    run = commands.add_parser("run", help="train what is left of the grid; safe to interrupt and to start again")
-    run.add_argument("--section", action="append", choices=grid.SECTIONS, help="only this part; may be repeated")
+    run = commands.add_parser("run", help="train the rest of the grid; safe to interrupt and restart")
+    run.add_argument("--section", action="append", choices=grid.SECTIONS, help="only this section; may be repeated")
     run.add_argument("--task", action="append", choices=grid.TASKS, help="only this task; may be repeated")
-    run.add_argument("--workers", type=int, default=2, help="runs at a time, one core each (default 2)")
-    run.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many minutes")
-    run.add_argument("--results", type=Path, default=results.FILE, help="file that runs are appended to")
+    run.add_argument("--workers", type=int, default=2, help="parallel runs, one core each (default 2)")
+    run.add_argument("--minutes", type=float, default=math.inf, help="start no run after this many minutes")
+    run.add_argument("--results", type=Path, default=results.FILE, help="file to append runs to")
     run.set_defaults(act=_run)
 
-    listed = commands.add_parser("list", help="the parts of the grid, what is done and what is left")
+    listed = commands.add_parser("list", help="list the grid's sections and their progress")
     listed.add_argument("--results", type=Path, default=results.FILE)
     listed.set_defaults(act=_list)
 
@@ -132,25 +132,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cell.add_argument("--old-policy", choices=("rescored", "behaviour"), default="rescored")
     cell.add_argument("--temperature", type=float, default=1.0)
     cell.add_argument("--steps", type=int, default=grid.STEPS)
-    cell.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of verl, or troll.NAME=VALUE")
+    cell.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a verl setting, or troll.NAME=VALUE"
+    )
     cell.add_argument("--results", type=Path, default=TASKS_FOLDER.parent / "cell.jsonl")
     cell.set_defaults(act=_cell)
 
-    export = commands.add_parser("export", help="the runs of one part, for verl-troll report")
+    export = commands.add_parser("export", help="export the runs of one section, for verl-troll report")
     export.add_argument("section", choices=grid.SECTIONS)
     export.add_argument("out", type=Path)
     export.add_argument("--results", type=Path, default=results.FILE)
     export.set_defaults(act=_export)
 
-    shown = commands.add_parser("tables", help="the tables of docs/study.md")
+    shown = commands.add_parser("tables", help="print the tables of docs/study.md")
     shown.add_argument("section", choices=grid.SECTIONS)
-    shown.add_argument("--by-rate", action="store_true", help="final success at each rate")
-    shown.add_argument("--baseline", choices=LOSSES, default="clip", help="loss that the others are compared with")
+    shown.add_argument("--by-rate", action="store_true", help="show final success at each rate")
+    shown.add_argument("--baseline", choices=LOSSES, default="clip", help="loss to compare the others with")
     shown.add_argument("--results", type=Path, default=results.FILE)
     shown.set_defaults(act=_tables)
 
     options = parser.parse_args(arguments)
-    # Jobs in the background ignore the first, and the second would leave Ray's processes behind.
+    # Background jobs ignore SIGINT, and SIGTERM would leave Ray's processes behind.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:

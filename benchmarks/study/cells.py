@@ -1,4 +1,4 @@
-"""One run of the study: what it is, and what verl is told."""
+"""One run of the study: its definition, and its command line for verl."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TASKS_FOLDER = ROOT / "runs" / "study" / "tasks"
 
 PROMPTS, SAMPLES = 16, 8
-"""Of each step, the same for all runs."""
+"""Prompts per step and samples per prompt, the same for all runs."""
 TEST_EVERY = 5
-"""Steps."""
+"""Steps between evaluations."""
 
 _ACTOR = "actor_rollout_ref.actor"
 _TROLL = f"{_ACTOR}.policy_loss.troll"
@@ -40,7 +40,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "anchored": ("+troll=default", f"{_TROLL}.support=anchored"),
     "union_sequence": ("+troll=sequence", f"{_ACTOR}.loss_agg_mode=seq-mean-token-mean"),
 }
-"""Arms of the study, as words on verl's command line. ``none`` is the plain ratio without any trust region."""
+"""Arms of the study, as overrides for verl. ``none`` is the plain ratio without a trust region."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Cell:
     Attributes:
         task: name in :data:`benchmarks.study.tasks.TASKS`.
         loss: name in :data:`LOSSES`.
-        lr: Adam's learning rate, constant.
-        seed: of the order of the data and of sampling.
+        lr: Adam's constant learning rate.
+        seed: seed for the data order and for sampling.
         estimator: Hydra group ``estimator``.
         mini_batches: optimizer steps per batch and epoch.
         epochs: passes over each batch.
         staleness: training steps between sampling and training.
         old_policy: ``rescored`` or ``behaviour``.
-        temperature: of sampling and training.
-        steps: training steps.
-        settings: further settings, each ``key=value``; ``troll.NAME=VALUE`` is one of TROLL's.
+        temperature: temperature of sampling and training.
+        steps: number of training steps.
+        settings: further settings, each ``key=value``; ``troll.NAME=VALUE`` sets one of TROLL's.
     """
 
     task: str
@@ -76,43 +76,41 @@ class Cell:
     settings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise :class:`ValueError` for what cannot be run."""
+        """Raise :class:`ValueError` if the run is impossible."""
         if self.task not in TASKS:
-            raise ValueError(f"task={self.task!r}: allowed is one of {', '.join(TASKS)}")
+            raise ValueError(f"task={self.task!r}: must be one of {', '.join(TASKS)}")
         if self.loss not in LOSSES:
-            raise ValueError(f"loss={self.loss!r}: allowed is one of {', '.join(LOSSES)}")
+            raise ValueError(f"loss={self.loss!r}: must be one of {', '.join(LOSSES)}")
         if self.old_policy not in ("rescored", "behaviour"):
-            raise ValueError(f"old_policy={self.old_policy!r}: allowed is rescored or behaviour")
+            raise ValueError(f"old_policy={self.old_policy!r}: must be rescored or behaviour")
         if self.mini_batches < 1 or PROMPTS % self.mini_batches:
-            raise ValueError(
-                f"mini_batches={self.mini_batches}: allowed is a divisor of the {PROMPTS} prompts of a step"
-            )
+            raise ValueError(f"mini_batches={self.mini_batches}: must divide the {PROMPTS} prompts of a step")
         if self.lr <= 0 or self.epochs < 1 or self.staleness < 0 or self.steps < 1:
             raise ValueError(f"{self}: lr must be above 0, epochs and steps at least 1, staleness at least 0")
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Cell:
-        """From :meth:`to_json`."""
+        """Inverse of :meth:`to_json`."""
         return cls(**{**fields, "settings": tuple(fields.get("settings", ()))})
 
     def to_json(self) -> dict[str, Any]:
-        """Fields for a line of JSON."""
+        """Fields as JSON values."""
         return {**dataclasses.asdict(self), "settings": list(self.settings)}
 
     @property
     def key(self) -> str:
-        """The same for equal runs, and for no others."""
+        """Unique id, the same for equal runs."""
         text = json.dumps(self.to_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def arm(self) -> str:
-        """The loss and what was changed of its settings."""
+        """The loss and its changed settings."""
         return " ".join((self.loss, *(setting.removeprefix("troll.") for setting in self.settings)))
 
     @property
     def regime(self) -> str:
-        """How hard the batches are used, in a few letters."""
+        """Short code for how the batches are used."""
         parts = [f"M{self.mini_batches}", f"E{self.epochs}"]
         if self.staleness:
             parts.append(f"stale{self.staleness}-{self.old_policy}")
@@ -122,24 +120,24 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Human-readable name."""
         return f"{self.task} {self.estimator} {self.arm} lr {self.lr:g} {self.regime} seed {self.seed}"
 
     @property
     def uses_troll(self) -> bool:
-        """Whether the plugin is loaded; the other runs never import it."""
+        """Whether the run loads the plugin."""
         return any(word.startswith("+troll") for word in LOSSES[self.loss])
 
     @property
     def session(self) -> tuple[Any, ...]:
-        """What processes are started with: runs that agree in it can share them."""
+        """Settings fixed at process start; runs that agree on them can share processes."""
         return (self.task, self.uses_troll, self.estimator, self.temperature)
 
     def overrides(self, tasks: Path = TASKS_FOLDER) -> list[str]:
-        """Words on verl's command line.
+        """Overrides for verl's command line.
 
         Args:
-            tasks: folder in which :func:`benchmarks.study.prepare.prepare` made the task's folder.
+            tasks: folder that holds the task's folder, made by :func:`benchmarks.study.prepare.prepare`.
         """
         data = tasks / self.task
         task = TASKS[self.task]
@@ -168,7 +166,7 @@ class Cell:
             f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={PROMPTS * SAMPLES}",
             f"actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu={PROMPTS * SAMPLES}",
             "actor_rollout_ref.rollout.calculate_log_probs=True",
-            # Success is a property of the policy that is trained: sampled, not greedy.
+            # Measure the trained policy itself: sampled, not greedy.
             "actor_rollout_ref.rollout.val_kwargs.do_sample=True",
             f"actor_rollout_ref.rollout.val_kwargs.temperature={self.temperature}",
             "actor_rollout_ref.rollout.val_kwargs.top_p=1.0",

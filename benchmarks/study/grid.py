@@ -1,8 +1,8 @@
-"""What the study compares, each section declared before it ran, and the rule by which rates are chosen.
+"""What the study compares, with each section declared before it ran, and how rates are selected.
 
-**Choice rule.** Every arm is trained at the same learning rates, at least four, on the two sweep seeds. Its rate is the
-one with the highest mean of :func:`benchmarks.study.results.final_success` over those seeds; of equal ones the lowest.
-The headline then trains at that rate on other seeds, which took no part in the choice.
+**Choice rule.** Every arm trains at the same learning rates, at least four, on the two sweep seeds. Its rate is the
+one with the highest mean :func:`benchmarks.study.results.final_success` over those seeds, the lowest in a tie. The
+headline then trains at that rate on other seeds, which were not used for the selection.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ SEEDS = (0, 1, 2)
 TASKS = ("chain", "residues", "programs")
 RATES = {
     **dict.fromkeys(TASKS, (1e-4, 2e-4, 4e-4, 8e-4)),
-    # Flat distributions take larger steps.
+    # Flat distributions need larger steps.
     "residues": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
 }
-"""The lowest of ``residues`` and of :data:`OVERUSED_RATES` were added when, of the first four, the lowest was best."""
+"""The lowest rates of ``residues`` and :data:`OVERUSED_RATES` were added because the lowest of the first four won."""
 
 OVERUSED: dict[str, Any] = {"mini_batches": 4, "epochs": 4}
 OVERUSED_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 
 STRESSED: dict[str, Any] = {"task": "chain", "lr": 4e-4, **OVERUSED}
-"""Where settings of TROLL are compared: the bound acts on more than one token in twenty."""
+"""Where TROLL's settings are compared: the bound is active on more than one token in twenty."""
 
 HEADLINE = ("clip", "none", "union", "anchored")
 RIVALS = ("clip_higher", "gspo", "cispo", "sapo", "dppo_kl")
@@ -46,7 +46,7 @@ def _sweep(task: str, loss: str, **fields: Any) -> Iterator[Cell]:
 
 
 def best_rate(results: Results, task: str, loss: str, **fields: Any) -> float | None:
-    """The rate of an arm by the choice rule, None until its sweep is complete."""
+    """An arm's rate by the choice rule; None until its sweep is complete."""
     means: dict[float, list[float]] = {}
     for cell in _sweep(task, loss, **fields):
         line = results.get(cell.key)
@@ -70,44 +70,44 @@ def sweep(results: Results) -> Iterator[Cell]:
 
 
 def headline(results: Results) -> Iterator[Cell]:
-    """The same at each arm's own rate, on five other seeds."""
+    """The same arms at their selected rates, on five other seeds."""
     for task, loss in product(TASKS, HEADLINE):
         yield from _at_best(results, task, loss, HEADLINE_SEEDS)
 
 
 def overused(results: Results) -> Iterator[Cell]:
-    """The sweep with every batch used four times over."""
+    """The sweep with four epochs per batch."""
     for task, loss in product(("chain", "programs"), HEADLINE):
         yield from _sweep(task, loss, **OVERUSED)
 
 
 def overused_headline(results: Results) -> Iterator[Cell]:
-    """The headline with every batch used four times over."""
+    """The headline with four epochs per batch."""
     for task, loss in product(("chain", "programs"), HEADLINE):
         yield from _at_best(results, task, loss, HEADLINE_SEEDS, **OVERUSED)
 
 
 def rivals(results: Results) -> Iterator[Cell]:
-    """verl's other losses beside clip and union at every rate, every batch used four times over."""
+    """verl's other losses beside clip and union at every rate, with four epochs per batch."""
     for loss in ("clip", "union", *RIVALS):
         yield from _sweep("chain", loss, **OVERUSED)
 
 
 def rivals_headline(results: Results) -> Iterator[Cell]:
-    """The same at each loss's own rate, on three other seeds."""
+    """The same losses at their selected rates, on three other seeds."""
     for loss in ("clip", "union", *RIVALS):
         yield from _at_best(results, "chain", loss, SEEDS, **OVERUSED)
 
 
 def staleness(results: Results) -> Iterator[Cell]:
-    """Samples 2 and 8 steps old, the old policy re-scored or the one that sampled."""
+    """Samples 2 and 8 steps old, with a re-scored old policy or the behaviour policy."""
     for stale, old_policy, loss in product((2, 8), ("rescored", "behaviour"), ("clip", "union")):
         for seed in SEEDS:
             yield Cell("chain", loss, 2e-4, seed, staleness=stale, old_policy=old_policy, steps=STEPS)
 
 
 def estimators(results: Results) -> Iterator[Cell]:
-    """Other advantages, with clipping and with the projection, every batch used four times over."""
+    """Other advantage estimators, with clipping and with projection, with four epochs per batch."""
     sequence = [("gspo", "gspo"), ("gspo", "union_sequence")]
     token = list(product(("grpo", "dr_grpo", "reinforce_plus_plus", "ppo"), ("clip", "union")))
     for lr, arms in ((1e-4, sequence + token), (2e-4, sequence)):
@@ -121,7 +121,7 @@ def _stressed(loss: str, *settings: str) -> Iterator[Cell]:
 
 
 def variants(results: Results) -> Iterator[Cell]:
-    """No gradient through the step size; the plain ratio for tokens pushed out against their advantage."""
+    """No gradient through the step size; the plain ratio for tokens that moved against their advantage."""
     yield from _stressed("clip")
     for loss in ("union", "anchored"):
         yield from _stressed(loss)
@@ -130,7 +130,7 @@ def variants(results: Results) -> Iterator[Cell]:
 
 
 def ablations(results: Results) -> Iterator[Cell]:
-    """The paper's: bound, size of the support, weight of the regression."""
+    """The paper's ablations: bound, support size, regression weight."""
     yield from _stressed("union")
     for alpha in (0, 0.1, 10):
         yield from _stressed("union", f"troll.alpha={alpha}")
@@ -141,14 +141,14 @@ def ablations(results: Results) -> Iterator[Cell]:
 
 
 def temperature(results: Results) -> Iterator[Cell]:
-    """Sampling and training at another temperature."""
+    """Sampling and training at other temperatures."""
     for value, loss, seed in product((0.7, 1.3), ("clip", "union"), SEEDS):
         yield Cell("chain", loss, 2e-4, seed, temperature=value, steps=STEPS)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the study; ``cells`` may depend on the results so far."""
+    """A section of the study; ``cells`` may depend on the results so far."""
 
     about: str
     cells: Callable[[Results], Iterator[Cell]]
@@ -173,9 +173,9 @@ SECTIONS: dict[str, Section] = {
 
 
 def in_order(results: Results, sections: Sequence[str], tasks: Sequence[str]) -> Iterator[Cell]:
-    """Cells of some sections and tasks in the order in which they run: sweep and headline task by task, then the rest.
+    """Cells of some sections and tasks in running order: sweep and headline task by task, then the rest.
 
-    Cells that depend on results that are not there yet come later.
+    Cells that depend on missing results come later.
     """
     first = [name for name in ("sweep", "headline") if name in sections]
     for task, name in product(tasks, first):

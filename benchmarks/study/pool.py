@@ -1,4 +1,4 @@
-"""Runs cells in two long-lived sessions at a time, and writes their results down."""
+"""Runs cells in long-lived sessions, two at a time by default, and saves their results."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ ATTEMPTS = 2
 
 
 class SessionError(Exception):
-    """A run ended with an error, or did not end."""
+    """A run failed or timed out."""
 
 
 def environment() -> dict[str, str]:
-    """Environment of verl's processes: the CPU, one thread each, this repository's modules."""
+    """Environment of verl's processes: CPU mode, one thread each, this repository's modules."""
     kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return {
         **kept,
@@ -42,8 +42,8 @@ def environment() -> dict[str, str]:
     }
 
 
-class Session:
-    """One process of :mod:`benchmarks.study.session` and all that it started."""
+class SessionProcess:
+    """One process of :mod:`benchmarks.study.session` and its child processes."""
 
     def __init__(self, kind: tuple[Any, ...], log: Path) -> None:
         self.kind = kind
@@ -60,10 +60,10 @@ class Session:
             )
 
     def run(self, cell: Cell, tasks: Path, metrics: Path) -> float:
-        """Train one cell and return its seconds, the start of the processes left out.
+        """Train one cell and return its seconds, without process start-up.
 
         Raises:
-            SessionError: with the traceback, or what is known.
+            SessionError: with the traceback if there is one.
         """
         process = self._tree.process
         assert process.stdin is not None
@@ -91,16 +91,16 @@ class Session:
         return float(answer["seconds"])
 
     def end(self) -> None:
-        """End the process and all of its session, Ray's processes among them."""
+        """End the process and its session, including Ray's processes."""
         self._tree.end()
 
 
 class Pool:
-    """Works through cells until none is left or time is up.
+    """Runs cells until none is left or time is up.
 
     Args:
-        cells: says, given the results so far, which cells are wanted, in order.
-        file: results.
+        cells: returns the wanted cells in order, given the results so far.
+        file: results file.
         tasks: folder of the prepared tasks.
         say: prints a line.
     """
@@ -121,7 +121,7 @@ class Pool:
         self._taken: set[str] = set()
         self._failures: dict[str, int] = {}
         self._seconds: list[float] = []
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, SessionProcess] = {}
         self._stop = threading.Event()
 
     def _left(self) -> list[Cell]:
@@ -133,7 +133,7 @@ class Pool:
         ]
 
     def _next(self, kind: tuple[Any, ...] | None) -> Cell | None:
-        """The next cell; one that the running session can train comes first among those of its task."""
+        """The next cell; within a task, one that the running session can train comes first."""
         with self._lock:
             left = self._left()
             if not left:
@@ -156,7 +156,7 @@ class Pool:
             self._say(
                 f"{cell.name}: {success[0]:.2f} -> {results.final_success(line):.2f}"
                 f"{' DIVERGED' if line['run']['status'] == 'diverged' else ''}, {seconds:.0f} s; "
-                f"{left} known to be left, about {minutes:.0f} min"
+                f"{left} known runs left, about {minutes:.0f} min"
             )
 
     def _failed(self, cell: Cell, error: SessionError) -> None:
@@ -171,7 +171,7 @@ class Pool:
                 running = self._sessions.get(name)
                 cell = self._next(running.kind if running else None)
                 if cell is None:
-                    # Results of the other workers may bring new cells.
+                    # Other workers' results may add new cells.
                     if not self._taken:
                         return
                     time.sleep(1)
@@ -189,11 +189,11 @@ class Pool:
         finally:
             self._end(name)
 
-    def _session(self, name: str, cell: Cell) -> Session:
+    def _session(self, name: str, cell: Cell) -> SessionProcess:
         running = self._sessions.get(name)
         if running is None or running.kind != cell.session:
             self._end(name)
-            running = self._sessions[name] = Session(cell.session, SCRATCH / f"{name}.log")
+            running = self._sessions[name] = SessionProcess(cell.session, SCRATCH / f"{name}.log")
         return running
 
     def _end(self, name: str) -> None:
@@ -201,13 +201,13 @@ class Pool:
             session.end()
 
     def run(self, workers: int, minutes: float) -> list[str]:
-        """Work; returns the keys of cells that failed every attempt.
+        """Run the cells; return the keys of those that failed every attempt.
 
-        An interruption (Ctrl-C) ends the running cells at once; what has ended is written down already.
+        Ctrl-C ends the running cells at once; completed ones are already saved.
 
         Args:
-            workers: sessions at a time, one core each.
-            minutes: after which no new cell is begun.
+            workers: parallel sessions, one core each.
+            minutes: time after which no new cell starts.
         """
         until = time.monotonic() + minutes * 60
         with ThreadPoolExecutor(workers) as threads:
@@ -219,6 +219,6 @@ class Pool:
                 self._stop.set()
                 for session in list(self._sessions.values()):
                     session.end()
-                self._say("stopped; what has ended is kept")
+                self._say("stopped; completed runs are kept")
                 raise
         return [key for key, count in self._failures.items() if count >= ATTEMPTS]

@@ -1,7 +1,7 @@
-"""Make what a task of the study trains on: problems, a tokenizer, and a small model after a supervised phase.
+"""Make a study task's training inputs: problems, a tokenizer, and a small model after a supervised phase.
 
-As in the quickstart, everything is made here, the result depends on constants alone, and a finished folder is left as
-it is.
+As in the quickstart, everything is made here, the result depends only on constants, and a finished folder is left
+unchanged.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from benchmarks.study.tasks.quickstart import quickstart
 _quickstart = quickstart("prepare")
 
 VERSION = 1
-"""Raised whenever a change makes an older folder useless."""
+"""Increment when a change invalidates older folders."""
 
 KEPT = 64
-"""Ids whose share of a policy is reported: TROLL keeps no more by default."""
+"""The mass of this many most likely ids is reported; TROLL's default ``k``."""
 
 SAMPLES = 8
-"""Of each held-out problem, for the measurement."""
+"""Samples per held-out problem in :func:`measure`."""
 
 
 def make_tokenizer(task: Task) -> Any:
-    """The quickstart's tokenizer, and one more token for each of the task's words."""
+    """The quickstart's tokenizer, plus one token for each of the task's words."""
     tokenizer = _quickstart.make_tokenizer()
-    # Not in the vocabulary proper: the tokenizer class that transformers loads cuts a text into bytes and merges.
+    # As added tokens: the tokenizer class that transformers loads splits text into bytes and merges.
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in task.words])
     return tokenizer
 
 
 def split(task: Task) -> tuple[list[Problem], list[Problem]]:
-    """Problems that are kept from training, and problems to train on."""
+    """Held-out problems and training problems."""
     held_out, train = _quickstart.HELD_OUT_PROBLEMS, _quickstart.TRAIN_PROBLEMS
     drawn = itertools.islice(task.problems(random.Random(_quickstart.SEED)), 2 * (held_out + train))
     unique = list({problem.text: problem for problem in drawn}.values())
@@ -54,7 +54,7 @@ def split(task: Task) -> tuple[list[Problem], list[Problem]]:
 
 
 def lessons(task: Task, held_out: list[Problem]) -> Iterator[tuple[str, str]]:
-    """Endless problems that are not held out, and the careless teacher's solutions."""
+    """Endless problems that are not held out, with the careless teacher's solutions."""
     rng, left_out = random.Random(_quickstart.SEED + 1), {problem.text for problem in held_out}
     return (
         (problem.text, task.solution(problem, task.error_rate, rng))
@@ -65,10 +65,10 @@ def lessons(task: Task, held_out: list[Problem]) -> Iterator[tuple[str, str]]:
 
 @torch.no_grad()
 def measure(task: Task, model: Any, tokenizer: Any, problems: list[Problem]) -> dict[str, float]:
-    """Success, and means over response tokens, of responses that are sampled at temperature 1.
+    """Success, and means over response tokens, of responses sampled at temperature 1.
 
     Returns:
-        ``success``; ``entropy`` in nats; ``kept_mass``, the share of the ``KEPT`` likeliest ids.
+        ``success``; ``entropy`` in nats; ``kept_mass``, the mass of the ``KEPT`` most likely ids.
     """
     torch.manual_seed(_quickstart.SEED)
     problems = [problem for problem in problems for _ in range(SAMPLES)]
@@ -93,7 +93,7 @@ def measure(task: Task, model: Any, tokenizer: Any, problems: list[Problem]) -> 
 
 
 def fill(task: Task, folder: Path) -> None:
-    """Make a task's files in an empty folder; :func:`prepare` says which."""
+    """Make a task's files in an empty folder; see :func:`prepare`."""
     held_out, train = split(task)
     _quickstart.rows(train, "train", task.name).to_parquet(folder / "train.parquet")
     _quickstart.rows(held_out, "held-out", task.name).to_parquet(folder / "held_out.parquet")
@@ -119,21 +119,21 @@ def fill(task: Task, folder: Path) -> None:
 
 
 def prepare(name: str, folder: Path) -> dict[str, float]:
-    """Fill ``folder`` with ``train.parquet``, ``held_out.parquet``, ``model/`` and ``done.json``, unless it is filled.
+    """Fill ``folder`` with ``train.parquet``, ``held_out.parquet``, ``model/`` and ``done.json``, unless complete.
 
     Args:
-        name: of the task.
-        folder: a half-made or outdated one is made anew.
+        name: name of the task.
+        folder: an incomplete or outdated one is replaced.
 
     Returns:
-        ``done.json``: ``version``, what :func:`measure` returns, ``longest_prompt``, ``longest_response`` (in
-        tokens, the end of the turn included), ``parameters``.
+        ``done.json``: ``version``, the results of :func:`measure`, ``longest_prompt``, ``longest_response`` (in
+        tokens, including the end of the turn), ``parameters``.
     """
     done = folder / "done.json"
     if not done.exists() or json.loads(done.read_text()).get("version") != VERSION:
         folder.parent.mkdir(parents=True, exist_ok=True)
         threads = torch.get_num_threads()
-        # One thread: the sums, and with them the model, are then the same on every run of a machine.
+        # With one thread, sums and thus the model are reproducible on a machine.
         torch.set_num_threads(1)
         try:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
@@ -151,7 +151,7 @@ def main() -> None:
     """Prepare the task given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the task's data set and model")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the task's data set and model")
     arguments = parser.parse_args()
     transformers_logging.disable_progress_bar()
     print(json.dumps(prepare(arguments.task, arguments.out), indent=2))

@@ -1,4 +1,4 @@
-"""The study's results: one line of JSON per run, appended when it has ended.
+"""The study's results: one line of JSON per run, appended when it ends.
 
 The format is that of collected runs (``docs/report.md``), which ``verl-troll report`` reads; ``run`` also holds the
 cell. A curve is null at the steps without a value: evaluations are every few steps.
@@ -22,7 +22,7 @@ Record = dict[str, Any]
 Results = Mapping[str, Record]
 
 KL_BOUND = 0.05
-"""Nats, TROLL's default."""
+"""TROLL's default, in nats."""
 
 KEPT = (
     "critic/score/mean",
@@ -48,16 +48,16 @@ KEPT = (
     "troll/cap_hit_share",
     "troll/unconverged",
 )
-"""Curves that are kept, beside the held-out success."""
+"""Curves to keep, besides held-out success."""
 
 
 def held_out_key(task: str) -> str:
-    """verl's name of the held-out success, a share."""
+    """verl's name for held-out success, a share."""
     return f"val-core/{task}/reward/mean@1"
 
 
 def curves(task: str, metrics: Path) -> dict[str, list[float | None]]:
-    """Curves of a run from the lines of verl's file logger, to five digits; success as it is, for rules compare it."""
+    """Curves of a run from verl's file log, rounded to five digits except success, which rules compare exactly."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     found: dict[str, list[float | None]] = {"step": [row["step"] for row in rows]}
     success = held_out_key(task)
@@ -69,7 +69,7 @@ def curves(task: str, metrics: Path) -> dict[str, list[float | None]]:
 
 
 def _rounded(value: float | None) -> float | None:
-    # verl's logger writes what is not finite as null; the status tells such a run.
+    # verl's logger writes non-finite values as null; the status marks such a run as diverged.
     return None if value is None else float(f"{value:.5g}")
 
 
@@ -80,7 +80,7 @@ def status(metrics: Path) -> str:
 
 
 def record(cell: Cell, metrics: Path, seconds: float) -> Record:
-    """The line of a run that has ended."""
+    """The line of a completed run."""
     run = {
         "key": cell.key,
         "task": cell.task,
@@ -98,7 +98,7 @@ def record(cell: Cell, metrics: Path, seconds: float) -> Record:
 
 
 def _settings(cell: Cell) -> dict[str, str | float]:
-    # The report draws the bound.
+    # The report draws the bound, so record it.
     bound: dict[str, str | float] = {"kl_bound": KL_BOUND} if cell.uses_troll else {}
     changed = dict(setting.removeprefix("troll.").split("=", 1) for setting in cell.settings)
     return {**bound, **{name: _number(value) for name, value in changed.items()}}
@@ -112,7 +112,7 @@ def _number(text: str) -> str | float:
 
 
 def read(file: Path = FILE) -> dict[str, Record]:
-    """Runs that have ended, by :attr:`Cell.key`; a last line cut off by an interruption is left out."""
+    """Completed runs by :attr:`Cell.key`, without a truncated last line."""
     if not file.exists():
         return {}
     lines = file.read_text(encoding="utf-8").split("\n")
@@ -121,7 +121,7 @@ def read(file: Path = FILE) -> dict[str, Record]:
 
 
 def append(line: Record, file: Path = FILE) -> None:
-    """Add a line, whole or not at all as far as the file system allows it, after mending a cut-off one."""
+    """Append a line, as atomically as the file system allows, after removing a truncated last line."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+b") as stream:
         size = stream.seek(0, os.SEEK_END)
@@ -137,7 +137,7 @@ def append(line: Record, file: Path = FILE) -> None:
 
 
 def held_out(line: Record) -> list[float]:
-    """Held-out success at each evaluation, the first before training."""
+    """Held-out success at each evaluation; the first is before training."""
     values = line["metrics"][held_out_key(line["run"]["task"])]
     return [value for value in values if value is not None]
 

@@ -1,8 +1,8 @@
-"""A process that holds Ray and verl and trains one run after the other: ``python -m benchmarks.study.session``.
+"""A process that keeps Ray and verl running and trains one run after another: ``python -m benchmarks.study.session``.
 
-Reads one line of JSON per run from standard input, ``{"cell": ..., "tasks": FOLDER, "metrics": PATH}``, and answers
-each with one line on standard output, ``{"seconds": ...}`` or ``{"error": ...}``; after an error it ends, since what is
-left of its processes is unknown. Everything else that is printed goes to standard error.
+It reads one line of JSON per run from standard input, ``{"cell": ..., "tasks": FOLDER, "metrics": PATH}``, and answers
+with one line on standard output, ``{"seconds": ...}`` or ``{"error": ...}``. It exits after an error, since the state
+of its processes is then unknown. All other output goes to standard error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.study.cells import Cell
 
 
 def configuration(cell: Cell, tasks: Path) -> Any:
-    """verl's configuration of a run, composed and checked as verl's entry point does."""
+    """verl's configuration of a run, composed and validated as in verl's entry point."""
     from hydra import compose, initialize_config_module
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
@@ -33,7 +33,7 @@ def configuration(cell: Cell, tasks: Path) -> Any:
 
 
 def start(config: Any) -> Any:
-    """Start Ray, and verl's processes in it; returns when they are there."""
+    """Start Ray and verl's processes, and wait until they are ready."""
     import ray
     from omegaconf import OmegaConf
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
@@ -50,7 +50,7 @@ def start(config: Any) -> Any:
 
 
 def main() -> int:
-    """Train what standard input asks for."""
+    """Train the runs given on standard input."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     runner: Any = None

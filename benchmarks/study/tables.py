@@ -1,4 +1,4 @@
-"""The tables of ``docs/study.md``, in Markdown, from the results: ``python -m benchmarks.study tables SECTION``."""
+"""The Markdown tables of ``docs/study.md``: ``python -m benchmarks.study tables SECTION``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def arm(line: Record) -> str:
 
 
 def _reference(line: Record, baseline: str) -> str | None:
-    """The arm that this one is compared with: without its changed settings, else the baseline or GSPO."""
+    """The arm to compare with: the same loss without changed settings, else GSPO or the baseline."""
     loss: str = line["run"]["arm"]
     if _changed(line):
         return loss
@@ -78,7 +78,7 @@ def _reference(line: Record, baseline: str) -> str | None:
 
 
 def _part(line: Record) -> tuple[str, str]:
-    """Task, and estimator and regime: what runs have in common that are compared."""
+    """Task and section (estimator and regime); only runs that share both are compared."""
     return line["run"]["task"], line["run"]["section"]
 
 
@@ -97,9 +97,9 @@ def _table(header: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
 
 
 def by_arm(lines: list[Record], baseline: str = BASELINE) -> Iterator[str]:
-    """Success and its difference by seed, for each task, estimator, regime, arm and rate.
+    """Success and its paired difference, for each task, estimator, regime, arm and rate.
 
-    Losses are compared with ``baseline``, losses with changed settings with the same loss as published.
+    Losses are compared with ``baseline``; losses with changed settings, with their defaults.
     """
     for task, group in _by(lines, lambda line: line["run"]["task"]).items():
         sections = _by(group, lambda line: line["run"]["section"])
@@ -118,7 +118,7 @@ def _arms(lines: list[Record], baseline: str) -> Iterator[list[str]]:
     for (name, lr), runs in arms.items():
         against = _reference(runs[0], baseline)
         references = {rate: found for (other, rate), found in arms.items() if other == against}
-        # Another rate only where each arm has one, its own.
+        # Compare across rates only if each arm has exactly one rate.
         alone = len(references) == sum(other == name for other, _ in arms) == 1
         reference = _by_seed(references.get(lr) or (next(iter(references.values())) if alone else []))
         own = _by_seed(runs)

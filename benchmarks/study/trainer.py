@@ -1,15 +1,15 @@
-"""verl's trainer, made ready to train many times in the processes that it has started.
+"""verl's trainer, adapted to train many runs in the same processes.
 
 Starting Ray and verl takes about a minute, as long as a run of the study. :class:`StudyTrainer` is verl's own
-synchronous trainer; what differs is said in each override:
+synchronous trainer, with these changes:
 
-- :meth:`StudyTrainer.begin` puts everything that training changes back to its start: weights, optimizer, schedule,
-  configuration of the loss, order of the data, random streams. ``tests/trainer/test_study.py`` shows that a run does
-  not depend on the runs before it, to the last bit.
-- Samples come from verl's rollout server, but in one batch, and are judged in this process
+- :meth:`StudyTrainer.begin` resets everything that training changes: weights, optimizer, schedule, loss
+  configuration, data order, random streams. ``tests/trainer/test_study.py`` shows that a run does not depend on the
+  runs before it, bit for bit.
+- Samples come from verl's rollout server, but in one batch, and are scored in this process
   (:class:`BatchedAgentLoops`); verl's own agent loops send several messages per sample.
-- Samples can be stale by a fixed number of steps, and the old policy can be the one that sampled them.
-- Samples of a batch are in the order of their prompts, so that equal seeds give equal runs.
+- Samples can be stale by a fixed number of steps, and the old policy can be the behaviour policy.
+- Samples of a batch are ordered by prompt, so equal seeds give equal runs.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ DISTINCT = "study/distinct_answers"
 
 
 class StudyWorker(ActorRolloutRefWorker):
-    """verl's worker; can build its models, optimizer and loss anew."""
+    """verl's worker, able to rebuild its models, optimizer and loss."""
 
     def set_dispatch_collect(self, mesh_name: str, **ranks: Any) -> None:
-        """As verl's, which refuses to be told the same again."""
+        """verl's method, but repeated calls are ignored instead of refused."""
         known = self.__dict__.setdefault("_study_meshes", set())
         if mesh_name not in known:
             known.add(mesh_name)
@@ -52,27 +52,27 @@ class StudyWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def begin(self, config: DictConfig) -> None:
-        """Start over with the weights on disk and the settings of ``config`` (``actor_rollout_ref``)."""
+        """Restart with the weights on disk and the settings of ``config`` (``actor_rollout_ref``)."""
         torch.manual_seed(0)
         self.config = config
         self.init_model()
 
 
 class StudyCritic(TrainingWorker):
-    """verl's worker for the critic; its head is drawn from a fixed seed."""
+    """verl's critic worker, with its head initialised from a fixed seed."""
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def reset(self) -> None:
-        """Start over with the weights on disk and a new head."""
+        """Restart with the weights on disk and a new head."""
         torch.manual_seed(0)
         super().reset()
 
 
 class BatchedAgentLoops:
-    """Takes the place of verl's agent-loop manager: samples a whole batch from the rollout server in one go.
+    """Replaces verl's agent-loop manager: samples a whole batch from the rollout server in one call.
 
     Args:
-        trainer: whose configuration, tokenizer and server are used.
+        trainer: provides configuration, tokenizer and server.
     """
 
     def __init__(self, trainer: StudyTrainer) -> None:
@@ -80,7 +80,7 @@ class BatchedAgentLoops:
         self.distinct_answers = 0.0
 
     def generate_sequences(self, batch: TensorDict) -> None:
-        """Sample and judge responses to all prompts, and put them into the transfer queue as verl's workers do."""
+        """Sample and score responses to all prompts, and put them into the transfer queue as verl's workers do."""
         config = self.trainer.config.actor_rollout_ref.rollout
         validate = tu.pop(batch, key="validate", default=False)
         chosen = config.val_kwargs if validate else config
@@ -105,8 +105,8 @@ class BatchedAgentLoops:
         version, answers = ray.get(self.trainer.rollout_server.__ray_call__.remote(_sample, tokens, sampling, count))
         texts = self.trainer.tokenizer.batch_decode([answer.token_ids for answer in answers], skip_special_tokens=True)
         keys, fields, tags = [], [], []
-        for place, (answer, text) in enumerate(zip(answers, texts, strict=True)):
-            prompt, ids, sample = prompts[place // count], tokens[place // count], place % count
+        for index, (answer, text) in enumerate(zip(answers, texts, strict=True)):
+            prompt, ids, sample = prompts[index // count], tokens[index // count], index % count
             score = compute_score(prompt["data_source"], text, prompt["reward_model"]["ground_truth"])
             output = AgentLoopOutput(
                 prompt_ids=ids,
@@ -124,7 +124,7 @@ class BatchedAgentLoops:
             field["position_ids"] = torch.arange(len(field["input_ids"]))
             field["multi_modal_inputs"] = {}
             if not validate:
-                # Training reads no other columns, and verl copies each of them once per mini-batch, row by row.
+                # Training needs no other columns, and verl copies each column row by row for every mini-batch.
                 field = {name: value for name, value in field.items() if _is_trained_on(name, value)}
             keys.append(f"{prompt['uid']}_{sample}_0")
             fields.append(field)
@@ -156,7 +156,7 @@ def _is_trained_on(name: str, value: Any) -> bool:
 
 
 def _entries(column: Any, rows: int) -> list[Any]:
-    """Entries of a column by row; a value that all rows share is repeated."""
+    """A column's entries by row; a shared value is repeated."""
     if isinstance(column, torch.Tensor):
         return list(column)
     if isinstance(column, NonTensorStack):
@@ -165,12 +165,12 @@ def _entries(column: Any, rows: int) -> list[Any]:
 
 
 class StudyTrainer(PPOTrainerSync):
-    """verl's synchronous trainer; see the module.
+    """verl's synchronous trainer; see the module docstring.
 
     Args:
-        config: of verl, with the group ``study`` that :mod:`benchmarks.study.cells` adds: ``staleness`` in steps, and
-            ``old_policy``, ``rescored`` (by the weights at the update, verl's default) or ``behaviour`` (by those that
-            sampled).
+        config: verl's configuration, with the group ``study`` added by :mod:`benchmarks.study.cells`: ``staleness`` in
+            steps, and ``old_policy``, ``rescored`` (with the weights at the update, verl's default) or ``behaviour``
+            (with the weights that sampled).
     """
 
     def __init__(self, config: DictConfig) -> None:
@@ -185,15 +185,15 @@ class StudyTrainer(PPOTrainerSync):
 
     @property
     def rollout_server(self) -> Any:
-        """The one server of the rollout ``hf``."""
+        """The rollout ``hf``'s only server."""
         (replica,) = self.llm_server_manager.get_replicas()
         return replica.servers[0]
 
     def begin(self, config: DictConfig) -> None:
-        """Make ready for a run with the settings of ``config``, as if nothing had been trained before.
+        """Reset for a run with the settings of ``config``.
 
-        What is fixed once the processes run (task, estimator's models, plugin, temperature, lengths) must be as in
-        the configuration that they were started with.
+        Settings fixed at process start (task, the estimator's models, plugin, temperature, lengths) must match the
+        initial configuration.
         """
         for partition, items in (tq.kv_list() or {}).items():
             if items:
@@ -215,7 +215,7 @@ class StudyTrainer(PPOTrainerSync):
         self.on_init_end()
 
     def on_train_begin(self) -> None:
-        """Sample ahead, so that each step trains on samples of ``staleness`` steps before."""
+        """Sample ahead, so each step trains on samples from ``staleness`` steps before."""
         first = self.global_steps
         for ahead in range(self.config.study.staleness, 0, -1):
             self.global_steps = first - ahead
@@ -258,9 +258,9 @@ class StudyTrainer(PPOTrainerSync):
 def _sample(
     server: Any, prompts: list[list[int]], sampling: dict[str, Any], count: int
 ) -> tuple[int, list[Completion]]:
-    """In the server: its weights' step, and ``count`` completions of each prompt.
+    """Run in the server: the step of its weights, and ``count`` completions per prompt.
 
-    As one batch, so that sums are the same whatever the timing.
+    One batch keeps the sums independent of timing.
     """
     requests = [server._request(prompt, sampling) for prompt in prompts for _ in range(count)]
     return server.global_steps, generate(server.model, requests, server.logprobs_mode)
@@ -273,7 +273,7 @@ def _reseed(server: Any, seed: int) -> None:
 
 @ray.remote
 class StudyRunner:
-    """Takes the place of verl's task runner: trains once per call of :meth:`run`, in the same processes."""
+    """Replaces verl's task runner: trains once per call of :meth:`run`, in the same processes."""
 
     def __init__(self, config: DictConfig) -> None:
         config = _resolved(config)
@@ -282,7 +282,7 @@ class StudyRunner:
         self.trainer.init()
 
     def run(self, config: DictConfig, metrics: str) -> None:
-        """Train by ``config``; verl's file logger writes ``metrics``, one line per step."""
+        """Train with ``config``; verl's file logger writes one line per step to ``metrics``."""
         os.environ["VERL_FILE_LOGGER_PATH"] = metrics
         self.trainer.begin(_resolved(config))
         try:

@@ -1,4 +1,4 @@
-"""Draw the curves of one run from its ``metrics.jsonl``, and sum it up in a few lines."""
+"""Plot the curves of one run from its ``metrics.jsonl``, and summarise it in a few lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KL_AFTER, KL_AFTER_MAX = "troll/kl_after", "troll/kl_after_max"
 PROJECTED_SHARE = "troll/projected_share"
 HELD_OUT_PREFIX = "val-core/"
 
-# Okabe and Ito's palette, which stays apart under the common forms of colour blindness.
+# Okabe and Ito's palette, safe for the common forms of colour blindness.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 
 Row = dict[str, Any]
@@ -31,7 +31,7 @@ def read(metrics: Path) -> list[Row]:
     """Rows of a run, one per step, with the key ``step``.
 
     Raises:
-        ValueError: the file holds no step.
+        ValueError: the file has no step.
     """
     with metrics.open(encoding="utf-8") as lines:
         parsed = [json.loads(line) for line in lines]
@@ -42,12 +42,12 @@ def read(metrics: Path) -> list[Row]:
 
 
 def held_out_success(row: Row) -> float | None:
-    """Held-out success of a step, None where it was not measured."""
+    """Held-out success at a step; None if it was not measured."""
     return next((value for key, value in row.items() if key.startswith(HELD_OUT_PREFIX) and "/mean@" in key), None)
 
 
 def kl_bound(hydra_folder: Path) -> float | None:
-    """The bound that a run was given, in nats; None for a run without TROLL."""
+    """The run's KL bound in nats; None for a run without TROLL."""
     from omegaconf import OmegaConf
 
     config = OmegaConf.load(hydra_folder / ".hydra" / "config.yaml")
@@ -56,7 +56,7 @@ def kl_bound(hydra_folder: Path) -> float | None:
 
 
 def series(rows: list[Row], key: str) -> tuple[list[int], list[float]]:
-    """Steps that have ``key``, and its values."""
+    """Steps that have ``key``, and their values."""
     pairs = [(row["step"], float(row[key])) for row in rows if key in row]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
@@ -90,7 +90,7 @@ def _kl(axes: Axes, rows: list[Row], bound: float | None) -> None:
     axes.set_yscale("log")
     if bound is not None:
         axes.axhline(bound, color="black", linestyle="--", linewidth=1, label=f"bound, {bound:g} nats")
-    # Room for the legend below the curves.
+    # Make room for the legend below the curves.
     low, high = axes.get_ylim()
     axes.set_ylim(low * (low / high) ** 0.45, high)
     axes.legend(loc="lower center", ncols=2, frameon=False, fontsize=8.5)
@@ -113,13 +113,13 @@ def _entropy(axes: Axes, rows: list[Row]) -> None:
 
 
 def draw(rows: list[Row], picture: Path, title: str, bound: float | None) -> None:
-    """Write the four curves of a run as a PNG.
+    """Plot the four curves of a run as a PNG.
 
     Args:
         rows: from :func:`read`.
-        picture: where the PNG goes.
-        title: above the curves.
-        bound: the trust region's bound in nats, None to draw none.
+        picture: path of the PNG.
+        title: title above the curves.
+        bound: KL bound in nats; None draws no bound.
     """
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")
@@ -138,7 +138,7 @@ def draw(rows: list[Row], picture: Path, title: str, bound: float | None) -> Non
 
 
 def summary(rows: list[Row]) -> str:
-    """A few lines on what happened in a run."""
+    """A few lines about a run."""
     measured = [value for row in rows if (value := held_out_success(row)) is not None]
     lines = [f"  {rows[-1]['step']} steps"]
     if measured:
@@ -158,7 +158,7 @@ def summary(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Draw the curves of a finished run again."""
+    """Plot the curves of a finished run again."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run, with metrics.jsonl")
     folder: Path = parser.parse_args().run

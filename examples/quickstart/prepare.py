@@ -1,7 +1,7 @@
-"""Make what the quickstart trains on: problems, a tokenizer, and a small model after a short supervised phase.
+"""Make the quickstart's training inputs: problems, a tokenizer, and a small model after a short supervised phase.
 
-Everything is made here, nothing is downloaded. The result depends on the constants below alone, so that all runs of a
-repository start from the same model; a finished folder is left as it is.
+Everything is made here; nothing is downloaded. The result depends only on the constants below, so all runs of a
+repository start from the same model. A finished folder is left unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 VERSION = 1
-"""Raised whenever a change below makes an older folder useless."""
+"""Increment when a change below invalidates older folders."""
 
 SEED = 0
 TRAIN_PROBLEMS = 4096
@@ -43,7 +43,7 @@ MODEL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
-    # Larger than the default of 0.02, which suits wide models: here it makes learning several times faster.
+    # The default of 0.02 suits wide models; this makes learning several times faster here.
     "initializer_range": 0.06,
 }
 
@@ -51,8 +51,8 @@ END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, plus the two special tokens of the Qwen family."""
-    # transformers loads every Qwen2 model with a byte-level tokenizer, whatever was saved.
+    """One token per byte, plus Qwen's two special tokens."""
+    # transformers loads a byte-level tokenizer for every Qwen2 model, whatever was saved.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: index for index, symbol in enumerate([*alphabet, END_OF_TEXT, END_OF_TURN])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -67,7 +67,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """A Qwen2 model with random weights: 0.3 million parameters, and 128 for each token beside the bytes."""
+    """A Qwen2 model with random weights: 0.3 million parameters, plus 128 for each token besides the bytes."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
@@ -79,7 +79,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 
 def rows(chosen: list[Any], split: str, data_source: str = "chain") -> pd.DataFrame:
-    """verl's columns for a list of problems, which have a ``text`` and an ``answer``."""
+    """verl's columns for problems with a ``text`` and an ``answer``."""
     return pd.DataFrame(
         {
             "data_source": data_source,
@@ -93,7 +93,7 @@ def rows(chosen: list[Any], split: str, data_source: str = "chain") -> pd.DataFr
 
 
 def lessons(held_out: set[Problem]) -> Iterator[tuple[str, str]]:
-    """Endless problems that are not held out, and the solutions of a careless teacher."""
+    """Endless problems that are not held out, with a careless teacher's solutions."""
     rng = random.Random(SEED + 1)
     return (
         (problem.text, noisy_solution(problem, TEACHER_ERROR_RATE, rng))
@@ -103,7 +103,7 @@ def lessons(held_out: set[Problem]) -> Iterator[tuple[str, str]]:
 
 
 def collate(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels of lessons; the labels are the solution and the end of the turn."""
+    """Token ids and labels of a batch; only the solution and the end of the turn are labelled."""
     texts, solutions = zip(*batch, strict=True)
     prompts = tokenizer(list(texts)).input_ids
     answers = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(solutions)).input_ids]
@@ -124,7 +124,7 @@ def warm_start(
     steps: int = WARM_START_STEPS,
     batch_size: int = WARM_START_BATCH,
 ) -> None:
-    """Teach the form of a solution, and a careless teacher's ways, by next-token prediction."""
+    """Teach the solution format, including a careless teacher's errors, by next-token prediction."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, WARM_START_RATE, total_steps=steps)
     model.train()
@@ -148,7 +148,7 @@ def warm_start(
 
 @torch.no_grad()
 def sampled_success(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, chosen: list[Problem]) -> float:
-    """Share of problems that one sampled solution answers rightly."""
+    """Share of problems solved by one sampled solution."""
     torch.manual_seed(SEED)
     ids = torch.tensor([tokenizer(problem.text).input_ids for problem in chosen])
     output = model.generate(
@@ -159,9 +159,9 @@ def sampled_success(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast,
 
 
 def main() -> None:
-    """Fill the folder given on the command line, unless it is complete already."""
+    """Fill the folder given on the command line, unless it is already complete."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where the data set and the model go")
+    parser.add_argument("folder", type=Path, help="folder for the data set and the model")
     folder: Path = parser.parse_args().folder
     transformers_logging.disable_progress_bar()
     done = folder / "done.json"
@@ -175,7 +175,7 @@ def main() -> None:
     held_out, train = unique[:HELD_OUT_PROBLEMS], unique[HELD_OUT_PROBLEMS : HELD_OUT_PROBLEMS + TRAIN_PROBLEMS]
     rows(train, "train").to_parquet(folder / "train.parquet")
     rows(held_out, "held-out").to_parquet(folder / "held_out.parquet")
-    # One thread: the sums, and with them the model, are then the same on every run of a machine.
+    # With one thread, sums and thus the model are reproducible on a machine.
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer()

@@ -1,4 +1,4 @@
-"""verl's ``reward.custom_reward_function`` for the quickstart: 1 for the right answer, else 0."""
+"""The quickstart's ``reward.custom_reward_function`` for verl: 1 for the right answer, else 0."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from task import check
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any] | None = None, **unused: Any
 ) -> float:
-    """Score of one response.
+    """Score one response.
 
     Args:
-        data_source: which data set the problem is from; there is one.
-        solution_str: the response as text, special tokens removed.
+        data_source: unused; there is only one data set.
+        solution_str: the response as text, without special tokens.
         ground_truth: the right last digit.
         extra_info: unused.
     """

@@ -1,7 +1,7 @@
-"""The task: five operations modulo 10, one after the other, with the running value shown after each.
+"""The task: five operations modulo 10, evaluated in order, writing the running value after each.
 
-A problem reads ``3+4*2-1+5*7=`` and is worked from left to right. Its solution is the running value after every
-operation, ``7 4 3 8 6``; the last digit is the answer. Exact match on that digit is the reward.
+A problem reads ``3+4*2-1+5*7=`` and is evaluated left to right. Its solution is the running value after each
+operation, ``7 4 3 8 6``; the last digit is the answer. The reward is an exact match on that digit.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def apply(value: int, operator: str, operand: int) -> int:
 
 
 def problems(rng: random.Random) -> Iterator[Problem]:
-    """Endless problems; about 140 million differ, so that repetitions are rare but possible."""
+    """Endless problems, about 140 million of them distinct, so repeats are rare but possible."""
     while True:
         steps = tuple((rng.choice("+-*"), rng.randint(1, 9)) for _ in range(OPERATIONS))
         yield Problem(rng.randint(0, 9), steps)
 
 
 def noisy_solution(problem: Problem, error_rate: float, rng: random.Random) -> str:
-    """A solution by a careless teacher: each step goes wrong with ``error_rate``, and later steps build on it."""
+    """A careless teacher's solution: each step errs with probability ``error_rate``, and later steps build on it."""
     digits = []
     value = problem.start
     for operator, operand in problem.steps:
@@ -76,6 +76,6 @@ def noisy_solution(problem: Problem, error_rate: float, rng: random.Random) -> s
 
 
 def check(solution: str, answer: str) -> bool:
-    """Whether ``solution`` shows one digit per operation, separated by single spaces, and ends with ``answer``."""
+    """Whether ``solution`` has one digit per operation, separated by single spaces, and ends with ``answer``."""
     values = solution.split(" ")
     return len(values) == OPERATIONS and all(v in "0123456789" and len(v) == 1 for v in values) and values[-1] == answer

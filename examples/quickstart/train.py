@@ -1,4 +1,4 @@
-"""Train on the quickstart's task with verl's trainer, show one line per step, and end with a summary and a plot."""
+"""Train on the quickstart's task with verl's trainer; print one line per step, then a summary and a plot."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
         f"actor_rollout_ref.rollout.seed={args.seed}",
         f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={PROMPTS * SAMPLES}",
         "actor_rollout_ref.rollout.calculate_log_probs=True",
-        # Success is a property of the policy that is trained: sampled at its own temperature, not greedily.
+        # Measure the trained policy itself: sampled at its own temperature, not greedily.
         "actor_rollout_ref.rollout.val_kwargs.do_sample=True",
         "actor_rollout_ref.rollout.val_kwargs.temperature=1.0",
         "actor_rollout_ref.rollout.val_kwargs.top_p=1.0",
@@ -83,7 +83,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
 
 
 def environment(metrics: Path) -> dict[str, str]:
-    """Environment of the trainer and of all its processes."""
+    """Environment of the trainer and all its processes."""
     kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return {
         **kept,
@@ -93,17 +93,17 @@ def environment(metrics: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",
-        # A dozen processes share the cores; more threads in each of them only wait for one another.
+        # A dozen processes share the cores; more threads per process would only contend.
         "OMP_NUM_THREADS": "1",
         "TQ_NUM_THREADS": "1",
-        # Gibibytes that vLLM keeps for its cache; by default it takes a part of the host's memory.
+        # Size of vLLM's KV cache in GiB; the default is a share of the host's memory.
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
 
 
 def new_rows(stream: Any, rest: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows that have been completed in a growing file since the last call; ``rest`` holds an unfinished line."""
+    """Rows completed in a growing file since the last call; ``rest`` holds an unfinished line."""
     rest[0] += stream.read()
     *lines, rest[0] = rest[0].split("\n")
     for line in lines:
@@ -112,7 +112,7 @@ def new_rows(stream: Any, rest: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def show(row: dict[str, Any], steps: int, begin: float | None) -> None:
-    """Print one line about one step."""
+    """Print one line for one step."""
     step = row["step"]
     parts = [f"  step {step:>3}/{steps}"]
     if (reward := row.get(plot.REWARD)) is not None:
@@ -128,7 +128,7 @@ def show(row: dict[str, Any], steps: int, begin: float | None) -> None:
 
 
 def follow(process: subprocess.Popen[bytes], metrics: Path, steps: int) -> None:
-    """Show steps as they are logged until the trainer ends."""
+    """Print steps as they are logged, until the trainer ends."""
     begin: float | None = None
     rest = [""]
     stream = None
@@ -149,7 +149,7 @@ def follow(process: subprocess.Popen[bytes], metrics: Path, steps: int) -> None:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the trainer and let it end its Ray processes."""
+    """Stop the trainer, letting it stop its Ray processes."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         try:
@@ -160,16 +160,16 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> int:
-    """Run the trainer; its exit status is returned."""
+    """Run the trainer and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder made by prepare.py")
     parser.add_argument("--out", type=Path, required=True, help="folder of this run")
     parser.add_argument("--loss", choices=("troll", "vanilla"), required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--megatron-tp", type=int, help="train on verl's Megatron engine with so many ranks")
-    parser.add_argument("--rollout", choices=("hf", "vllm"), default="hf", help="what samples")
-    parser.add_argument("--old-policy", choices=TROLL_GROUPS, default="actor", help="what computes it")
+    parser.add_argument("--megatron-tp", type=int, help="train on verl's Megatron engine with this many ranks")
+    parser.add_argument("--rollout", choices=("hf", "vllm"), default="hf", help="rollout engine")
+    parser.add_argument("--old-policy", choices=TROLL_GROUPS, default="actor", help="what computes the old policy")
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides for verl, after --")
     args = parser.parse_args()
     args.out, args.data = args.out.resolve(), args.data.resolve()

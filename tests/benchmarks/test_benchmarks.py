@@ -170,7 +170,7 @@ def test_published_method_agrees_with_the_union_rule() -> None:
     projected = terms.projected
     assert 10 < int(projected.sum()) < 200
     # The bracket ends at eta = 100: beyond it the published method finds no feasible policy.
-    feasible = ~projected | (ours.projection.step_size > 1 / (1 + published.ETA_MOST))
+    feasible = ~projected | (ours.projection.step_size > 1 / (1 + published.ETA_MAX))
     assert feasible.float().mean() > 0.95
     # Both list the old policy's outcomes first, then those that only the new one keeps.
     torch.testing.assert_close(log_p.exp(), comparison.new_log_probs.exp(), atol=1e-5, rtol=1e-4)

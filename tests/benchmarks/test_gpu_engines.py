@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import processes
 from benchmarks.gpu import engines
-from benchmarks.gpu.engines import Clock, Results, Row
+from benchmarks.gpu.engines import Clock, EngineRow, Results
 
 
 def run(out: Path, *arguments: str, **environment: str) -> tuple[int, list[dict[str, Any]]]:
@@ -55,14 +55,14 @@ def test_what_is_not_installed_is_skipped(
 
 
 def test_a_row_says_what_failed() -> None:
-    row = Row("fsdp2", "one")
+    row = EngineRow("fsdp2", "one")
     row.check("below", 1.0, 2.0)
     assert row.status == "passed"
     row.check("not a number", float("nan"), 2.0)
     assert row.status == "failed" and row.checks["not a number"][2] is False
-    found: list[Row] = []
+    found: list[EngineRow] = []
 
-    def broken(row: Row) -> None:
+    def broken(row: EngineRow) -> None:
         raise FloatingPointError("no numbers today")
 
     engines.run_case(found.append, "fsdp2", "two", Clock(60), broken)

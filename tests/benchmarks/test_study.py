@@ -204,7 +204,7 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[StandIn]:
-    monkeypatch.setattr(pool, "Session", StandIn)
+    monkeypatch.setattr(pool, "SessionProcess", StandIn)
     monkeypatch.setattr(pool, "SCRATCH", tmp_path / "scratch")
     (tmp_path / "scratch").mkdir()
     for store in (StandIn.failing, StandIn.started, StandIn.trained):

@@ -219,7 +219,7 @@ def test_megatron_names_a_family_that_it_does_not_know(tmp_path: Path, family: s
 def test_megatron_refuses_a_scaling_of_positions_that_it_would_not_do(tmp_path: Path, batch: TensorDict) -> None:
     rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
     path = write_family(tmp_path, "qwen2", rope_parameters=rope)
-    with pytest.raises(RankFailedError, match=r"CPU mode does not have rope_parameters=.*yarn"):
+    with pytest.raises(RankFailedError, match=r"CPU mode does not support rope_parameters=.*yarn"):
         run_ranks(family_scenarios.live, 1, (Layout(path), TROLL, batch, str(tmp_path)))
 
 

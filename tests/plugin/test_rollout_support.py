@@ -59,7 +59,7 @@ def test_turns_are_placed_where_the_response_mask_is_set() -> None:
     tool = [7, 7]
     response = [*first[1].tolist(), *tool, *second[1].tolist()[:2]]
     mask = [1] * 4 + [0] * 2 + [1] * 2
-    fields = joined.place(response, mask)
+    fields = joined.to_fields(response, mask)
     counts = fields[carry.COUNTS]
     assert counts.dtype == torch.int16
     assert counts[4:6].tolist() == [0, 0]
@@ -82,7 +82,7 @@ def test_tokens_that_are_not_the_engines_are_refused(change: str) -> None:
         response = [token for place, token in enumerate([*response]) if place != 1]
         response[1] = (ids[1].item() + 1) % VOCAB
     with pytest.raises(ValueError, match="not, in order, those of the rollout engine"):
-        support_of(logits, ids).place(response, [1] * len(response))
+        support_of(logits, ids).to_fields(response, [1] * len(response))
 
 
 def test_request_needs_the_configuration_group() -> None:

@@ -12,7 +12,7 @@ import pytest
 from sglang.srt.managers.io_struct import GenerateReqInput
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-from verl_troll.plugin.rollout.sglang import RAW_LOG_PROBS, SupportReplica, SupportServer, _ObservedManager
+from verl_troll.plugin.rollout.sglang import RAW_LOG_PROBS, SglangSupportReplica, SglangSupportServer, _ObservedManager
 from verl_troll.plugin.rollout.token_support import SupportRequest, TokenSupport
 from verl_troll.plugin.settings import TrollConfigError
 
@@ -90,10 +90,10 @@ def test_other_requests_stay_as_they_are(
 def test_log_probs_before_the_temperature_are_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RAW_LOG_PROBS, value)
     with pytest.raises(TrollConfigError, match=f"{RAW_LOG_PROBS}='{value}'.*unset"):
-        asyncio.run(SupportServer.launch_server(SimpleNamespace()))  # type: ignore[arg-type]
+        asyncio.run(SglangSupportServer.launch_server(SimpleNamespace()))  # type: ignore[arg-type]
 
 
 def test_the_replica_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     # verl's loader removes the variable; restored here for the tests that follow.
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
-    assert RolloutReplicaRegistry.get("sglang") is SupportReplica
+    assert RolloutReplicaRegistry.get("sglang") is SglangSupportReplica

@@ -19,7 +19,7 @@ from tests.sglang.replica import STOCK, SUPPORT, Served, configuration
 from tests.trainer.run import ROOT, make_assets
 from verl_troll.core.support import Selection, select
 from verl_troll.core.vocab import VocabLogits
-from verl_troll.plugin.rollout.sglang import SupportReplica
+from verl_troll.plugin.rollout.sglang import SglangSupportReplica
 
 PROMPTS = [[3 + index, 40, 41 + index] for index in range(12)]
 TEMPERATURE, K, DROPPED_MASS = 0.8, 8, 1e-3
@@ -77,7 +77,7 @@ def stock(model: Path) -> dict[str, list[TokenOutput]]:
 @pytest.fixture(scope="module")
 def observed(model: Path) -> Iterator[tuple[Served, dict[str, list[TokenOutput]]]]:
     """The replica with the plugin, and its first answers."""
-    served = Served(configuration(model, *WITH_SUPPORT), SupportReplica)
+    served = Served(configuration(model, *WITH_SUPPORT), SglangSupportReplica)
     try:
         served.update(model)
         yield served, sample(served)

@@ -198,7 +198,7 @@ def test_unusable_source_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gsm8k", "--local", __file__], "is one file: say with --split which of train, test it is"),
+        (["gsm8k", "--local", __file__], "is one file: pass --split to say which of train, test it is"),
         (["math500", "--split", "train"], "math500 has no split train, only test"),
         (["gsm9k"], "invalid choice: 'gsm9k'"),
         (["gsm8k", "--limit", "0"], "must be at least 1"),

@@ -78,7 +78,7 @@ def test_hostile_answer_scores_zero_within_the_limit(name: str) -> None:
 
 def test_worker_that_was_stopped_is_gone() -> None:
     before = {child.pid for child in psutil.Process().children()}
-    pool = math.Pool(1, 2 << 30, 1.0)
+    pool = math.WorkerPool(1, 2 << 30, 1.0)
     assert pool.equal("\\boxed{7}", "\\boxed{14/2}") is True
     (worker,) = {child.pid for child in psutil.Process().children()} - before
     assert pool.equal("\\boxed{7}", ANSWERS["power tower"]) is None
@@ -102,7 +102,7 @@ def test_worker_ends_itself_when_nobody_kills_it() -> None:
 
 def test_threads_share_the_workers() -> None:
     before = len(psutil.Process().children())
-    pool = math.Pool(2, 2 << 30, 30.0)
+    pool = math.WorkerPool(2, 2 << 30, 30.0)
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(lambda n: pool.equal(f"\\boxed{{{n}}}", f"\\boxed{{{n % 10 * 2}/2}}"), range(20)))
     assert answers == [n == n % 10 for n in range(20)]

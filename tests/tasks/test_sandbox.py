@@ -172,7 +172,7 @@ def test_programs_run_at_once_up_to_the_number_of_slots(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("count", [0, 257])
 def test_impossible_number_of_slots_is_refused(count: int) -> None:
-    with pytest.raises(ValueError, match=f"slots={count}: allowed are 1 to 256"), sandbox.slot(count):
+    with pytest.raises(ValueError, match=f"slots={count}: must be 1 to 256"), sandbox.slot(count):
         pass
 
 

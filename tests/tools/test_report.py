@@ -25,7 +25,7 @@ from benchmarks.processes import run
 from verl_troll.plugin.settings import TrollConfig
 from verl_troll.tools import cli
 from verl_troll.tools.report import read, statistics, tables
-from verl_troll.tools.report.comparison import Comparison, compare, final_success
+from verl_troll.tools.report.comparison import TaskComparison, compare, final_success
 from verl_troll.tools.report.figures import PANELS, Picture, pictures, printable, rate_text
 from verl_troll.tools.report.read import ReportError, Run, Series, read_runs
 from verl_troll.tools.report.statistics import (
@@ -68,7 +68,7 @@ def logged(*steps: tuple[int, Mapping[str, Any]]) -> str:
     return "".join(json.dumps({"step": step, "data": data}) + "\n" for step, data in steps)
 
 
-def only(comparisons: Sequence[Comparison]) -> Comparison:
+def only(comparisons: Sequence[TaskComparison]) -> TaskComparison:
     """The single comparison."""
     (comparison,) = comparisons
     return comparison
@@ -367,10 +367,10 @@ class TestReading:
             (collected("union", 0, (0.1,), {"x": [1, 2]}) + "\n", r":1: metrics\['x'\] .* 1 values.*got 2 values"),
             (collected("union", 0, (0.1,), {"x": ["1.0x"]}) + "\n", r":1: metrics\['x'\] at step 0 .* got '1.0x'"),
             (collected("union", 0, (0.1,), {"step": [1.5]}) + "\n", r":1: metrics.step"),
-            (collected("", 0, (0.1,)) + "\n", r":1: run.arm must be a text, got ''"),
+            (collected("", 0, (0.1,)) + "\n", r":1: run.arm must be a string, got ''"),
             (collected("union", "0", (0.1,)) + "\n", r":1: run.seed .* got '0'"),
             (collected("union", 0, (0.1,), lr=-1) + "\n", r":1: run.lr .* got -1"),
-            (collected("union", 0, (0.1,), task=3) + "\n", r":1: run.task must be a text, got 3"),
+            (collected("union", 0, (0.1,), task=3) + "\n", r":1: run.task must be a string, got 3"),
         ],
     )
     def test_damage_elsewhere_names_file_and_line(self, tmp_path: Path, content: str, message: str) -> None:
@@ -481,7 +481,7 @@ class TestComparison:
             "none": (False, False),
         }
         assert table.rows[0][3].text == "4 / 0 / 0"
-        assert any("No correction" in note for note in table.notes)
+        assert any("no correction for multiple comparisons" in note for note in table.notes)
 
 
 def full_metrics(seed: int, bounded: bool) -> dict[str, list[float]]:
@@ -530,7 +530,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def drawn(comparison: Comparison) -> dict[str, Picture]:
+def drawn(comparison: TaskComparison) -> dict[str, Picture]:
     """Pictures by name."""
     return {picture.name: picture for group in pictures(comparison)[0].values() for picture in group}
 
@@ -668,8 +668,8 @@ class TestPage:
         assert cli.main(["report", str(file), "--out", str(out)]) == 0
         words = "".join(Page(out.read_text(encoding="utf-8")).words)
         assert "held-out success (val-core/*/mean@*)" in words
-        assert "paired differences (there is one arm)" in words
-        assert "No interval with fewer than three runs: alone." in words
+        assert "paired differences (there is only one arm)" in words
+        assert "No interval for fewer than three runs: alone." in words
         assert "1 run, 1 arm." in words
 
     def test_what_was_left_out_is_on_the_page_and_on_stderr(

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.processes import Tree
 from benchmarks.study.cells import Cell
-from benchmarks.study.pool import Session, environment
+from benchmarks.study.pool import SessionProcess, environment
 from benchmarks.study.prepare import fill
 from benchmarks.study.results import held_out_key
 from benchmarks.study.tasks import TASKS
@@ -37,11 +37,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Cell], list[dict[str, Any]]]]:
     """Trains a cell in processes that are shared by all cells of a kind, and gives one row per step."""
     scratch = tmp_path_factory.mktemp("cells")
-    sessions: dict[Any, Session] = {}
+    sessions: dict[Any, SessionProcess] = {}
 
     def run(cell: Cell) -> list[dict[str, Any]]:
         if cell.session not in sessions:
-            sessions[cell.session] = Session(cell.session, scratch / f"session-{len(sessions)}.log")
+            sessions[cell.session] = SessionProcess(cell.session, scratch / f"session-{len(sessions)}.log")
         metrics = scratch / "metrics.jsonl"
         sessions[cell.session].run(cell, tasks, metrics)
         return read(metrics)

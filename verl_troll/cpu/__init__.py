@@ -1,20 +1,19 @@
-"""CPU mode: verl's real trainer on a machine without an accelerator, for tests and for the quickstart.
+"""CPU mode: verl's real trainer without an accelerator, for tests and the quickstart.
 
-Two environment variables switch it on, in every process of a run::
+Two environment variables, set in every process of a run, enable it::
 
     VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=verl_troll.cpu
 
 verl then imports this package at the end of ``import verl``. It registers the platform ``cpu``
-(:mod:`verl_troll.cpu.platform`) and the rollout ``hf`` (:mod:`verl_troll.embedded`, which runs on accelerators too),
-and applies two patches of :mod:`verl_troll.patches.cpu`. The configuration group ``+cpu=default`` sets what verl
-needs besides.
+(:mod:`verl_troll.cpu.platform`) and the rollout ``hf`` (:mod:`verl_troll.embedded`, which also runs on accelerators),
+and applies two patches of :mod:`verl_troll.patches.cpu`. The configuration group ``+cpu=default`` sets the rest.
 
-Training engines are verl's own: ``VERL_ENGINE_DEVICE=cuda`` (verl's public override, set here unless it is set
-already) selects the engines that verl registers for ``cuda``, and those run on CPU tensors. The platform's vendor is
-``generic``, so an engine registered for ``("cuda", "generic")`` is preferred to the stock one. The Megatron engine
-needs the group ``+cpu=megatron`` instead (:mod:`verl_troll.cpu.megatron`).
+Training engines are verl's own: ``VERL_ENGINE_DEVICE=cuda`` (verl's public override, set here by default) selects the
+engines that verl registers for ``cuda``, which also run on CPU tensors. The platform's vendor is ``generic``, so an
+engine registered for ``("cuda", "generic")`` takes precedence over the stock one. The Megatron engine needs the group
+``+cpu=megatron`` instead (:mod:`verl_troll.cpu.megatron`).
 
-Without ``VERL_PLATFORM=cpu`` an import changes nothing.
+Without ``VERL_PLATFORM=cpu``, importing this package changes nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def activate() -> None:
     """Register the platform and the rollout, select verl's engines, apply the CPU patches; idempotent.
 
     Raises:
-        verl_troll.patches.registry.PatchError: the installed verl is none that the patches were written for.
+        verl_troll.patches.registry.PatchError: the patches do not support the installed verl.
     """
     from verl.plugin.platform import PlatformRegistry
 

@@ -1,6 +1,6 @@
 """Weight transfer to standalone rollout replicas through Ray's object store, for asynchronous trainers in CPU mode.
 
-verl's own transports (NCCL, NIXL, ...) need an accelerator. Switched on by
+verl's own transports (NCCL, NIXL, ...) need an accelerator. Enabled by
 ``actor_rollout_ref.rollout.checkpoint_engine.backend=ray_object_store`` and
 ``checkpoint_engine.custom_backend_module=verl_troll.cpu.checkpoint_engine``.
 """
@@ -20,7 +20,7 @@ __all__ = ["ObjectStoreCheckpointEngine"]
 
 
 class _Mailbox:
-    """Holds one set of weights until every receiver has asked for it."""
+    """Holds one set of weights until every receiver has collected it."""
 
     def __init__(self) -> None:
         self._state: asyncio.Future[dict[str, torch.Tensor]] = asyncio.get_event_loop().create_future()
@@ -34,11 +34,11 @@ class _Mailbox:
 
 @CheckpointEngineRegistry.register("ray_object_store")
 class ObjectStoreCheckpointEngine(CheckpointEngine):
-    """verl's interface between the actor's ranks and the rollout's workers, over one Ray actor per update.
+    """verl's interface between actor ranks and rollout workers, with one Ray actor per update.
 
     Args:
-        bucket_size: verl's bucket, unused: all weights travel at once.
-        is_master: whether this is the actor's rank that sends.
+        bucket_size: unused, since all weights are sent at once.
+        is_master: whether this rank of the actor sends.
     """
 
     def __init__(self, bucket_size: int, is_master: bool = False) -> None:
@@ -46,26 +46,26 @@ class ObjectStoreCheckpointEngine(CheckpointEngine):
         self.mailbox: Any = None
 
     def prepare(self) -> Any:
-        """A new mailbox from the sending rank, None from the others."""
+        """A new mailbox on the sending rank, None on the others."""
         return ray.remote(_Mailbox).options(num_cpus=0).remote() if self.is_master else None
 
     @classmethod
     def build_topology(
         cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[Any]
     ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-        """The sending rank's mailbox for everyone."""
+        """Give every rank the sending rank's mailbox."""
         return {"mailbox": [metadata[0]] * actor_wg_world_size}, {"mailbox": [metadata[0]] * rollout_world_size}
 
     def init_process_group(self, mailbox: Any) -> None:
-        """Remember the mailbox."""
+        """Store the mailbox."""
         self.mailbox = mailbox
 
     def finalize(self) -> None:
-        """Let go of the mailbox, which ends with its last handle."""
+        """Drop the mailbox; Ray ends it with its last handle."""
         self.mailbox = None
 
     async def send_weights(self, weights: Iterator[tuple[str, torch.Tensor]], global_steps: int | None = None) -> None:
-        """Every rank walks through the weights, since gathering each one is collective; the first sends them."""
+        """Send the weights from the master; every rank iterates, since gathering each weight is a collective."""
         state: dict[str, torch.Tensor] = {}
         with torch.no_grad():
             async for name, weight in ensure_async_iterator(weights):
@@ -75,6 +75,6 @@ class ObjectStoreCheckpointEngine(CheckpointEngine):
             await self.mailbox.deliver.remote(state)
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[tuple[str, torch.Tensor]]:
-        """Yield ``(name, weight)`` once the weights are there."""
+        """Yield ``(name, weight)`` once the weights have arrived."""
         for item in (await self.mailbox.collect.remote()).items():
             yield item

@@ -1,7 +1,7 @@
 """The critic in CPU mode: ``critic.fsdp._target_`` of ``+cpu=default``.
 
-verl builds a critic's settings on the driver and sends them to the worker. Both import this module to hold them, and
-the import prepares the process, so that processes without a critic pay nothing.
+verl builds the critic's settings on the driver and sends them to the worker. Both import this module for that, and the
+import applies the patch, so processes without a critic pay nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["CpuCriticEngineConfig"]
 
 @dataclass
 class CpuCriticEngineConfig(FSDPEngineConfig):
-    """verl's configuration of the FSDP engine, for a critic on the CPU.
+    """verl's FSDP engine configuration, for a critic on the CPU.
 
     Raises:
         RuntimeError: not in CPU mode.

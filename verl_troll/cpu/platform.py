@@ -1,4 +1,4 @@
-"""verl's platform interface for a machine whose only device is the CPU."""
+"""verl's platform interface for a machine without an accelerator."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["CpuPlatform"]
 
 
 class _CpuDeviceModule(ModuleType):
-    """``torch.cpu`` plus the members of ``torch.cuda`` that verl uses without asking."""
+    """``torch.cpu`` plus the members of ``torch.cuda`` that verl uses unconditionally."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
 
     def is_available(self) -> bool:
-        # verl asks this before it frees or measures accelerator memory.
+        # verl checks this before it frees or measures accelerator memory.
         return False
 
     def empty_cache(self) -> None:
@@ -38,31 +38,31 @@ class _CpuDeviceModule(ModuleType):
         """The operating system's peak cannot be reset."""
 
     def memory_allocated(self, device: Any = None) -> int:
-        """Resident memory of this process in bytes."""
+        """Resident memory of this process, in bytes."""
         return int(psutil.Process().memory_info().rss)
 
     def max_memory_allocated(self, device: Any = None) -> int:
-        """Peak resident memory of this process in bytes."""
+        """Peak resident memory of this process, in bytes."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     memory_reserved = memory_allocated
     max_memory_reserved = max_memory_allocated
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
-        """Available and total host memory in bytes."""
+        """Available and total host memory, in bytes."""
         memory = psutil.virtual_memory()
         return int(memory.available), int(memory.total)
 
     def get_device_name(self, device: Any = None) -> str:
-        """A name for throughput estimates, which verl skips for devices it does not know."""
+        """An unknown name, so verl skips throughput estimates."""
         return "CPU"
 
     def get_rng_state(self, device: Any = None) -> torch.Tensor:
-        """State of torch's one CPU generator."""
+        """State of torch's CPU generator."""
         return torch.get_rng_state()
 
     def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
-        """Set the state of torch's one CPU generator."""
+        """Set the state of torch's CPU generator."""
         torch.set_rng_state(state)
 
 
@@ -72,8 +72,8 @@ _DEVICE_MODULE = _CpuDeviceModule("verl_troll.cpu.torch_cpu")
 class CpuPlatform(PlatformBase):
     """The CPU as verl's device.
 
-    It is never detected, only chosen (``VERL_PLATFORM=cpu``). Ray counts the logical processors of a run as ``GPU``
-    because verl's scheduler counts no other resource: start Ray with ``num_gpus`` equal to the number of ranks.
+    It is never detected, only selected (``VERL_PLATFORM=cpu``). verl's scheduler counts only the Ray resource ``GPU``,
+    so start Ray with ``num_gpus`` equal to the number of ranks.
     """
 
     device_name = "cpu"

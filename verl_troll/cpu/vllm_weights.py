@@ -1,8 +1,8 @@
 """Weight updates for vLLM's CPU build.
 
-On a CPU vLLM packs the weights of linear layers for its own kernels and drops the originals, so that no weight update
-can follow. vLLM calls the function below in each of its processes, through its plugin group ``vllm.general_plugins``
-(declared in ``examples/vllm_cpu``).
+On a CPU, vLLM packs the weights of linear layers for its own kernels and drops the originals, which rules out weight
+updates. vLLM calls :func:`keep_weights_reloadable` in each of its processes, through its plugin group
+``vllm.general_plugins`` (declared in ``examples/vllm_cpu``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from verl_troll.cpu import is_active
 
 
 def keep_weights_reloadable() -> None:
-    """In CPU mode, let vLLM's linear layers use the parameters themselves; otherwise do nothing."""
+    """In CPU mode, make vLLM's linear layers use the live parameters; otherwise do nothing."""
     if is_active():
         from verl_troll.patches import registry
         from verl_troll.patches.cpu import vllm_cpu_linear
@@ -22,11 +22,11 @@ def keep_weights_reloadable() -> None:
 
 
 def linear_without_packing(layer: Any, remove_weight: bool) -> None:
-    """Stand in for vLLM's choice of a matrix product: torch's, on the live parameter.
+    """Replace vLLM's choice of a matrix product with torch's, on the live parameter.
 
     Args:
         layer: a vLLM layer with ``weight``.
-        remove_weight: vLLM's permission to drop the parameter; not made use of.
+        remove_weight: vLLM's permission to drop the parameter; ignored.
     """
     import torch
 

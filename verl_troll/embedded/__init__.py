@@ -1,11 +1,11 @@
-"""The rollout ``hf`` (:mod:`verl_troll.embedded.rollout`) on the device that verl runs on, an accelerator or the CPU.
+"""The rollout ``hf`` (:mod:`verl_troll.embedded.rollout`), on verl's device, an accelerator or the CPU.
 
-It serves tests and models of a size for which installing vLLM or SGLang does not pay. One environment variable, in
-every process of a run, makes it known::
+It is for tests and for models too small to justify installing vLLM or SGLang. One environment variable, set in every
+process of a run, registers it::
 
     VERL_USE_EXTERNAL_MODULES=verl_troll.embedded
 
-and the configuration group ``+embedded=default`` chooses it. CPU mode (:mod:`verl_troll.cpu`) has both already.
+and the configuration group ``+embedded=default`` selects it. CPU mode (:mod:`verl_troll.cpu`) does both.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def _load_replica() -> type[Any]:
 
 
 def register() -> None:
-    """Make verl know the rollout; idempotent.
+    """Register the rollout with verl; idempotent.
 
     Raises:
-        verl_troll.patches.registry.PatchError: the installed verl is none that the patch was written for.
+        verl_troll.patches.registry.PatchError: the patch does not support the installed verl.
     """
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 

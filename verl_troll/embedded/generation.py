@@ -1,6 +1,6 @@
-"""Batched sampling from a transformers model, with the log-probabilities of what was sampled.
+"""Batched sampling from a transformers model, with the log-probabilities of the sampled tokens.
 
-Knows neither verl nor Ray. Shapes: ``n`` rows still running, ``v`` vocabulary, ``t`` padded prompt length.
+Independent of verl and Ray. Shapes: ``n`` rows still running, ``v`` vocabulary size, ``t`` padded prompt length.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ LogprobsMode = Literal["processed_logprobs", "raw_logprobs"]
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to continue.
+    """One prompt to complete.
 
     Attributes:
         prompt: token ids, at least one.
-        max_tokens: largest number of tokens to add, at least one.
-        temperature: 0 takes the most probable token (top_p and top_k then have no effect).
+        max_tokens: maximum number of tokens to add, at least one.
+        temperature: 0 is greedy (top_p and top_k then have no effect).
         top_p: keep the smallest set of most probable tokens whose probability reaches this, in (0, 1].
         top_k: keep this many most probable tokens; -1 or 0 keeps all.
-        stop_ids: token ids that end the completion (they are part of it).
-        noise: entropy of this request's own random stream; equal requests with equal noise give equal completions,
+        stop_ids: token ids that end the completion (and belong to it).
+        noise: seed of this request's own random stream; equal requests with equal noise give equal completions,
             whatever else is in the batch.
     """
 
@@ -42,24 +42,24 @@ class Request:
     noise: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        for name, good, rule in (
+        for name, valid, rule in (
             ("prompt", len(self.prompt) >= 1, "at least one token"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("temperature", 0.0 <= self.temperature < float("inf"), "0 (greedy) or a positive number"),
             ("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]"),
             ("top_k", self.top_k >= -1, "-1 or 0 (no limit), or a positive number"),
         ):
-            if not good:
+            if not valid:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be {rule}")
 
 
 @dataclass
 class Completion:
-    """What was sampled for one request.
+    """The completion of one request.
 
     Attributes:
-        token_ids: the new tokens, a stop token included.
-        log_probs: natural logarithm of each token's probability (nats).
+        token_ids: the new tokens, including a stop token.
+        log_probs: log-probability of each token, in nats.
         stop_reason: ``"completed"`` (stop token), ``"length"`` (token limit) or ``"aborted"``.
     """
 
@@ -69,16 +69,16 @@ class Completion:
 
 
 def token_log_probs(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """Log-probabilities of the distribution that is sampled from.
+    """Log-probabilities of the distribution to sample from.
 
     Args:
         logits: ``[n, v]``.
-        temperature: ``[n]``; rows with 0 are left at temperature 1.
+        temperature: ``[n]``; rows with 0 use temperature 1.
         top_p: ``[n]`` in (0, 1], applied after ``top_k``.
         top_k: ``[n]``; values below 1 keep all tokens.
 
     Returns:
-        ``[n, v]`` float32, minus infinity for tokens that were cut off.
+        ``[n, v]`` float32, ``-inf`` for tokens that were cut off.
     """
     greedy = temperature == 0
     logits = logits.float() / torch.where(greedy, torch.ones_like(temperature), temperature)[:, None]
@@ -90,7 +90,7 @@ def token_log_probs(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: T
         ordered = ordered.masked_fill(torch.arange(size, device=logits.device) >= limit[:, None], float("-inf"))
         probs = ordered.softmax(-1)
         before = probs.cumsum(-1) - probs
-        # The most probable token stays even where rounding makes the mass before it positive.
+        # Always keep the most probable token, even if rounding makes the mass before it positive.
         cut = (before >= mass[:, None]) & (mass[:, None] < 1)
         cut[:, 0] = False
         logits = torch.empty_like(logits).scatter_(-1, index, ordered.masked_fill(cut, float("-inf")))
@@ -98,14 +98,14 @@ def token_log_probs(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: T
 
 
 def _choose(log_probs: Tensor, uniform: Tensor, greedy: Tensor) -> Tensor:
-    """Token of each row: the most probable where ``greedy``, else the inverse of the distribution at ``uniform``."""
+    """Token of each row: the most probable if ``greedy``, else the inverse CDF at ``uniform``."""
     cumulative = log_probs.double().exp().cumsum(-1)
     sampled = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
     return torch.where(greedy, log_probs.argmax(-1), sampled.clamp(max=log_probs.shape[-1] - 1))
 
 
 def _left_pad(prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both ``[n, t]``, prompts at the right edge."""
+    """Token ids and attention mask, both ``[n, t]``."""
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -122,14 +122,14 @@ def generate(
     logprobs_mode: LogprobsMode = "processed_logprobs",
     aborted: Callable[[], bool] = lambda: False,
 ) -> list[Completion]:
-    """Continue every request, as one padded batch with a key-value cache.
+    """Complete all requests in one padded batch with a key-value cache.
 
     Args:
         model: a transformers causal language model in evaluation mode, on any device.
         requests: may differ in every setting.
-        logprobs_mode: ``processed_logprobs`` reports the distribution that was sampled from (after temperature, top_k
-            and top_p); ``raw_logprobs`` the model's own at temperature 1.
-        aborted: asked before every token; once true, what is there is returned.
+        logprobs_mode: ``processed_logprobs`` reports the sampling distribution (after temperature, top_k and top_p);
+            ``raw_logprobs`` the model's own at temperature 1.
+        aborted: called before every token; once it returns true, partial completions are returned.
 
     Returns:
         One completion per request, in order.
@@ -148,7 +148,7 @@ def generate(
     top_k = torch.tensor([r.top_k for r in requests], device=device)
     ids, mask = (part.to(device) for part in _left_pad([r.prompt for r in requests]))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    rows = torch.arange(len(requests), device=device)  # which request each row of the running batch belongs to
+    rows = torch.arange(len(requests), device=device)  # index of the request of each running row
     cache: Any = None
     step = 0
     while len(rows) and not aborted():

@@ -1,6 +1,6 @@
-"""verl's replay buffer, asking for finished samples often enough for steps that take about a second.
+"""verl's replay buffer, polling for finished samples often enough for steps of about a second.
 
-Plugged in by ``trainer.v1.sampler.custom_sampler.path=pkg://verl_troll.embedded.replay_buffer`` and
+Enabled by ``trainer.v1.sampler.custom_sampler.path=pkg://verl_troll.embedded.replay_buffer`` and
 ``custom_sampler.name=frequent_replay_buffer``.
 """
 
@@ -13,7 +13,7 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 __all__ = ["POLL_SECONDS", "frequent_replay_buffer"]
 
 POLL_SECONDS = 0.05
-"""Pause between two looks, in seconds; verl's own default is 2."""
+"""Poll interval in seconds; verl's default is 2."""
 
 
 def frequent_replay_buffer(trainer_mode: str, **kwargs: Any) -> ReplayBuffer:

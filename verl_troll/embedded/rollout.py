@@ -1,15 +1,15 @@
-"""The rollout ``hf``: a transformers model behind verl's rollout interface, for tests and for small models.
+"""The rollout ``hf``: a transformers model behind verl's rollout interface, for tests and small models.
 
-It runs on verl's device: in CPU mode on the CPU, elsewhere (:mod:`verl_troll.embedded`) on the accelerator of the
-replica's first worker, which it shares.
+It runs on verl's device: the CPU in CPU mode, otherwise (:mod:`verl_troll.embedded`) the accelerator of the replica's
+first worker, which it shares.
 
-One Ray actor per replica (:class:`EmbeddedServer`) answers ``generate`` calls. Requests that arrive together run as
-one batch; a batch runs alone, and neither a weight update nor another batch overlaps it. The training side
-(:class:`EmbeddedRollout`) hands over the full weights after every step (verl's ``naive`` synchronisation).
+One Ray actor per replica (:class:`EmbeddedServer`) serves ``generate`` calls. Requests that arrive together run as one
+batch; batches and weight updates never overlap. The training side (:class:`EmbeddedRollout`) sends the full weights
+after every step (verl's ``naive`` synchronisation).
 
-Every request draws from its own random stream, keyed by ``rollout.seed``, the replica, the training step, the prompt
-and how often that prompt was asked since the last weight update. Arrival order and batch composition therefore do not
-change what is sampled; with several replicas, verl's routing of requests to replicas still may.
+Every request has its own random stream, keyed by ``rollout.seed``, the replica, the training step, the prompt and how
+often that prompt was requested since the last weight update. So samples do not depend on arrival order or batch
+composition; with several replicas, they may still depend on how verl routes requests.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from verl_troll.embedded.generation import Completion, LogprobsMode, Request, ge
 __all__ = ["EmbeddedReplica", "EmbeddedRollout", "EmbeddedServer", "stop_token_ids"]
 
 _QUIET_SECONDS = 0.02
-"""A batch starts when no request has arrived for this long."""
+"""A batch starts once no request has arrived for this long."""
 
 _DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 
@@ -49,7 +49,7 @@ def _server_name(replica_rank: int) -> str:
 
 
 def stop_token_ids(model_config: HFModelConfig) -> frozenset[int]:
-    """End-of-sequence tokens of the generation configuration and of the tokenizer."""
+    """End-of-sequence tokens of the generation configuration and the tokenizer."""
     found: set[int] = set()
     for owner in (model_config.generation_config, model_config.tokenizer):
         value = getattr(owner, "eos_token_id", None)
@@ -60,7 +60,7 @@ def stop_token_ids(model_config: HFModelConfig) -> frozenset[int]:
 
 @dataclass
 class _Batch:
-    """Requests that will run together; ``task`` gives their completions in order."""
+    """Requests that run together; ``task`` resolves to their completions, in order."""
 
     requests: list[Request] = field(default_factory=list)
     task: asyncio.Task[list[Completion]] | None = None
@@ -68,15 +68,15 @@ class _Batch:
 
 
 class EmbeddedServer:
-    """Serves ``generate`` for one replica; runs as a Ray actor with an event loop.
+    """Serves ``generate`` for one replica, as an asynchronous Ray actor.
 
     Args:
         config: ``actor_rollout_ref.rollout``.
         model_config: ``actor_rollout_ref.model``.
-        replica_rank: index of the replica; separates the random streams of replicas.
+        replica_rank: index of the replica; gives each replica its own random streams.
 
     Raises:
-        ValueError: a setting that this rollout does not know.
+        ValueError: this rollout does not support a setting.
     """
 
     def __init__(self, config: RolloutConfig, model_config: Any, replica_rank: int) -> None:
@@ -94,7 +94,8 @@ class EmbeddedServer:
         ):
             if value not in allowed:
                 raise ValueError(
-                    f"actor_rollout_ref.{key}={value!r} is unknown to the rollout 'hf': use one of {list(allowed)}"
+                    f"actor_rollout_ref.{key}={value!r} is not supported by the rollout 'hf': use one of "
+                    f"{list(allowed)}"
                 )
         self.logprobs_mode: LogprobsMode = config.logprobs_mode
         kwargs = {"dtype": _DTYPES[config.dtype], "trust_remote_code": model_config.trust_remote_code}
@@ -122,7 +123,7 @@ class EmbeddedServer:
         self._rejecting = False
 
     async def address(self) -> str:
-        """Address of this server's node, without a port: requests arrive through Ray."""
+        """Address of this server's node, without a port because requests arrive through Ray."""
         return str(ray.util.get_node_ip_address())
 
     async def generate(
@@ -134,16 +135,16 @@ class EmbeddedServer:
         video_data: Any = None,
         **unused: Any,
     ) -> TokenOutput:
-        """Continue one prompt.
+        """Complete one prompt.
 
         Args:
             prompt_ids: token ids of the prompt.
             sampling_params: ``temperature``, ``top_p``, ``top_k``, ``max_tokens`` (or ``max_new_tokens``),
-                ``ignore_eos``, ``logprobs``; ``repetition_penalty`` only as 1.
-            request_id: verl's name of the request.
+                ``ignore_eos``, ``logprobs``; ``repetition_penalty`` must be 1.
+            request_id: verl's request id.
 
         Raises:
-            ValueError: unknown or unsupported sampling parameter, or a prompt that leaves no room for a token.
+            ValueError: an unknown or unsupported sampling parameter, or a prompt that leaves no room for a token.
             RuntimeError: no weights have arrived yet (``rollout.load_format=dummy``).
         """
         if image_data is not None or video_data is not None:
@@ -165,7 +166,7 @@ class EmbeddedServer:
         assert batch.task is not None
         self._in_flight.add(request_id)
         try:
-            # Shielded: a cancelled request must not cancel the others of its batch.
+            # Shielded so that cancelling one request does not cancel its batch.
             completions = await asyncio.shield(batch.task)
         finally:
             self._in_flight.discard(request_id)
@@ -183,7 +184,7 @@ class EmbeddedServer:
             "repetition_penalty",
         }
         if unknown := sorted(set(params) - known):
-            raise ValueError(f"sampling parameters {unknown} are unknown to the rollout 'hf': it takes {sorted(known)}")
+            raise ValueError(f"the rollout 'hf' does not know the sampling parameters {unknown}, only {sorted(known)}")
         penalty = params.get("repetition_penalty", self.config.repetition_penalty)
         if penalty != 1.0:
             raise ValueError(f"repetition_penalty={penalty!r}: the rollout 'hf' supports only 1.0")
@@ -220,7 +221,7 @@ class EmbeddedServer:
             batch.arrived.clear()
             await asyncio.sleep(_QUIET_SECONDS)
         async with self._model_lock:
-            # Until the lock is free the batch keeps growing: its requests would have to wait anyway.
+            # The batch grows while it waits for the lock; its requests would have to wait anyway.
             if self._open is batch:
                 self._open = None
             return await asyncio.to_thread(generate, self.model, batch.requests, self.logprobs_mode, self._abort.is_set)
@@ -235,11 +236,11 @@ class EmbeddedServer:
         )
 
     async def update_weights(self, state: dict[str, torch.Tensor], global_steps: int | None) -> None:
-        """Replace all weights, after the batch that is running.
+        """Replace all weights, after the running batch.
 
         Args:
-            state: every parameter by its transformers name; tied ones may be given once.
-            global_steps: training step that the weights belong to.
+            state: every parameter by its transformers name; tied parameters may be given once.
+            global_steps: training step of the weights.
 
         Raises:
             ValueError: a parameter is missing or unknown.
@@ -247,7 +248,7 @@ class EmbeddedServer:
         async with self._model_lock:
             missing, unexpected = self.model.load_state_dict(state, strict=False)
             self.model.tie_weights()
-            # Tied parameters share storage, and only their first name has to be there.
+            # Tied parameters share storage; one of their names is enough.
             given = {self.model.get_parameter(name).data_ptr() for name in state if name not in unexpected}
             parameters = dict(self.model.named_parameters(remove_duplicate=False))
             missing = [name for name in missing if name in parameters and parameters[name].data_ptr() not in given]
@@ -259,22 +260,22 @@ class EmbeddedServer:
             self._asked.clear()
 
     async def abort_all_requests(self, reject_request: bool = False) -> dict[str, Any]:
-        """End running requests with what they have and hold new ones back until :meth:`resume_generation`.
+        """Abort running requests, returning their tokens so far; hold new ones until :meth:`resume_generation`.
 
         Args:
-            reject_request: answer new requests as aborted instead of holding them back.
+            reject_request: return new requests as aborted instead of holding them.
 
         Returns:
-            ``aborted_count`` and ``request_ids`` of the requests that were ended.
+            ``aborted_count`` and ``request_ids`` of the aborted requests.
         """
         self._rejecting = reject_request
         self._admitted.clear()
         self._abort.set()
-        ended = sorted(self._in_flight)
+        aborted = sorted(self._in_flight)
         async with self._model_lock:
-            # Taken only to wait for the running batch.
+            # Only waits for the running batch.
             pass
-        return {"aborted_count": len(ended), "request_ids": ended}
+        return {"aborted_count": len(aborted), "request_ids": aborted}
 
     async def resume_generation(self) -> None:
         """Admit requests again."""
@@ -305,17 +306,17 @@ class EmbeddedServer:
 
 
 class EmbeddedReplica(RolloutReplica):
-    """verl's handle on one :class:`EmbeddedServer`, on the node of the replica's first worker."""
+    """verl's handle to one :class:`EmbeddedServer`, on the node of the replica's first worker."""
 
     async def launch_servers(self) -> None:
         """Start the server.
 
         Raises:
-            NotImplementedError: the replica serves another model than the policy that is trained in this run.
+            NotImplementedError: the replica serves another model than the policy.
         """
         if self.rollout_mode is RolloutMode.COLOCATED or self.is_reward_model or self.is_teacher_model:
             raise NotImplementedError(
-                f"rollout mode {self.rollout_mode}: the rollout 'hf' serves only the policy that is trained. "
+                f"rollout mode {self.rollout_mode}: the rollout 'hf' serves only the trained policy. "
                 "Use another rollout for reward and teacher models."
             )
         first = self.workers[0].__ray_call__
@@ -323,7 +324,7 @@ class EmbeddedReplica(RolloutReplica):
         platform = get_platform()
         options: dict[str, Any] = {}
         if platform.device_name != "cpu":
-            # The server claims no accelerator, and Ray would hide them all from it.
+            # The server requests no accelerator, so Ray would hide them all from it.
             held = await first.remote(lambda self: ray.get_runtime_context().get_accelerator_ids())
             variables = dict.fromkeys(platform.ray_noset_envvars(), "1")
             variables[platform.visible_devices_envvar()] = held[platform.ray_resource_name()][0]
@@ -341,7 +342,7 @@ class EmbeddedReplica(RolloutReplica):
         )
         self.servers = [server]
         self._server_handle = server
-        # verl's load balancer tells servers apart by this string.
+        # verl's load balancer identifies servers by this string.
         self._server_address = f"{await server.address.remote()}:{self.replica_rank}"
 
 
@@ -351,8 +352,8 @@ class EmbeddedRollout(BaseRollout):
     Args:
         config: ``actor_rollout_ref.rollout``.
         model_config: ``actor_rollout_ref.model``.
-        device_mesh: verl's rollout mesh; unused, the ranks of a replica share one server.
-        replica_rank: index of the replica, -1 to derive it from ``RANK``.
+        device_mesh: unused, since the ranks of a replica share one server.
+        replica_rank: index of the replica; -1 derives it from ``RANK``.
     """
 
     def __init__(
@@ -382,13 +383,13 @@ class EmbeddedRollout(BaseRollout):
         peft_config: Any = None,
         **unused: Any,
     ) -> None:
-        """Send all weights to the server; every rank has to take part, the replica's first one sends.
+        """Send all weights to the server. Every rank must take part; the replica's first rank sends.
 
         Args:
             weights: ``(name, tensor)`` pairs of the full model.
-            global_steps: training step that the weights belong to.
-            wire_format: only ``"named_tensors"``.
-            peft_config: of an unmerged adapter, which this rollout does not serve.
+            global_steps: training step of the weights.
+            wire_format: must be ``"named_tensors"``.
+            peft_config: must be None; unmerged adapters are not supported.
 
         Raises:
             NotImplementedError: another wire format, or an unmerged adapter.
@@ -404,7 +405,7 @@ class EmbeddedRollout(BaseRollout):
             )
         state: dict[str, torch.Tensor] = {}
         with torch.no_grad():
-            # Every rank walks through the weights, since gathering each one is a collective operation.
+            # Every rank iterates over all weights, since gathering each one is a collective.
             async for name, weight in ensure_async_iterator(weights):
                 if self.is_leader_rank:
                     # Copied: verl restores merged adapters once the iteration ends.

@@ -1,1 +1,1 @@
-"""Data sets in verl's format: ``python -m verl_troll.tasks gsm8k --out DIR``."""
+"""Writes data sets in verl's format: ``python -m verl_troll.tasks gsm8k --out DIR``."""

@@ -19,7 +19,7 @@ def _positive(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the files of one data set and return the exit status."""
+    """Write one data set and return the exit status."""
     listed = "\n".join(f"  {name:<15} {task.about} ({', '.join(task.sources)})" for name, task in TASKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m verl_troll.tasks",
@@ -29,16 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("task", choices=TASKS, metavar="TASK", help="one of the tasks below")
     parser.add_argument("--out", type=Path, required=True, help="folder for train.parquet and test.parquet")
-    parser.add_argument("--local", type=Path, help="file or folder in the hub's format (parquet, jsonl), not the hub")
-    parser.add_argument("--split", choices=("train", "test"), help="only this split; a single --local file needs it")
-    parser.add_argument("--limit", type=_positive, help="most rows per split")
+    parser.add_argument("--local", type=Path, help="read a local file or folder in the hub's format (parquet, jsonl)")
+    parser.add_argument(
+        "--split", choices=("train", "test"), help="only this split; required if --local is a single file"
+    )
+    parser.add_argument("--limit", type=_positive, help="maximum rows per split")
     given = parser.parse_args(arguments)
     task = TASKS[given.task]
     splits = [given.split] if given.split else list(task.sources)
     if not set(splits) <= task.sources.keys():
         parser.error(f"{given.task} has no split {given.split}, only {', '.join(task.sources)}")
     if given.local and given.local.is_file() and len(splits) > 1:
-        parser.error(f"--local {given.local} is one file: say with --split which of {', '.join(splits)} it is")
+        parser.error(f"--local {given.local} is one file: pass --split to say which of {', '.join(splits)} it is")
     try:
         for split in splits:
             written = prepare(given.task, task, split, given.out, local=given.local, limit=given.limit)

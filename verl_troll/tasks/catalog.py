@@ -1,7 +1,7 @@
-"""Which data sets there are, where their files are, and how their rows become verl's.
+"""The available data sets, where their files are, and how their rows are converted to verl's.
 
-A row of verl has ``data_source``, ``prompt`` (a list of messages), ``ability``, ``reward_model`` (``style``,
-``ground_truth``) and ``extra_info`` (``split``, ``index`` and what the source has to say about itself).
+A verl row has ``data_source``, ``prompt`` (a list of messages), ``ability``, ``reward_model`` (``style``,
+``ground_truth``) and ``extra_info`` (``split``, ``index`` and metadata of the source).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BOXED_INSTRUCTION = "Please reason step by step, and put your final answer withi
 
 
 class UnusableRowError(ValueError):
-    """A row of the source that no reward can be computed for; it is left out and counted."""
+    """A source row that no reward can score; it is left out and counted."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Source:
 
     Attributes:
         hub: name on the hub.
-        config: of the data set on the hub.
-        split: on the hub.
-        names: patterns (glob) for files in a local folder, in order of preference; searched in all subfolders.
-        avoid: folders whose files are other variants.
+        config: the data set's configuration on the hub.
+        split: split on the hub.
+        names: glob patterns for files in a local folder and its subfolders, in order of preference.
+        avoid: folders with other variants, which are skipped.
     """
 
     hub: str
@@ -47,10 +47,10 @@ class Task:
 
     Attributes:
         about: one line for the help text.
-        sources: by the split that is written.
-        columns: that the source must have; of several in a tuple, one.
-        convert: a row of the source, without ``extra_info.split`` and ``extra_info.index``; None leaves it out.
-        unique: repeated prompts are written once.
+        sources: by the split to write.
+        columns: columns that the source must have; one of each tuple.
+        convert: converts a source row, without ``extra_info.split`` and ``extra_info.index``; None leaves it out.
+        unique: write repeated prompts once.
     """
 
     about: str
@@ -77,7 +77,7 @@ def _user(text: str) -> list[Row]:
 
 
 def gsm8k(row: Row) -> Row:
-    """``answer`` is a solution whose last line is ``#### 1,234``."""
+    """The source's ``answer`` is a solution whose last line is ``#### 1,234``."""
     _, mark, answer = row["answer"].rpartition("####")
     if not mark:
         raise UnusableRowError("the answer has no ####")
@@ -86,7 +86,7 @@ def gsm8k(row: Row) -> Row:
 
 
 def ready_made(ability: str) -> Callable[[Row], Row | None]:
-    """For sources that have verl's columns already; rows of other abilities are left out."""
+    """For sources that already have verl's columns; rows of other abilities are left out."""
 
     def convert(row: Row) -> Row | None:
         if row["ability"].lower() != ability:
@@ -105,7 +105,7 @@ def ready_made(ability: str) -> Callable[[Row], Row | None]:
 
 
 def problem_and_answer(data_source: str) -> Callable[[Row], Row]:
-    """For suites of problems with a short answer."""
+    """For suites of problems with short answers."""
 
     def convert(row: Row) -> Row:
         problem = row.get("problem") or row.get("question")

@@ -20,7 +20,7 @@ LOADERS = {".parquet": "parquet", ".jsonl": "json"}
 
 
 class TaskError(Exception):
-    """Something that the user can mend; the message says what."""
+    """An error that the user can fix; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Written:
     """One file.
 
     Attributes:
-        rows: how many it has.
-        left_out: why rows of the source are missing from it, and how many.
+        rows: number of rows.
+        left_out: number of source rows left out, by reason.
     """
 
     path: Path
@@ -41,7 +41,7 @@ def local_files(path: Path, source: Source, split: str) -> list[Path]:
     """The files of one split in a folder, or the file itself.
 
     Raises:
-        TaskError: there are none, or they are of an unknown kind.
+        TaskError: there are none, or their format is not supported.
     """
     if path.is_file():
         files = [path]
@@ -63,10 +63,10 @@ def local_files(path: Path, source: Source, split: str) -> list[Path]:
 
 
 def load(source: Source, split: str, local: Path | None) -> Dataset:
-    """One split as the source has it.
+    """Load one split, unconverted.
 
     Raises:
-        TaskError: it cannot be found, reached or read.
+        TaskError: it cannot be found, downloaded or read.
     """
     try:
         import datasets
@@ -86,10 +86,10 @@ def load(source: Source, split: str, local: Path | None) -> Dataset:
 
 
 def check_columns(dataset: Dataset, task: Task, where: str) -> None:
-    """Refuse a source without the columns that the task reads.
+    """Check that the source has the task's columns.
 
     Raises:
-        TaskError: names the missing columns and those that are there.
+        TaskError: names the missing and the available columns.
     """
     found = set(dataset.column_names)
     missing = [" or ".join(names) for names in task.columns if not found & set(names)]
@@ -98,7 +98,7 @@ def check_columns(dataset: Dataset, task: Task, where: str) -> None:
 
 
 def rows(dataset: Dataset, task: Task, split: str, left_out: Counter[str], limit: int | None) -> Iterator[Row]:
-    """Rows for verl, numbered from 0 in the order of the source, whatever the limit."""
+    """verl's rows, numbered from 0 in source order."""
     seen: set[str] = set()
     index = 0
     for source_row in dataset:
@@ -129,15 +129,15 @@ def rows(dataset: Dataset, task: Task, split: str, left_out: Counter[str], limit
 
 
 def prepare(name: str, task: Task, split: str, out: Path, *, local: Path | None, limit: int | None) -> Written:
-    """Write ``out/<split>.parquet``; an interrupted run leaves an older file as it was.
+    """Write ``out/<split>.parquet``; an interrupted run leaves an older file unchanged.
 
     Args:
-        name: of the task.
-        local: a file or folder in the format that the data set has on the hub; None loads from the hub.
-        limit: most rows, None for all.
+        name: name of the task.
+        local: a file or folder in the data set's hub format; None loads from the hub.
+        limit: maximum number of rows, None for all.
 
     Raises:
-        TaskError: the source cannot be read or is not what the task expects, or no row is left.
+        TaskError: the source cannot be read, is not what the task expects, or has no usable row.
     """
     import pyarrow
     from pyarrow import parquet

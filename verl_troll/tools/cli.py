@@ -16,10 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="verl-troll", description="TROLL for verl")
     parser.add_argument("--version", action="version", version=f"verl_troll {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="say what is installed, registered and patched on this host, and what is wrong")
-    plan_help = "say what TROLL adds per GPU and per step at a scale that is not at hand, beside vanilla's clipping"
+    commands.add_parser("doctor", help="show what is installed, registered and patched on this host, and what is wrong")
+    plan_help = "predict what TROLL adds per GPU and per step at any scale, compared with vanilla clipping"
     plan.add_options(commands.add_parser("plan", help=plan_help, description=plan_help))
-    report_help = "compare runs by arm, with intervals over seeds, on one page of HTML"
+    report_help = "compare runs by arm, with intervals over seeds, on one HTML page"
     report.add_options(commands.add_parser("report", help=report_help, description=report_help))
     options = parser.parse_args(arguments)
     if options.command == "plan":

@@ -1,7 +1,7 @@
-"""``verl-troll doctor``: what is installed, registered and patched on this host, and what to do where it is wrong.
+"""``verl-troll doctor``: shows what is installed, registered and patched on this host, and how to fix problems.
 
-Needs torch alone. What needs verl runs in a process of its own (:mod:`verl_troll.plugin.inspection`), so that a plugin
-that cannot be imported is reported as it would fail in a run.
+It only needs torch. Checks that need verl run in a separate process (:mod:`verl_troll.plugin.inspection`), so a plugin
+that cannot be imported is reported with the error that a run would give.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _version(distribution: str) -> str | None:
 
 
 class _Report:
-    """Prints findings as they come and remembers whether one was bad."""
+    """Prints findings and counts the failures."""
 
     def __init__(self) -> None:
         self.failures = 0
@@ -44,14 +44,14 @@ class _Report:
     def good(self, text: str) -> None:
         print(f"  ok    {text}")
 
-    def bad(self, text: str, mend: str) -> None:
+    def bad(self, text: str, hint: str) -> None:
         self.failures += 1
         print(f"  FAIL  {text}")
-        print(f"        -> {mend}")
+        print(f"        -> {hint}")
 
 
 def run() -> int:
-    """Print the report; 0 where TROLL would run on this host, 1 where something needs mending."""
+    """Print the report. Return 0 if TROLL would run on this host, 1 if something needs fixing."""
     report = _Report()
     print(f"verl_troll {__version__} on Python {platform.python_version()}")
     print("Versions")
@@ -94,7 +94,7 @@ def _check_verl(report: _Report, version: str) -> None:
     else:
         report.bad(
             f"verl {version} is outside the tested range {TESTED_VERL}",
-            f"pip install 'verl=={VERL}', or set {OVERRIDE_VARIABLE}=1 to go on at your own risk",
+            f"pip install 'verl=={VERL}', or set {OVERRIDE_VARIABLE}=1 to continue at your own risk",
         )
 
 
@@ -111,7 +111,7 @@ def _inspect(report: _Report) -> dict[str, Any] | None:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         report.bad(
             f"the plugin does not load: {lines[-1] if lines else f'exit status {done.returncode}'}",
-            "mend it; 'python -m verl_troll.plugin.inspection' shows all of it. A run fails in the same way",
+            "fix this error, a run would fail on it too; 'python -m verl_troll.plugin.inspection' shows the traceback",
         )
         return None
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -121,7 +121,7 @@ def _inspect(report: _Report) -> dict[str, Any] | None:
 def _report_facts(report: _Report, facts: dict[str, Any]) -> None:
     report.good(f"platform {facts['platform']}, device {facts['device']}, vendor {facts['vendor']}")
     if not facts["available"]:
-        report.note("no such device here: right on a head node; for CPU mode set")
+        report.note("no such device here: expected on a head node; for CPU mode set")
         report.note("VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=verl_troll.cpu")
     report.good(f"policy loss 'troll' is {facts['policy_loss']}")
     for backend, chosen in facts["engines"].items():
@@ -129,12 +129,12 @@ def _report_facts(report: _Report, facts: dict[str, Any]) -> None:
             report.good(f"engine {backend}: {chosen['name']}, registered for {_listed(chosen['registered'])}")
         else:
             report.bad(
-                f"engine {backend}: verl would use {chosen['name']}; TROLL's is registered for "
+                f"engine {backend}: verl would use {chosen['name']}, but TROLL's is registered for "
                 f"{_listed(chosen['registered'])}",
                 "set VERL_ENGINE_DEVICE and VERL_ENGINE_VENDOR to one of these, or report your device",
             )
     for backend, needs in facts["missing_engines"].items():
-        report.note(f"engine {backend}: not here, verl's own needs {needs}")
+        report.note(f"engine {backend}: not available, verl's needs {needs}")
     if facts["config_error"] is None:
         report.good("configuration: 'hydra.searchpath=[pkg://verl_troll.configs]' +troll=default builds")
     else:
@@ -144,7 +144,7 @@ def _report_facts(report: _Report, facts: dict[str, Any]) -> None:
         )
     for patch in facts["patches"]:
         report.good(f"patch {patch['name']} on {patch['host']}: {patch['why']}")
-        report.note(f"unnecessary once: {patch['upstream']}")
+        report.note(f"no longer needed once: {patch['upstream']}")
 
 
 def _listed(pairs: Iterable[Iterable[str]]) -> str:

@@ -8,4 +8,4 @@ from benchmarks.study.tasks.task import Problem, Task
 __all__ = ["TASKS", "Problem", "Task"]
 
 TASKS: dict[str, Task] = {task.name: task for task in (chain.TASK, add.TASK, words.TASK, programs.TASK, residues.TASK)}
-"""By name."""
+"""The tasks by name."""

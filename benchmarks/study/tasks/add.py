@@ -1,6 +1,6 @@
-"""Addition of three-digit numbers; the sum is written from its last digit to its first.
+"""Addition of three-digit numbers, with the sum written last digit first.
 
-``257+386=`` has the answer ``346``. Each digit needs the carry of those before it, which is nowhere written down.
+``257+386=`` has the answer ``346``. Each digit needs the carry from the previous ones, which is never written down.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class Sum:
 
     @property
     def answer(self) -> str:
-        """The digits of the sum, the last one first."""
+        """The digits of the sum, last one first."""
         return str(self.first + self.second)[::-1]
 
 
 def problems(rng: random.Random) -> Iterator[Sum]:
-    """Endless problems; 810000 differ."""
+    """Endless problems, 810000 of them distinct."""
     while True:
         yield Sum(rng.randint(100, 999), rng.randint(100, 999))
 
 
 def solution(problem: Sum, error_rate: float, rng: random.Random) -> str:
-    """A sum by a teacher who forgets each carry at ``error_rate``."""
+    """A sum by a teacher who forgets each carry with probability ``error_rate``."""
     digits, carry = "", 0
     for power in (1, 10, 100):
         total = problem.first // power % 10 + problem.second // power % 10 + carry

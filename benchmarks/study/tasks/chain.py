@@ -1,4 +1,4 @@
-"""The quickstart's task: five operations modulo 10, with the running value shown after each."""
+"""The quickstart's task: five operations modulo 10, writing the running value after each."""
 
 from __future__ import annotations
 

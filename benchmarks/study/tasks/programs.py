@@ -1,8 +1,8 @@
-"""Programs that compute an unknown function, of which four values are shown.
+"""Programs for an unknown function, given four of its values.
 
 ``0 1 , 2 5 , 3 7 , 7 15`` shows that 0 gives 1, 2 gives 5 and so on; ``x 2 * 1 +``, ``1 x x + +`` and others are right.
-A program is in postfix notation: ``x`` and the numbers 1 to 6 are put on a stack, an operator takes two values from it
-and puts one back. It is right if it computes all of ``INPUTS``, those that were shown and those that were not.
+Programs are in postfix notation: ``x`` and the numbers 1 to 6 are pushed on a stack, an operator pops two values and
+pushes one. A program is right if it is correct on all ``INPUTS``, shown or not.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from benchmarks.study.tasks.task import Task
 
 INPUTS = range(16)
-"""Inputs for which a program must be right."""
+"""Inputs on which a program must be right."""
 
 SHOWN_FROM, SHOWN = 8, 4
-"""So many inputs are shown, of the first ones."""
+"""``SHOWN`` of the first ``SHOWN_FROM`` inputs are shown."""
 
 LARGEST_SHOWN = 100
-"""Functions with a larger absolute value among the inputs that may be shown are left out."""
+"""Functions whose values on the first ``SHOWN_FROM`` inputs reach this in magnitude are left out."""
 
 LONGEST = 11
-"""Tokens of a program."""
+"""Maximum tokens of a program."""
 
 LARGEST = 10**6
-"""Absolute value at which a program stops."""
+"""A program fails if a value exceeds this in magnitude."""
 
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": lambda first, second: first + second,
@@ -44,7 +44,7 @@ class Function:
 
     Attributes:
         program: one right program.
-        shown: inputs whose values are shown.
+        shown: the shown inputs.
     """
 
     program: tuple[str, ...]
@@ -57,12 +57,12 @@ class Function:
 
     @property
     def answer(self) -> str:
-        """The values for all ``INPUTS``."""
+        """The values on all ``INPUTS``."""
         return " ".join(str(run(self.program, value)) for value in INPUTS)
 
 
 def run(program: tuple[str, ...], x: int) -> int | None:
-    """What a program computes, or None if it is none, is too long, or meets a value that is too large."""
+    """A program's result; None if the program is invalid or too long, or a value is too large."""
     if len(program) > LONGEST:
         return None
     stack: list[int] = []
@@ -91,7 +91,7 @@ def _program(rng: random.Random) -> tuple[str, ...]:
 
 
 def problems(rng: random.Random) -> Iterator[Function]:
-    """Endless problems; the functions are not constant and take two operations."""
+    """Endless problems; the functions take two operations and have at least four distinct values."""
     while True:
         program = _program(rng)
         values = [run(program, value) for value in range(SHOWN_FROM)]
@@ -100,7 +100,7 @@ def problems(rng: random.Random) -> Iterator[Function]:
 
 
 def solution(problem: Function, error_rate: float, rng: random.Random) -> str:
-    """A right program in which each number and operator is another one at ``error_rate``."""
+    """A right program in which each number and operator is replaced with probability ``error_rate``."""
     written = ""
     for token in problem.program:
         if token != "x" and rng.random() < error_rate:

@@ -1,4 +1,4 @@
-"""The modules of ``examples/quickstart``, which are scripts in a folder and not a package."""
+"""Imports modules of ``examples/quickstart``, which is a folder of scripts, not a package."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Three numbers of a residue class: right answers by the hundred, more than a short list of likely ids can hold.
+"""Three numbers of a residue class: hundreds of right answers, more than a short list of likely ids can hold.
 
-``45 is 3 mod 7`` asks for three different numbers below 2048, other than 45, that leave 3 when divided by 7, for
+``45 is 3 mod 7`` asks for three distinct numbers below 2048, other than 45, that leave 3 when divided by 7, for
 example ``10 703 1977``. Every number is one token.
 """
 
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from benchmarks.study.tasks.task import Task
 
 LIMIT = 2048
-"""Numbers are smaller than this."""
+"""Numbers are below this."""
 
 DIVISORS = (3, 4, 5, 6, 8, 10, 12)
-"""Those of 120: classes that belong together are learned sooner."""
+"""Divisors of 120, since related classes are learned sooner."""
 
 ANSWERS = 3
-"""Numbers of a right response."""
+"""Numbers in a right response."""
 
 _VALUES = {str(number): number for number in range(LIMIT)}
 
@@ -43,13 +43,13 @@ class Class:
 
 
 def problems(rng: random.Random) -> Iterator[Class]:
-    """Endless problems; 14336 differ, in 48 classes."""
+    """Endless problems, 14336 of them distinct, in 48 classes."""
     while True:
         yield Class(rng.randrange(LIMIT), rng.choice(DIVISORS))
 
 
 def solution(problem: Class, error_rate: float, rng: random.Random) -> str:
-    """Three numbers, each of which is any number at all at ``error_rate``."""
+    """Three numbers of the class, each replaced by a random number with probability ``error_rate``."""
     remainder = problem.example % problem.divisor
     members = [number for number in range(remainder, LIMIT, problem.divisor) if number != problem.example]
     chosen = rng.sample(members, ANSWERS)
@@ -57,7 +57,7 @@ def solution(problem: Class, error_rate: float, rng: random.Random) -> str:
 
 
 def check(response: str, answer: str) -> bool:
-    """Whether the response is three different numbers of the class, none of them the example."""
+    """Whether the response is three distinct numbers of the class, without the example."""
     example, divisor = map(int, answer.split())
     numbers = [_VALUES.get(word) for word in response.split(" ")]
     return (

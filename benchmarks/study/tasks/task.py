@@ -1,4 +1,4 @@
-"""What a task of the study consists of."""
+"""The definition of a study task."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Task:
 
     Attributes:
         name: verl's ``data_source``.
-        problems: endless problems, by a random generator.
-        solution: ``(problem, error_rate, rng)``: a solution by a teacher who is careless at this rate, and right at 0.
-        check: ``(response, answer)``: whether a response, without white space at its ends, is right.
-        error_rate: of the teacher whom the warm start imitates.
-        prompt_length: most tokens of a prompt.
-        response_length: most tokens of a response, the end of the turn included.
-        words: strings that are one token each, beside the bytes.
-        warm_start_steps: batches of the warm start.
+        problems: ``(rng)``: endless problems.
+        solution: ``(problem, error_rate, rng)``: a solution by a teacher with this error rate, right at 0.
+        check: ``(response, answer)``: whether a stripped response is right.
+        error_rate: error rate of the teacher that the warm start imitates.
+        prompt_length: maximum tokens of a prompt.
+        response_length: maximum tokens of a response, including the end of the turn.
+        words: strings that are one token each, besides the bytes.
+        warm_start_steps: number of warm-start batches.
         warm_start_batch: solutions per batch.
     """
 

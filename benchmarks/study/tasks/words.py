@@ -21,7 +21,7 @@ LIMIT = 40
 """Largest number."""
 
 IRRELEVANT = 0.5
-"""Share of stories in which somebody else has something, too."""
+"""Share of stories in which a third person also has something."""
 
 NAMES = ("ann", "bob", "eve", "ian", "kim", "leo", "sue", "tom")
 THINGS = ("apples", "balls", "books", "cards", "coins", "nuts", "pens", "shells")
@@ -32,7 +32,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "*": ("{name} doubles them .",),
     "/": ("{name} keeps half of them .", "{name} shares them with {other} ."),
 }
-"""What is told, by what is done to the number; ``*`` and ``/`` are by 2."""
+"""Event templates by operation; ``*`` and ``/`` are by 2."""
 
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": lambda value, number: value + number,
@@ -51,7 +51,7 @@ class Story:
 
     Attributes:
         text: the problem as the model sees it.
-        start: the number at first.
+        start: the initial number.
         steps: ``(operation, number)`` of each event.
     """
 
@@ -61,7 +61,7 @@ class Story:
 
     @property
     def answer(self) -> str:
-        """The number in the end."""
+        """The final number."""
         value = self.start
         for operation, number in self.steps:
             value = _OPERATIONS[operation](value, number)
@@ -90,13 +90,13 @@ def _story(rng: random.Random) -> Story:
 
 
 def problems(rng: random.Random) -> Iterator[Story]:
-    """Endless problems, hardly any of them twice."""
+    """Endless problems, with hardly any repeats."""
     while True:
         yield _story(rng)
 
 
 def solution(problem: Story, error_rate: float, rng: random.Random) -> str:
-    """The steps by a teacher who misunderstands each event at ``error_rate``; later steps build on it."""
+    """Steps by a teacher who misreads each event with probability ``error_rate``; later steps build on the errors."""
     value, written = problem.start, ""
     for operation, number in problem.steps:
         if rng.random() < error_rate:
@@ -107,7 +107,7 @@ def solution(problem: Story, error_rate: float, rng: random.Random) -> str:
 
 
 def check(response: str, answer: str) -> bool:
-    """Whether the response has the form of three steps, and the last one ends with the answer."""
+    """Whether the response is three well-formed steps that end with the answer."""
     return bool(_SOLUTION.fullmatch(response + " ")) and response.rpartition(" ")[2] == answer
 
 

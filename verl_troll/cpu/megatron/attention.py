@@ -1,4 +1,4 @@
-"""Causal attention in plain torch, the stand-in for TransformerEngine's ``TEDotProductAttention``.
+"""Causal attention in plain torch, replacing TransformerEngine's ``TEDotProductAttention``.
 
 Shapes: ``s`` tokens of one sequence on this rank, ``b`` sequences, ``t`` tokens of all packed sequences on this rank,
 ``h`` query heads and ``g`` key heads on this rank, ``d`` head size.
@@ -22,17 +22,17 @@ __all__ = ["CausalAttention"]
 
 
 class CausalAttention(MegatronModule):
-    """Megatron's core attention for padded (bshd) and packed (thd) input, with context parallelism for both.
+    """Megatron's core attention for padded (bshd) and packed (thd) input, both with context parallelism.
 
-    Under context parallelism every rank gathers the keys and values of whole sequences; TransformerEngine would pass
-    them round a ring. Padding needs no mask: verl puts it behind each sequence, where no token looks.
+    Under context parallelism every rank gathers the keys and values of whole sequences, where TransformerEngine would
+    use a ring. Padding needs no mask: verl pads on the right, which causal attention never sees.
 
     Args:
-        config: attention dropout, sliding windows and softmax offsets are refused.
-        softmax_scale: ``1 / sqrt(d)`` unless given.
+        config: must have no attention dropout, sliding window or softmax offset.
+        softmax_scale: default ``1 / sqrt(d)``.
 
     Raises:
-        NotImplementedError: an attention that this is not.
+        NotImplementedError: the model needs another kind of attention.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class CausalAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        for name, good in (
+        for name, supported in (
             ("attention_dropout", not dropout),
             ("window_size", config.window_size is None),
             ("softmax_type", config.softmax_type == "vanilla"),
             ("attention_type", attention_type == "self"),
             ("attn_mask_type", attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)),
         ):
-            if not good:
-                raise NotImplementedError(f"Megatron's CPU mode has causal self-attention only: {name} is set")
+            if not supported:
+                raise NotImplementedError(f"Megatron's CPU mode has only plain causal self-attention: {name} is set")
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -69,14 +69,14 @@ class CausalAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Attention of this rank's tokens; under context parallelism two collectives per call or packed sequence.
+        """Attention of this rank's tokens; context parallelism adds two collectives per call or packed sequence.
 
         Args:
             query: ``[s, b, h, d]``, or ``[t, h, d]`` with ``packed_seq_params``.
             key: like ``query``, with ``g`` heads.
             value: like ``key``.
             attention_mask: unused.
-            packed_seq_params: Megatron's bounds of the packed sequences.
+            packed_seq_params: Megatron's boundaries of the packed sequences.
 
         Returns:
             ``[s, b, h * d]`` or ``[t, h * d]``.
@@ -90,17 +90,17 @@ class CausalAttention(MegatronModule):
         return torch.cat([self._attend(*sequence).squeeze(1) for sequence in sequences])
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """``[s, b, h * d]`` of ``[s, b, h, d]`` and two ``[s, b, g, d]``."""
+        """``[s, b, h * d]`` from ``[s, b, h, d]`` and two ``[s, b, g, d]``."""
         key, value = _whole(key), _whole(value)
-        places = torch.arange(len(key), device=key.device)
-        visible = places <= _positions(len(query)).to(key.device)[:, None]
+        positions = torch.arange(len(key), device=key.device)
+        visible = positions <= _positions(len(query)).to(key.device)[:, None]
         query, key, value = (rows.permute(1, 2, 0, 3) for rows in (query, key, value))
         mixed = scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=self.scale, enable_gqa=True)
         return mixed.permute(2, 0, 1, 3).flatten(2)
 
 
 def _positions(length: int) -> Tensor:
-    """Positions in the whole sequence of this rank's ``length`` tokens: one piece from each end."""
+    """Positions of this rank's ``length`` tokens in the whole sequence: one chunk from each end."""
     ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     if ranks == 1:
         return torch.arange(length)
@@ -109,7 +109,7 @@ def _positions(length: int) -> Tensor:
 
 
 def _whole(rows: Tensor) -> Tensor:
-    """All ranks' ``rows`` in the order of the sequence (collective); their gradients are summed over the ranks."""
+    """All ranks' ``rows`` in sequence order (collective); gradients are summed over the ranks."""
     if parallel_state.get_context_parallel_world_size() == 1:
         return rows
     group = parallel_state.get_context_parallel_group()

@@ -1,4 +1,4 @@
-"""mbridge's models, built from the layers of CPU mode."""
+"""mbridge's models, built from CPU-mode layers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["register"]
 
 
 class _CpuBridge(LLMBridge):
-    """Builds the decoder from :func:`~verl_troll.cpu.megatron.layers.decoder_block`, its weights on the CPU."""
+    """Builds the decoder from :func:`~verl_troll.cpu.megatron.layers.decoder_block`, with weights on the CPU."""
 
-    # Read by mbridge: the model takes the virtual pipeline stage as an argument.
+    # Tells mbridge that the model takes the virtual pipeline stage as an argument.
     has_vp_stage = True
 
     def _build_base_config(self, **settings: Any) -> Any:
-        # mbridge's models ask for what is fused on an accelerator.
+        # mbridge's models enable fusions that need an accelerator.
         settings.update(
             use_cpu_initialization=True,
             persist_layer_norm=False,
@@ -35,21 +35,21 @@ class _CpuBridge(LLMBridge):
         return decoder_block(self.config, vp_stage)
 
     def _get_gptmodel_args(self) -> dict[str, Any]:
-        # mbridge drops the scaling of rotary embeddings, or takes any for a linear one.
+        # mbridge drops the rotary scaling, or treats any scaling as linear.
         arguments: dict[str, Any] = super()._get_gptmodel_args()
         arguments.pop("seq_len_interpolation_factor", None)
         return {**arguments, **_rope_scaling(self.hf_config.rope_parameters)}
 
 
-# What Megatron's own scaling is written for.
+# The only values that Megatron's own scaling supports.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of Megatron's GPT for the rotary embeddings that transformers calls ``rope``.
+    """Megatron GPT arguments for transformers' ``rope_parameters``.
 
     Raises:
-        NotImplementedError: a scaling that Megatron's GPT does not have.
+        NotImplementedError: Megatron's GPT does not support the scaling.
     """
     kind = rope.get("rope_type", "default")
     if kind == "default":
@@ -57,7 +57,7 @@ def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any]:
     if kind == "llama3" and all(rope[name] == value for name, value in _LLAMA3.items()):
         return {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}
     raise NotImplementedError(
-        f"Megatron's CPU mode does not have rope_parameters={rope!r}: rope_type must be 'default', or 'llama3' with "
+        f"Megatron's CPU mode does not support rope_parameters={rope!r}: rope_type must be 'default', or 'llama3' with "
         f"{_LLAMA3}"
     )
 
@@ -71,7 +71,7 @@ class CpuQwen3Bridge(_CpuBridge, Qwen3Bridge):
 
 
 class CpuQwen3MoEBridge(_CpuBridge, Qwen3MoEBridge):
-    """Qwen3 with a mixture of experts."""
+    """Qwen3 MoE."""
 
 
 class CpuLlamaBridge(_CpuBridge, LLaMABridge):
@@ -87,6 +87,6 @@ BRIDGES = {
 
 
 def register() -> None:
-    """Put :data:`BRIDGES` in the place of mbridge's own."""
+    """Replace mbridge's own bridges with :data:`BRIDGES`."""
     for model_type, bridge in BRIDGES.items():
         register_model(model_type)(bridge)

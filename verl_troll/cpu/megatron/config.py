@@ -1,4 +1,4 @@
-"""The engine configuration that asks for Megatron in CPU mode."""
+"""The engine configuration that enables Megatron in CPU mode."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ __all__ = ["CpuMcoreEngineConfig"]
 
 @dataclass
 class CpuMcoreEngineConfig(McoreEngineConfig):
-    """verl's configuration of the Megatron engine, for an engine on the CPU.
+    """verl's Megatron engine configuration, for the CPU.
 
-    Building one prepares this process's Megatron engines for the CPU, before any of them is built
+    Creating one patches this process's Megatron engines for the CPU before any is built
     (:mod:`verl_troll.patches.cpu.verl_megatron_engine`).
 
     Args:
-        dtype: float32, which verl does not offer for Megatron, or what verl offers.
-        vanilla_mbridge: stays True; Megatron-Bridge imports TransformerEngine.
+        dtype: float32, which verl does not allow for Megatron, or any dtype that verl allows.
+        vanilla_mbridge: must be True; Megatron-Bridge imports TransformerEngine.
 
     Raises:
         RuntimeError: not in CPU mode.
         ImportError: Megatron is not installed.
-        ValueError: a setting that CPU mode does not have.
+        ValueError: CPU mode does not support a setting.
     """
 
     _mutable_fields = McoreEngineConfig._mutable_fields | {"dtype"}
@@ -45,24 +45,24 @@ class CpuMcoreEngineConfig(McoreEngineConfig):
         if missing:
             raise ImportError(f"Megatron in CPU mode needs {', '.join(missing)}: see docs/cpu_mode.md")
         expert_tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
-        for name, good in (
+        for name, supported in (
             ("vanilla_mbridge", self.vanilla_mbridge),
             ("use_megatron_fsdp", not self.use_megatron_fsdp),
             ("param_offload", not self.param_offload),
             ("optimizer_offload", not self.optimizer_offload),
-            # verl's own fused kernel, which a reference policy would run, needs a GPU; the actor's place has TROLL's.
+            # A reference policy would use verl's fused kernel, which needs a GPU; the actor uses TROLL's.
             ("use_fused_kernels", not (self.use_fused_kernels and self.forward_only)),
             ("dynamic_context_parallel", not self.dynamic_context_parallel),
-            # gloo gathers equal numbers of tokens only.
+            # gloo only gathers equal numbers of tokens.
             ("expert_tensor_parallel_size", self.expert_model_parallel_size == 1 or expert_tensor == 1),
         ):
-            if not good:
+            if not supported:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported by Megatron in CPU mode")
         wanted = self.dtype
         if wanted == "float32":
-            self.dtype = "bfloat16"  # what verl's check lets through
+            self.dtype = "bfloat16"  # passes verl's check
         with warnings.catch_warnings():
-            # mbridge is deprecated in favour of Megatron-Bridge, and sequence parallelism is off on one rank.
+            # Hides two warnings: mbridge is deprecated, and sequence parallelism is off on one rank.
             warnings.simplefilter("ignore")
             super().__post_init__()
         self.dtype = wanted

@@ -1,8 +1,8 @@
-"""The CPU in the place of the accelerator that megatron-core takes for granted.
+"""Makes the CPU stand in for the accelerator that megatron-core assumes.
 
-Megatron names its device in three ways: ``device="cuda"`` where tensors are made, ``Tensor.cuda()`` and the like, and
-``torch.cuda.current_device()`` with streams and events around it. :func:`install` answers the last for the process;
-:func:`cpu_as_accelerator` rewrites the first two, in the calling thread and only while its context lasts.
+Megatron names its device in three ways: ``device="cuda"`` when it creates tensors, ``Tensor.cuda()`` and the like, and
+``torch.cuda.current_device()`` with streams and events. :func:`install` replaces the last for the whole process;
+:func:`cpu_as_accelerator` rewrites the first two, in the calling thread and within its context.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CPU = torch.device("cpu")
 
 
 def _host(device: Any) -> Any:
-    """``device``, or the CPU where ``device`` means an accelerator: an index, ``cuda`` or ``cuda:<index>``."""
+    """``device``, or the CPU if ``device`` means an accelerator: an index, ``cuda`` or ``cuda:<index>``."""
     if isinstance(device, torch.device):
         return _CPU if device.type == "cuda" else device
     if isinstance(device, str):
@@ -33,10 +33,10 @@ def _host(device: Any) -> Any:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites the devices of torch calls; a mode belongs to the thread that entered it.
+    """Rewrites the devices of torch calls, in the thread that entered the mode.
 
-    A backward pass runs as one such call, so that the calls inside it are not seen. Those of Megatron take their device
-    from ``torch.cuda.current_device()``.
+    A backward pass is a single call, so the mode does not see the calls inside it. Megatron's take their device from
+    ``torch.cuda.current_device()``.
     """
 
     def __torch_function__(
@@ -50,7 +50,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron's optimizers sort parameters by this name.
+            # Megatron's optimizers group parameters by this name.
             return func(*args).replace("torch.", "torch.cuda.")
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
@@ -62,10 +62,10 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _Event:
-    """An event of work that is done as soon as it is asked for."""
+    """An event that is always complete, since CPU work is synchronous."""
 
     def __init__(self, *unused: Any, **unused_too: Any) -> None:
-        """Any arguments of ``torch.cuda.Event``."""
+        """Accept any arguments of ``torch.cuda.Event``."""
 
     def record(self, stream: Any = None) -> None:
         """Nothing to record."""
@@ -77,15 +77,15 @@ class _Event:
         """Nothing to wait for."""
 
     def query(self) -> bool:
-        """Always done."""
+        """Always complete."""
         return True
 
 
 class _Stream:
-    """The one queue of a device that works in order; all streams are equal."""
+    """The only stream of a device that runs in order; all instances are equal."""
 
     def __init__(self, *unused: Any, **unused_too: Any) -> None:
-        """Any arguments of ``torch.cuda.Stream``."""
+        """Accept any arguments of ``torch.cuda.Stream``."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Stream)
@@ -100,7 +100,7 @@ class _Stream:
         """Nothing to wait for."""
 
     def record_event(self, event: Any = None) -> _Event:
-        """An event that is done."""
+        """A completed event."""
         return event or _Event()
 
     def synchronize(self) -> None:
@@ -108,11 +108,11 @@ class _Stream:
 
 
 def _constant(value: Any) -> Callable[..., Any]:
-    """A new function of any arguments; torch's compiler tells the members of ``torch.cuda`` apart by identity."""
+    """A new function each time, since torch's compiler identifies members of ``torch.cuda`` by identity."""
     return lambda *unused, **unused_too: value
 
 
-# torch.cuda.manual_seed is absent on purpose: torch.manual_seed calls it.
+# torch.cuda.manual_seed is deliberately absent: torch.manual_seed calls it.
 _CUDA: dict[str, Any] = {
     "current_device": _constant(_CPU),
     "set_device": _constant(None),
@@ -129,7 +129,7 @@ _CUDA: dict[str, Any] = {
 
 
 def _with_listed_splits(all_to_all_single: Callable[..., Any]) -> Callable[..., Any]:
-    """Takes split sizes as tensors too: Megatron makes lists of them only where it copies them from an accelerator."""
+    """Also accept split sizes as tensors: Megatron converts them to lists only if it copies from an accelerator."""
 
     @functools.wraps(all_to_all_single)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -146,7 +146,7 @@ _thread = threading.local()
 
 
 def install() -> None:
-    """Answer for ``torch.cuda`` in this process, for good, and run compiled functions as they are written; idempotent.
+    """Replace members of ``torch.cuda`` in this process, permanently, and disable compilation; idempotent.
 
     Raises:
         RuntimeError: there is a CUDA device, which must not be hidden.
@@ -160,8 +160,8 @@ def install() -> None:
         for name, value in _CUDA.items():
             setattr(torch.cuda, name, value)
         dist.all_to_all_single = _with_listed_splits(dist.all_to_all_single)
-        # Compiling Megatron's small functions takes longer than a test: neither those that are there already, nor those
-        # that are made later.
+        # Compiling Megatron's small functions takes longer than a test. The first call covers existing functions, the
+        # variable those compiled later.
         torch.compiler.set_stance("force_eager")
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         _installed = True
@@ -169,7 +169,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def cpu_as_accelerator() -> Iterator[None]:
-    """In this thread, tensors that are asked for on CUDA come from the CPU; implies :func:`install`, may be nested."""
+    """Create CUDA tensors on the CPU instead, in this thread; calls :func:`install`, may be nested."""
     if getattr(_thread, "entered", False):
         yield
         return

@@ -1,4 +1,4 @@
-"""verl's Megatron engine with the CPU as Megatron's accelerator."""
+"""Runs verl's Megatron engine with the CPU as the accelerator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from verl_troll.cpu.megatron.device import cpu_as_accelerator
 
 __all__ = ["ENTRY_POINTS", "run_on_cpu"]
 
-# What verl's workers call from outside, in whatever thread of a Ray actor.
+# Methods that verl's workers call, from any thread of a Ray actor.
 ENTRY_POINTS = (
     "__init__",
     "initialize",
@@ -30,25 +30,25 @@ ENTRY_POINTS = (
 
 @contextlib.contextmanager
 def _cpu_models() -> Iterator[None]:
-    """For the building of an engine: models from CPU layers, and one random generator for all ranks' parameters."""
+    """While an engine is built: CPU layers, and one random generator for all ranks' parameters."""
     from megatron.core import tensor_parallel
 
     from verl_troll.cpu.megatron import bridges
 
     bridges.register()
-    # The tracker that Megatron has for inference keeps no generators on an accelerator. Weights come from a file.
+    # Megatron's inference tracker keeps no generators on an accelerator. Weights come from a file anyway.
     tracker = tensor_parallel.get_cuda_rng_tracker(inference_rng_tracker=True)
     yield
-    # verl does not load a checkpoint without such states; that of the CPU's generator is kept beside them anyway.
+    # verl cannot load a checkpoint without tracker states; it saves the CPU generator's state separately.
     tracker.states_.setdefault("none", torch.empty(0, dtype=torch.uint8))
 
 
 @contextlib.contextmanager
 def _adam_states(engine: Any) -> Iterator[None]:
-    """For the loading of a checkpoint: state for Megatron to load into, then the count of steps for each parameter.
+    """While a checkpoint is loaded: allocate the state first, then set each parameter's step count.
 
-    TransformerEngine's Adam allocates its state at once and counts steps by group. torch's has nothing before its first
-    step, and counts by parameter; Megatron saves that count, and loads it into the groups only.
+    TransformerEngine's Adam allocates its state immediately and counts steps per group. torch's Adam allocates at its
+    first step and counts per parameter; Megatron saves that count but only loads it into the groups.
     """
     adams = [part.optimizer for part in engine.optimizer.chained_optimizers if part.optimizer is not None]
     for adam in adams:
@@ -56,7 +56,7 @@ def _adam_states(engine: Any) -> Iterator[None]:
             if not adam.state[parameter]:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
-    # In float32 the optimizer's copies are the parameters themselves, which Megatron does not expect to need gradients.
+    # In float32 the main parameters are the model's own, and Megatron does not expect them to require gradients.
     with torch.no_grad():
         yield
     for adam in adams:
@@ -75,7 +75,7 @@ def _on_cpu(method: Callable[..., Any], surrounding: Callable[[Any], Any]) -> Ca
 
 
 def run_on_cpu(engine: type) -> None:
-    """Run the entry points of ``engine`` and of its subclasses under :func:`cpu_as_accelerator`; changes the class."""
+    """Patch ``engine`` to run its and its subclasses' entry points under :func:`cpu_as_accelerator`."""
     surroundings = {"__init__": lambda self: _cpu_models(), "load_checkpoint": _adam_states}
     for name in ENTRY_POINTS:
         surrounding = surroundings.get(name, contextlib.nullcontext)

@@ -1,7 +1,6 @@
-"""Stand-ins for the TransformerEngine layers of Megatron's GPT, in plain torch.
+"""Replacements for the TransformerEngine layers of Megatron's GPT, in plain torch.
 
-Parameters have the names and the sharding that they have in TransformerEngine's layers, so that bridges and
-checkpoints see the model they know.
+Parameters have the same names and sharding as in TransformerEngine's layers, so bridges and checkpoints work unchanged.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ __all__ = ["ColumnParallelExperts", "NormedColumnParallelLinear", "RMSNorm", "Ro
 
 def _norm_weight(size: int, config: TransformerConfig) -> torch.nn.Parameter:
     weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype))
-    # Megatron sums the gradients of such parameters over the tensor-parallel ranks, each of which sees some tokens.
+    # Megatron sums these gradients over tensor-parallel ranks, since each rank sees only some tokens.
     weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return weight
 
 
 class RMSNorm(torch.nn.Module):
-    """Stand-in for ``TENorm``: root-mean-square norm, with sequence parallelism or without."""
+    """Replaces ``TENorm``: root-mean-square norm, with or without sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -48,37 +47,37 @@ class RMSNorm(torch.nn.Module):
         self.weight = _norm_weight(hidden_size, config)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """``rows`` over their last dimension."""
+        """Normalise ``rows`` over the last dimension."""
         return rms_norm(rows, self.weight.shape, self.weight, self.eps)
 
 
 class NormedColumnParallelLinear(ColumnParallelLinear):
-    """Stand-in for ``TELayerNormColumnParallelLinear``: a norm and a linear layer whose outputs are sharded."""
+    """Replaces ``TELayerNormColumnParallelLinear``: a norm and a linear layer with sharded outputs."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **others: Any) -> None:
         super().__init__(input_size, output_size, config=config, **others)
         self.layer_norm_weight = _norm_weight(input_size, config)
 
     def forward(self, rows: Tensor, *others: Any, **more: Any) -> Any:
-        """Megatron's pair of output and bias."""
+        """Megatron's ``(output, bias)``."""
         normed = rms_norm(rows, rows.shape[-1:], self.layer_norm_weight, self.config.layernorm_epsilon)
         return super().forward(normed, *others, **more)
 
 
 class Router(TopKRouter):
-    """Megatron's router, whose own product of rows and weights is TransformerEngine's."""
+    """Megatron's router, without TransformerEngine's matrix product."""
 
     def gating(self, input: Tensor) -> Tensor:
-        """Scores ``[..., experts]`` of ``[..., hidden]``."""
+        """Scores ``[..., experts]`` from ``[..., hidden]``."""
         dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype, input.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         return linear(input.to(dtype), self.weight.to(dtype), bias)
 
 
 class _Experts(torch.nn.Module):
-    """One linear layer per local expert, as ``weight0`` and so on; the token dispatcher does all communication."""
+    """One linear layer per local expert (``weight0``, ...); the token dispatcher does all communication."""
 
-    # The dimension of each [outputs, inputs] weight that is sharded over the experts' tensor-parallel ranks.
+    # Sharded dimension of each [outputs, inputs] weight over the experts' tensor-parallel ranks.
     partition_dim: int
 
     def __init__(
@@ -99,19 +98,19 @@ class _Experts(torch.nn.Module):
         self.groups = pg_collection
         self.count = num_gemms
         if bias:
-            raise NotImplementedError("Megatron's CPU mode has experts without a bias only")
+            raise NotImplementedError("Megatron's CPU mode only supports experts without a bias")
         shape = [output_size, input_size]
         shape[self.partition_dim] //= pg_collection.expt_tp.size()
         for index in range(num_gemms):
             weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
             init_method(weight)
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=self.partition_dim, stride=1)
-            # Megatron reduces the gradients of experts over fewer ranks than those of other parameters.
+            # Megatron reduces expert gradients over fewer ranks than other gradients.
             weight.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
             self.register_parameter(f"weight{index}", weight)
 
     def forward(self, rows: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
-        """Megatron's pair of output and bias, for rows in the order of the experts."""
+        """Megatron's ``(output, bias)``, for rows sorted by expert."""
         parts = zip(torch.split(rows, tokens_per_expert), self.parameters(), strict=True)
         return torch.cat([linear(part, weight) for part, weight in parts]), None
 
@@ -121,43 +120,43 @@ class _Experts(torch.nn.Module):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Megatron's description of where each weight belongs in a checkpoint: one of the experts of all ranks."""
+        """Megatron's checkpoint shards: each weight is one of the experts of all ranks."""
         metadata = metadata or {}
         if metadata.get("singleton_local_shards"):
-            raise NotImplementedError("Megatron's CPU mode does not have checkpoints with singleton_local_shards")
+            raise NotImplementedError("Megatron's CPU mode does not support checkpoints with singleton_local_shards")
         experts = self.groups.ep.size() * self.count
         first = self.groups.ep.rank() * self.count
         state = {}
         for index, weight in enumerate(self.parameters()):
-            place = (*sharded_offsets, (len(sharded_offsets), first + index, experts))
+            offsets = (*sharded_offsets, (len(sharded_offsets), first + index, experts))
             ((_, shard),) = make_sharded_tensors_for_checkpoint(
                 {"weight": weight},
                 prefix,
                 {"weight": self.partition_dim},
-                place,
+                offsets,
                 tp_group=self.groups.expt_tp,
                 dp_cp_group=metadata["dp_cp_group"],
             ).items()
-            # Copies of an expert are on fewer ranks than copies of other weights.
+            # Experts have fewer replicas than other weights.
             shard.replica_id = (*shard.replica_id[:2], self.groups.expt_dp.rank())
             state[f"{prefix}weight{index}"] = shard
         return state
 
 
 class ColumnParallelExperts(_Experts):
-    """Stand-in for ``TEColumnParallelGroupedLinear``."""
+    """Replaces ``TEColumnParallelGroupedLinear``."""
 
     partition_dim = 0
 
 
 class RowParallelExperts(_Experts):
-    """Stand-in for ``TERowParallelGroupedLinear``."""
+    """Replaces ``TERowParallelGroupedLinear``."""
 
     partition_dim = 1
 
 
 class _CpuBackend(LocalSpecProvider):
-    """Which layers Megatron builds a feed-forward block from."""
+    """The layers for Megatron's feed-forward block."""
 
     def fuse_layernorm_and_linear(self) -> bool:
         return True
@@ -172,12 +171,12 @@ class _CpuBackend(LocalSpecProvider):
 
 
 def decoder_block(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, all alike.
+    """The layers of this pipeline stage, all identical.
 
     Raises:
-        NotImplementedError: a model whose layers these are not.
+        NotImplementedError: the model needs other layers.
     """
-    for name, good in (
+    for name, supported in (
         ("normalization", config.normalization == "RMSNorm"),
         ("layernorm_zero_centered_gamma", not config.layernorm_zero_centered_gamma),
         ("multi_latent_attention", not config.multi_latent_attention),
@@ -185,8 +184,8 @@ def decoder_block(config: TransformerConfig, vp_stage: int | None = None) -> Tra
         ("mtp_num_layers", not config.mtp_num_layers),
         ("fp8", not config.fp8),
     ):
-        if not good:
-            raise NotImplementedError(f"Megatron's CPU mode does not have {name}={getattr(config, name)!r}")
+        if not supported:
+            raise NotImplementedError(f"Megatron's CPU mode does not support {name}={getattr(config, name)!r}")
     backend = _CpuBackend()
     head_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
@@ -202,7 +201,7 @@ def decoder_block(config: TransformerConfig, vp_stage: int | None = None) -> Tra
     layer = TransformerLayerSubmodules(
         self_attention=ModuleSpec(SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
         self_attn_bda=get_bias_dropout_add,
-        # A router reads the normed rows too, so that the norm is not part of a linear layer.
+        # A router also reads the normalised rows, so the norm cannot be part of a linear layer.
         pre_mlp_layernorm=RMSNorm if config.num_moe_experts else IdentityOp,
         mlp=mlp,
         mlp_bda=get_bias_dropout_add,

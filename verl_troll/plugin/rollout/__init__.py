@@ -1,13 +1,13 @@
-"""The old policy's support from the rollout engine, in the place of the old-log-prob pass (verl's bypass mode).
+"""The old policy's support from the rollout engine, instead of an old-log-prob pass (verl's bypass mode).
 
-While it samples, a rollout engine computes the very distribution that the old policy is. Under
-``+troll=rollout_support`` its most probable ids and their log-probabilities are kept, and travel as the same three
-fields as those of the old-log-prob pass (:mod:`verl_troll.plugin.carry`)::
+While it samples, a rollout engine computes exactly the old policy's distribution. Under ``+troll=rollout_support`` its
+most probable ids and their log-probabilities are kept, and travel in the same three fields as those of the
+old-log-prob pass (:mod:`verl_troll.plugin.carry`)::
 
     engine -> server (vllm.py, sglang.py) -> agent loop (agent_loops.py) -> TransferQueue -> update
 
-Importing this package registers verl's replicas with that addition, and agent loops that hand it on. Both are verl's
-own classes, subclassed.
+Importing this package registers replicas that record the support and agent loops that pass it on. All are subclasses
+of verl's own.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 
 def _load_vllm() -> type[Any]:
-    from verl_troll.plugin.rollout.vllm import SupportReplica
+    from verl_troll.plugin.rollout.vllm import VllmSupportReplica
 
-    return SupportReplica
+    return VllmSupportReplica
 
 
 def _load_sglang() -> type[Any]:
     # verl's loader also puts placeholders where SGLang's imports expect vLLM.
     replica._load_sglang()
-    from verl_troll.plugin.rollout.sglang import SupportReplica
+    from verl_troll.plugin.rollout.sglang import SglangSupportReplica
 
-    return SupportReplica
+    return SglangSupportReplica
 
 
 RolloutReplicaRegistry.register("vllm", _load_vllm)

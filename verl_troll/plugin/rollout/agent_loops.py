@@ -1,4 +1,4 @@
-"""Agent loops that hand the rollout engine's support on to the sample's fields."""
+"""Agent loops that pass the rollout engine's support on to the sample's fields."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["RolloutSupportMixin", "SupportSingleTurnAgentLoop", "SupportToolAgen
 
 
 class _ObservedClient:
-    """verl's client of the rollout servers, which remembers the support of each turn."""
+    """verl's client of the rollout servers, recording the support of each turn."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -36,7 +36,7 @@ class _ObservedClient:
 
 
 class _OutputWithSupport(AgentLoopOutput):
-    """verl's output of one trajectory with the support among the sample's fields."""
+    """verl's output for one trajectory, with the support among the sample's fields."""
 
     def as_dict(self) -> dict[str, Any]:
         fields: dict[str, Any] = super().as_dict()
@@ -45,10 +45,9 @@ class _OutputWithSupport(AgentLoopOutput):
 
 
 class RolloutSupportMixin(AgentLoopBase):
-    """For an agent loop of your own: ``@register("mine") class Mine(RolloutSupportMixin, AgentLoop): ...``.
+    """Adds the support to your own agent loop: ``@register("mine") class Mine(RolloutSupportMixin, AgentLoop): ...``.
 
-    The generated tokens must reach the trainer as the engine sampled them, in order; other tokens are allowed where
-    ``response_mask`` is 0.
+    The engine's tokens must reach the trainer unchanged and in order; other tokens need ``response_mask`` 0.
     """
 
     server_manager: Any
@@ -58,19 +57,19 @@ class RolloutSupportMixin(AgentLoopBase):
 
         Raises:
             TypeError: the loop returns several outputs.
-            ValueError: the generated tokens are not those of the engine.
+            ValueError: the generated tokens are not the engine's.
         """
         client = self.server_manager = _ObservedClient(self.server_manager)
         output = await super().run(sampling_params, **kwargs)
         if not isinstance(output, AgentLoopOutput):
             raise TypeError(
-                f"{type(self).__name__} returned {type(output).__name__}: with the old policy from the rollout engine "
-                "an agent loop returns one AgentLoopOutput"
+                f"{type(self).__name__} returned {type(output).__name__}: with the old policy from the rollout engine, "
+                "an agent loop must return one AgentLoopOutput"
             )
         if client.without_support or not client.turns:
-            # Sampled for validation; an update on it would say what is missing.
+            # Validation samples have no support; an update on one reports what is missing.
             return output
-        fields = TokenSupport.join(client.turns).place(output.response_ids, output.response_mask)
+        fields = TokenSupport.join(client.turns).to_fields(output.response_ids, output.response_mask)
         output = _OutputWithSupport.model_construct(_fields_set=output.model_fields_set, **output.__dict__)
         output.extra_fields[FIELD] = fields
         return output

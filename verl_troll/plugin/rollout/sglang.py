@@ -1,4 +1,4 @@
-"""SGLang's top log-probabilities of each sampled token, kept as the old policy's support."""
+"""Keeps SGLang's top log-probabilities of each sampled token as the old policy's support."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from verl.workers.rollout.sglang_rollout.async_sglang_server import SGLangHttpSe
 from verl_troll.plugin.rollout.token_support import FIELD, SupportRequest, TokenSupport
 from verl_troll.plugin.settings import refusal
 
-__all__ = ["SupportReplica", "SupportServer"]
+__all__ = ["SglangSupportReplica", "SglangSupportServer"]
 
 RAW_LOG_PROBS = "SGLANG_RETURN_ORIGINAL_LOGPROB"
-# Sampling parameters that change the distribution, and the value at which they do not.
+# Sampling parameters that can change the distribution, with their neutral values.
 _NEUTRAL: dict[str, Any] = {
     "top_p": 1.0,
     "top_k": -1,
@@ -37,20 +37,20 @@ _NEUTRAL: dict[str, Any] = {
 
 
 def _check_environment() -> None:
-    """Raise :class:`TrollConfigError` where SGLang would return log-probabilities before the temperature."""
+    """Raise :class:`TrollConfigError` if SGLang would return log-probabilities before the temperature."""
     value = os.environ.get(RAW_LOG_PROBS, "")
     if value.lower() not in ("", "0", "false"):
         raise refusal(
             f"environment variable {RAW_LOG_PROBS}",
             value,
             "0 or unset with the old policy from the rollout engine",
-            "With it SGLang returns log-probabilities before the temperature: unset it on every node, and in "
+            "With it, SGLang returns log-probabilities before the temperature: unset it on every node and in "
             "ray_kwargs.ray_init.runtime_env.",
         )
 
 
 class _ObservedManager:
-    """SGLang's tokenizer manager; requests that sample from the policy itself also yield its top log-probabilities."""
+    """SGLang's tokenizer manager, recording top log-probabilities of requests that sample the unmodified policy."""
 
     def __init__(self, manager: Any, wanted: SupportRequest, temperature: float) -> None:
         self._manager = manager
@@ -62,7 +62,7 @@ class _ObservedManager:
         return getattr(self._manager, name)
 
     def _samples_the_policy(self, request: Any) -> bool:
-        # Validation and greedy requests sample from another distribution, which no update refers to.
+        # Validation and greedy requests sample from another distribution, which no update uses.
         params = {**(self._manager.preferred_sampling_params or {}), **request.sampling_params}
         return (
             bool(request.return_logprob)
@@ -76,7 +76,7 @@ class _ObservedManager:
         observed = self._samples_the_policy(request)
         if observed:
             request.top_logprobs_num = self._wanted.k
-        # verl reads one answer and drops the iterator; closed here, it lets go of SGLang's lock at once.
+        # verl reads one output and drops the iterator; closing it here releases SGLang's lock at once.
         async with aclosing(self._manager.generate_request(request, connection)) as outputs:
             async for output in outputs:
                 if observed:
@@ -86,23 +86,23 @@ class _ObservedManager:
                 yield output
 
     def _take(self, output: dict[str, Any]) -> TokenSupport | None:
-        """Remove the candidates from the answer, and select from them."""
+        """Remove the candidates from the output, and select from them."""
         meta = output["meta_info"]
         candidates = meta.pop("output_top_logprobs", None)
         meta.pop("input_top_logprobs", None)
         tokens, sampled = output["output_ids"], meta.get("output_token_logprobs")
-        # verl drops the tokens of such an answer: it was aborted before the first one.
+        # The request was aborted before its first token; verl drops such an output.
         if not tokens or not sampled or not len(tokens) == len(sampled) == len(candidates or ()):
             return None
         values = np.asarray([[value for value, _, _ in token] for token in candidates], dtype=np.float32)
         ids = np.asarray([[token_id for _, token_id, _ in token] for token in candidates], dtype=np.int64)
-        # What SGLang writes in the place of minus infinity, for a probability that rounds to zero.
+        # SGLang writes this instead of -inf if a probability rounds to zero.
         values[values == np.finfo(np.float32).min] = -np.inf
         return TokenSupport.select(tokens, [value for value, _, _ in sampled], ids, values, self._wanted.dropped_mass)
 
 
-class SupportServer(SGLangHttpServer):
-    """verl's SGLang server; its outputs carry a :class:`TokenSupport` where the request samples from the policy."""
+class SglangSupportServer(SGLangHttpServer):
+    """verl's SGLang server; outputs of requests that sample from the policy carry a :class:`TokenSupport`."""
 
     tokenizer_manager: Any
 
@@ -114,7 +114,7 @@ class SupportServer(SGLangHttpServer):
         """
         _check_environment()
         await super().launch_server(*args, **kwargs)
-        # Requests arrive at the first node alone.
+        # Only the first node receives requests.
         if self.node_rank == 0:
             wanted = SupportRequest.of(self.config, self.model_config)
             self.tokenizer_manager = _ObservedManager(self.tokenizer_manager, wanted, self.config.temperature)
@@ -122,7 +122,7 @@ class SupportServer(SGLangHttpServer):
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **options: Any
     ) -> TokenOutput:
-        """verl's ``generate``, with the support among ``extra_fields``."""
+        """verl's ``generate``, with the support in ``extra_fields``."""
         try:
             output = await super().generate(prompt_ids, sampling_params, request_id, **options)
         finally:
@@ -132,10 +132,10 @@ class SupportServer(SGLangHttpServer):
         return output
 
 
-class SupportReplica(SGLangReplica):
-    """verl's replica, with :class:`SupportServer` in each node."""
+class SglangSupportReplica(SGLangReplica):
+    """verl's replica, with a :class:`SglangSupportServer` on each node."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not (self.is_reward_model or self.is_teacher_model):
-            self.server_class = ray.remote(SupportServer)
+            self.server_class = ray.remote(SglangSupportServer)

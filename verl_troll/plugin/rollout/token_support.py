@@ -1,4 +1,4 @@
-"""The support of one request's generated tokens, as it leaves the rollout engine."""
+"""The support of one request's generated tokens, as the rollout engine returns it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FIELD = "troll_support"
 
 @dataclass(frozen=True)
 class SupportRequest:
-    """What the servers are asked to keep; verl hands it to them as ``rollout.custom.troll``.
+    """What the servers must keep; verl passes it to them as ``rollout.custom.troll``.
 
     Attributes:
-        k: most ids kept of a token's distribution.
-        dropped_mass: probability mass that they may leave out.
+        k: maximum number of ids kept per token.
+        dropped_mass: probability mass that may be dropped.
     """
 
     k: int
@@ -31,10 +31,10 @@ class SupportRequest:
 
     @classmethod
     def of(cls, rollout_config: Any, model_config: Any) -> SupportRequest:
-        """The request in verl's rollout configuration, for at most as many ids as the model has.
+        """The request in verl's rollout configuration, with ``k`` capped at the vocabulary size.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the configuration has none.
         """
         custom = rollout_config.custom or {}
         if "troll" not in custom:
@@ -48,13 +48,13 @@ class SupportRequest:
 
 @dataclass(frozen=True)
 class TokenSupport:
-    """Kept ids of r generated tokens, token after token (s = sum of the counts).
+    """Kept ids of r generated tokens, concatenated (s = sum of the counts).
 
     Attributes:
         tokens: ``[r]`` int32, the generated tokens.
-        counts: ``[r]`` int16, ids kept at each.
+        counts: ``[r]`` int16, number of ids kept at each.
         ids: ``[s]`` int32.
-        log_probs: ``[s]`` float32, over the full vocabulary, nats.
+        log_probs: ``[s]`` float32, over the full vocabulary, in nats.
     """
 
     tokens: NDArray[np.int32]
@@ -71,11 +71,11 @@ class TokenSupport:
         top_log_probs: Any,
         dropped_mass: float,
     ) -> TokenSupport:
-        """Apply the selection rule of the old-log-prob pass to an engine's top log-probabilities.
+        """Apply the old-log-prob pass's selection rule to an engine's top log-probabilities.
 
         Args:
             tokens, token_log_probs: ``[r]``.
-            top_ids, top_log_probs: ``[r, k]``, by falling probability.
+            top_ids, top_log_probs: ``[r, k]``, by decreasing probability.
             dropped_mass: delta in [0, 1).
         """
         sampled = torch.tensor(tokens, dtype=torch.int64)
@@ -96,7 +96,7 @@ class TokenSupport:
 
     @classmethod
     def join(cls, turns: Sequence[TokenSupport]) -> TokenSupport:
-        """The turns of one conversation, in order; at least one."""
+        """Concatenate the turns of one conversation, in order; at least one."""
         return cls(
             np.concatenate([turn.tokens for turn in turns]),
             np.concatenate([turn.counts for turn in turns]),
@@ -104,28 +104,28 @@ class TokenSupport:
             np.concatenate([turn.log_probs for turn in turns]),
         )
 
-    def place(self, response_ids: Sequence[int], response_mask: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Fields of :mod:`verl_troll.plugin.carry` for one sample, generated tokens where ``response_mask`` is 1.
+    def to_fields(self, response_ids: Sequence[int], response_mask: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Fields of :mod:`verl_troll.plugin.carry` for one sample; tokens with ``response_mask`` 1 were generated.
 
-        A response may end before the generated tokens do (truncation).
+        The response may be truncated before the last generated token.
 
         Raises:
-            ValueError: the response's generated tokens are not those that the support belongs to.
+            ValueError: the response's generated tokens are not those of the support.
         """
         from verl_troll.plugin import carry
 
         mask = np.asarray(response_mask, dtype=bool)
         generated = np.asarray(response_ids, dtype=np.int32)[mask]
-        number = len(generated)
-        if number > len(self.tokens) or not np.array_equal(generated, self.tokens[:number]):
+        count = len(generated)
+        if count > len(self.tokens) or not np.array_equal(generated, self.tokens[:count]):
             raise ValueError(
-                f"the agent loop returned {number} generated tokens that are not, in order, those of the rollout "
+                f"the agent loop returned {count} generated tokens that are not, in order, those of the rollout "
                 f"engine ({len(self.tokens)}): its support cannot be used. Compute the old policy in the actor "
-                "(+troll=default), or keep the engine's tokens as they are."
+                "(+troll=default), or keep the engine's tokens unchanged."
             )
         counts = np.zeros(len(mask), dtype=np.int16)
-        counts[mask] = self.counts[:number]
-        kept = int(self.counts[:number].sum())
+        counts[mask] = self.counts[:count]
+        kept = int(self.counts[:count].sum())
         return {
             carry.COUNTS: torch.from_numpy(counts),
             carry.SUPPORT: encode(torch.tensor(self.ids[:kept]), torch.tensor(self.log_probs[:kept])),

@@ -1,4 +1,4 @@
-"""vLLM's top log-probabilities of each sampled token, kept as the old policy's support."""
+"""Keeps vLLM's top log-probabilities of each sampled token as the old policy's support."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vllm.outputs import CompletionOutput
 
 from verl_troll.plugin.rollout.token_support import FIELD, SupportRequest, TokenSupport
 
-__all__ = ["SupportReplica", "SupportServer"]
+__all__ = ["VllmSupportReplica", "VllmSupportServer"]
 
 
 class _ObservedEngine:
-    """vLLM's engine; requests that sample from the policy itself also yield its top log-probabilities."""
+    """vLLM's engine, recording the top log-probabilities of requests that sample from the unmodified policy."""
 
     def __init__(self, engine: Any, wanted: SupportRequest, temperature: float) -> None:
         self._engine = engine
@@ -31,7 +31,7 @@ class _ObservedEngine:
         return getattr(self._engine, name)
 
     def _samples_the_policy(self, params: SamplingParams) -> bool:
-        # Validation and greedy requests sample from another distribution, which no update refers to.
+        # Validation and greedy requests sample from another distribution, which no update uses.
         return (
             params.logprobs is not None
             and params.temperature == self._temperature
@@ -55,7 +55,7 @@ class _ObservedEngine:
         if observed:
             sampling_params.logprobs = self._wanted.k
             sampling_params.flat_logprobs = True
-            # Text is needed for stop strings only, and decoding every candidate costs more than sampling.
+            # Text is only needed for stop strings, and decoding every candidate costs more than sampling.
             sampling_params.detokenize = bool(sampling_params.stop)
         async for output in self._engine.generate(
             prompt=prompt, sampling_params=sampling_params, request_id=request_id, **options
@@ -67,7 +67,7 @@ class _ObservedEngine:
             yield output
 
     def _take(self, completion: CompletionOutput) -> TokenSupport | None:
-        """Read the candidates, and leave of them what verl reads: the sampled token's own log-probability."""
+        """Select from the candidates, and leave only what verl reads: the sampled token's log-probability."""
         flat = completion.logprobs
         if not isinstance(flat, FlatLogprobs) or len(flat) == 0:
             return None
@@ -81,8 +81,8 @@ class _ObservedEngine:
         return TokenSupport.select(tokens, log_probs[:, 0], ids[:, 1:], log_probs[:, 1:], self._wanted.dropped_mass)
 
 
-class SupportServer(vLLMHttpServer):
-    """verl's vLLM server; its outputs carry a :class:`TokenSupport` where the request samples from the policy."""
+class VllmSupportServer(vLLMHttpServer):
+    """verl's vLLM server; outputs of requests that sample from the policy carry a :class:`TokenSupport`."""
 
     engine: Any
 
@@ -100,7 +100,7 @@ class SupportServer(vLLMHttpServer):
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **options: Any
     ) -> TokenOutput:
-        """verl's ``generate``, with the support among ``extra_fields``."""
+        """verl's ``generate``, with the support in ``extra_fields``."""
         try:
             output = await super().generate(prompt_ids, sampling_params, request_id, **options)
         finally:
@@ -110,10 +110,10 @@ class SupportServer(vLLMHttpServer):
         return output
 
 
-class SupportReplica(vLLMReplica):
-    """verl's replica, with :class:`SupportServer` in each node."""
+class VllmSupportReplica(vLLMReplica):
+    """verl's replica, with a :class:`VllmSupportServer` on each node."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not (self.is_reward_model or self.is_teacher_model):
-            self.server_class = ray.remote(SupportServer)
+            self.server_class = ray.remote(VllmSupportServer)

@@ -1,1 +1,1 @@
-"""Rewards for verl's ``reward.custom_reward_function``: mathematics, and code in a sandbox."""
+"""Rewards for verl's ``reward.custom_reward_function``: mathematics, and sandboxed code."""

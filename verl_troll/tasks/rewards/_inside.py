@@ -1,8 +1,8 @@
-"""What a sandboxed process does with itself before it runs a program.
+"""Runs inside the sandboxed process: confines itself, then runs the program.
 
-:mod:`verl_troll.tasks.rewards.sandbox` hands the text of this file to a fresh interpreter with ``-c``, so that it
-depends on the standard library alone. The job comes as JSON through a file descriptor. ``READY`` on standard error says
-that every layer is in place; whatever is written before it is trouble at the start, not the program's doing.
+:mod:`verl_troll.tasks.rewards.sandbox` passes this file's text to a fresh interpreter with ``-c``, so it uses only the
+standard library. The job arrives as JSON through a file descriptor. ``READY`` on standard error means that every layer
+is in place; anything written before it is a setup error, not the program's output.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 8, 2
 SECCOMP_MODE_FILTER = 2
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 CAP_DAC_READ_SEARCH = 2
-# The same numbers on every architecture.
+# System call numbers, the same on every architecture.
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 LANDLOCK_CREATE_RULESET_VERSION = 1
 LANDLOCK_RULE_PATH_BENEATH = 1
 READ_FILE, READ_DIR = 1 << 2, 1 << 3
-# How many of the file-system rights each version of Landlock knows.
+# Number of file-system rights in each Landlock ABI version.
 FILE_SYSTEM_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -69,13 +69,13 @@ def prctl(what: str, option: int, *arguments: Any) -> None:
 
 
 def landlock_version() -> int:
-    """Version of the kernel's Landlock; 0 where it has none."""
+    """The kernel's Landlock ABI version; 0 without Landlock."""
     version: int = libc.syscall(ctypes.c_long(CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint32(1))
     return max(version, 0)
 
 
 def read_nothing_but(roots: list[str]) -> None:
-    """Landlock: reading below ``roots``, and no other access to any file; no TCP, no signals to the outside."""
+    """Landlock: allow reading below ``roots`` and no other file access, no TCP, no signals to outside processes."""
     version = landlock_version()
     rights = (1 << FILE_SYSTEM_RIGHTS.get(version, 16)) - 1
     attributes = RulesetAttributes(rights, 0b11 if version >= 4 else 0, 0b11 if version >= 6 else 0)
@@ -121,9 +121,9 @@ def give_up_root(user: int | None, *, read_libraries: bool) -> None:
     """Become ``user`` without capabilities.
 
     Args:
-        user: None keeps the user and drops the capabilities alone.
-        read_libraries: keep the one capability that reads files of others; Landlock says which files those are. The
-            interpreter may lie in root's own home.
+        user: None keeps the user and only drops capabilities.
+        read_libraries: keep the capability to read other users' files, which Landlock then restricts. The interpreter
+            may be in root's home.
     """
     if user is not None:
         prctl("prctl(PR_SET_KEEPCAPS)", PR_SET_KEEPCAPS, 1)
@@ -148,7 +148,7 @@ def filter_system_calls(program: bytes) -> None:
 
 
 def confine(job: dict[str, Any]) -> None:
-    """Put every layer in place; raises OSError where one cannot be had."""
+    """Put every layer in place; raises OSError if one fails."""
     if os.getuid() == 0:
         give_up_root(job["user"], read_libraries=job["landlock"])
     prctl("prctl(PR_SET_PDEATHSIG)", PR_SET_PDEATHSIG, int(signal.SIGKILL))
@@ -160,7 +160,7 @@ def confine(job: dict[str, Any]) -> None:
 
 
 def run(job: dict[str, Any], result: int | None) -> None:
-    """Run the program; with a function, call it and write what it returns as JSON to ``result``."""
+    """Run the program; if the job has a function, call it and write its result as JSON to ``result``."""
     function = job["function"]
     module = ModuleType("solution" if function else "__main__")
     sys.modules[module.__name__] = module
@@ -171,7 +171,7 @@ def run(job: dict[str, Any], result: int | None) -> None:
         solution: Any = getattr(module, "Solution", None)
         owner: Any = solution() if hasattr(solution, function) else module
         value = getattr(owner, function)(*job["arguments"])
-        # Types of numpy have a method that makes plain numbers and lists of them.
+        # numpy scalars and arrays convert with tolist().
         text = json.dumps(value, default=lambda other: other.tolist())
         assert result is not None
         with os.fdopen(result, "w") as file:
@@ -187,7 +187,7 @@ def main() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.close(nowhere)
-    # The empty entry means the working folder.
+    # Drop the empty entry, which means the working directory.
     sys.path[:] = [folder for folder in sys.path if folder] + job["libraries"]
     confine(job)
     os.write(2, READY)

@@ -1,7 +1,7 @@
 """A process that compares answers with math-verify: one JSON line in, one JSON line out.
 
-:mod:`verl_troll.tasks.rewards.math` starts it with ``-c`` and kills it when an answer takes too long. Its own limit on
-processor time ends it as well, whatever became of its parent.
+:mod:`verl_troll.tasks.rewards.math` starts it with ``-c`` and kills it when a comparison takes too long. Its own CPU
+time limit ends it even if its parent is gone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 
 def main() -> None:
     memory, seconds = int(sys.argv[1]), int(sys.argv[2])
-    # Whatever a library prints must not look like a reply.
+    # A library's output must not look like a reply.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

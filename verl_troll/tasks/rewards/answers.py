@@ -1,4 +1,4 @@
-"""Finds the final answer in a response. Every function here takes time linear in the length of the response."""
+"""Extracts the final answer from a response, in time linear in its length."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ _NUMBER = re.compile(r"\s*\\?\$?\s*(-?(?:\d[\d,]*)?\.?\d+)")
 
 
 def final_answer(response: str) -> str | None:
-    r"""What follows the last of the marks ``\boxed{``, ``Answer:`` and ``####``.
+    r"""The text after the last marker ``\boxed{``, ``Answer:`` or ``####``.
 
-    These are the forms that the prompts of the tasks ask for. ``####`` is followed by a number, ``Answer:`` by the rest
-    of its line.
+    The tasks' prompts ask for these forms. ``####`` is followed by a number, ``Answer:`` by the rest of its line.
 
     Returns:
-        The answer without enclosing dollar signs, stars and a final full stop; None without a mark, or where a brace is
-        left open.
+        The answer without enclosing dollar signs, asterisks and a final full stop; None without a marker or if a brace
+        is not closed.
     """
     position, mark = max((response.rfind(mark), mark) for mark in (_BOXED, "Answer:", "####"))
     if position < 0:
@@ -42,9 +41,9 @@ def _in_braces(text: str, begin: int) -> str | None:
 
 
 def last_program(response: str) -> str | None:
-    """The last fenced block of a response, whatever language its fence names; None without one."""
+    """The last fenced block of a response, in any language; None without one."""
     pieces = response.split(_FENCE)
-    # An odd number of fences: the last block was cut off by the end of the response.
+    # With an odd number of fences, the end of the response cut off the last block.
     index = len(pieces) - 1 if len(pieces) % 2 == 0 else len(pieces) - 2
     if index < 1:
         return None

@@ -1,4 +1,4 @@
-"""Test cases of programs as Eurus-2-RL has them, and the comparison of outputs."""
+"""Test cases in Eurus-2-RL's format, and the comparison of outputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cases:
-    """Inputs and outputs for programs that read and print, or for a function that is called.
+    """Inputs and expected outputs of a program on standard input and output, or of a function.
 
     Attributes:
-        function: None for programs.
-        inputs: of programs, text; of functions, lists of arguments.
-        outputs: of programs, text; of functions, a tuple of accepted values, in which integers are
+        function: the function's name; None for programs.
+        inputs: text for programs, argument lists for functions.
+        outputs: text for programs; for functions, tuples of accepted values with integers as
             :class:`decimal.Decimal`.
     """
 
@@ -29,13 +29,13 @@ def read_cases(ground_truth: str | dict[str, Any]) -> Cases:
     """Read a ground truth: JSON with the lists ``inputs`` and ``outputs``, and ``fn_name`` for functions.
 
     Raises:
-        ValueError: it is not that.
+        ValueError: it is not in this format.
     """
     try:
         truth = json.loads(ground_truth) if isinstance(ground_truth, str) else ground_truth
         function, inputs, outputs = truth.get("fn_name"), truth["inputs"], truth["outputs"]
         if not (isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs) > 0):
-            raise ValueError("'inputs' and 'outputs' must be lists of one length, above 0")
+            raise ValueError("'inputs' and 'outputs' must be non-empty lists of equal length")
         if function is None:
             return Cases(None, [_lines(value) for value in inputs], [_lines(value) for value in outputs])
         return Cases(function, [_arguments(value) for value in inputs], [_accepted(value) for value in outputs])
@@ -51,17 +51,17 @@ def _lines(value: Any) -> str:
 
 
 def _arguments(value: Any) -> list[Any]:
-    """Arguments come as a list, or as text with one JSON value per line."""
+    """Arguments are given as a list, or as text with one JSON value per line."""
     return value if isinstance(value, list) else [json.loads(line) for line in str(value).split("\n")]
 
 
 def _accepted(value: Any) -> tuple[Any, ...]:
-    """A value comes as it is, as text in JSON, or in a list of its own."""
+    """A value is given as is, as JSON text, or wrapped in a list."""
     accepted: list[Any] = [value] if isinstance(value, str) else []
     try:
         accepted.append(exact_json(value if isinstance(value, str) else json.dumps(value)))
     except ValueError:
-        # Plain text; what is not a string has been read from JSON.
+        # Plain text, not JSON.
         return tuple(accepted)
     if isinstance(accepted[-1], list) and len(accepted[-1]) == 1:
         accepted.append(accepted[-1][0])
@@ -69,18 +69,18 @@ def _accepted(value: Any) -> tuple[Any, ...]:
 
 
 def exact_json(text: str) -> Any:
-    """Read JSON with integers of any length, as :class:`decimal.Decimal`.
+    """Read JSON, with integers of any length as :class:`decimal.Decimal`.
 
     Raises:
         ValueError: it is not JSON.
         RecursionError: it is nested too deeply.
     """
-    # Python refuses integers of more than 4300 digits, whose conversion takes quadratic time.
+    # Python's int() refuses more than 4300 digits, since conversion takes quadratic time.
     return json.loads(text, parse_int=Decimal)
 
 
 def same_text(got: str, expected: str) -> bool:
-    """Whether two outputs have the same words; numbers with a fraction may differ by a millionth part."""
+    """Whether two outputs have the same words; non-integer numbers may differ by 1e-6, relatively."""
     got_words, expected_words = got.split(), expected.split()
     return len(got_words) == len(expected_words) and all(map(_same_word, got_words, expected_words))
 
@@ -101,7 +101,7 @@ def _close(got: float | Decimal, expected: float | Decimal) -> bool:
 
 
 def same_value(got: Any, expected: Any) -> bool:
-    """Whether two values of :func:`exact_json` are equal; numbers with a fraction may differ by a millionth part."""
+    """Whether two values of :func:`exact_json` are equal; non-integer numbers may differ by 1e-6, relatively."""
     if isinstance(got, list) and isinstance(expected, list):
         return len(got) == len(expected) and all(map(same_value, got, expected))
     if isinstance(got, dict) and isinstance(expected, dict):

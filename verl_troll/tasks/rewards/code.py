@@ -1,6 +1,6 @@
-"""Reward for programs: 1 where a program passes every test, else 0, run in :mod:`verl_troll.tasks.rewards.sandbox`.
+"""Reward for programs: 1 if a program passes every test in :mod:`verl_troll.tasks.rewards.sandbox`, else 0.
 
-Importing this module checks the sandbox, so that verl's reward workers refuse a machine without one at their start.
+Importing this module checks the sandbox, so verl's reward workers fail at start-up on a machine without one.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ def compute_score(
     slots: int | None = None,
     **unused: Any,
 ) -> dict[str, float]:
-    """Score of one response. verl's reward manager calls this in a thread of a reward worker.
+    """Score one response. verl's reward manager calls this in a thread of a reward worker.
 
     Args:
-        data_source: not used; the tests say what to do.
+        data_source: unused.
         solution_str: the response; its last fenced block is the program.
         ground_truth: see :func:`verl_troll.tasks.rewards.cases.read_cases`.
-        extra_info: not used.
-        processor_seconds: processor time per test; twice as much on the clock.
-        total_seconds: time on the clock for all tests of a response.
+        extra_info: unused.
+        processor_seconds: CPU time limit per test; the wall-clock limit is twice as long.
+        total_seconds: wall-clock limit for all tests of a response.
         memory_mb: address space of a run, in MiB.
-        output_kb: most output of a run, in KiB; twice the expected output where that is more.
-        slots: runs at once on this machine, over all workers of a user; default: one per core.
+        output_kb: output limit of a run, in KiB; at least twice the expected output.
+        slots: concurrent runs on this machine, over all workers of a user; default: one per core.
 
     Returns:
-        ``score`` and ``acc``: 1 where every test is passed, else 0. ``answered``: 1 with a program in the response.
-        ``stopped``: 1 where a limit ended it.
+        ``score`` and ``acc``: 1 if every test passes, else 0. ``answered``: 1 if the response has a program.
+        ``stopped``: 1 if a limit ended it.
 
     Raises:
         ValueError: the ground truth cannot be read.

@@ -1,7 +1,7 @@
-"""Reward for mathematics: 1 where the final answer equals the ground truth by math-verify, else 0.
+"""Reward for mathematics: 1 if math-verify finds the final answer equal to the ground truth, else 0.
 
-Parsing LaTeX and comparing expressions may take any amount of time and memory, in C code that no signal handler
-interrupts. It happens in processes of its own, which are killed when they exceed a limit.
+Parsing LaTeX and comparing expressions can take unbounded time and memory, in C code that signal handlers cannot
+interrupt. So it runs in separate processes, which are killed when they exceed a limit.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any
 from verl_troll.tasks.rewards import _math_worker
 from verl_troll.tasks.rewards.answers import final_answer
 
-LONGEST_ANSWER = 2000
-"""Characters of an answer. Longer ones are wrong without being parsed."""
+MAX_ANSWER = 2000
+"""Maximum characters of an answer. Longer ones count as wrong, unparsed."""
 START_SECONDS = 300.0
-"""How long a worker may take to import math-verify, on a machine however busy."""
+"""How long a worker may take to import math-verify, even on a busy machine."""
 
 if importlib.util.find_spec("math_verify") is None:
     raise ImportError("the reward for mathematics needs math-verify: pip install 'verl_troll[tasks]'")
 
 
 class Worker:
-    """One process that compares answers; ended by :meth:`close` or the end of this process."""
+    """One process that compares answers; it ends with :meth:`close` or with this process."""
 
     def __init__(self, memory: int, seconds: float) -> None:
         self._process = subprocess.Popen(
@@ -65,7 +65,7 @@ class Worker:
         return reply
 
     def equal(self, gold: str, answer: str, seconds: float) -> bool | None:
-        """Whether two answers are equal; None where a limit or a crash ended the process, which is then of no use."""
+        """Whether two answers are equal; None if the process hit a limit or crashed, and must be replaced."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"gold": gold, "answer": answer}).encode() + b"\n")
@@ -82,8 +82,8 @@ class Worker:
             return self._process.wait()
 
 
-class Pool:
-    """Up to ``size`` workers, started when they are needed. Safe to use from several threads."""
+class WorkerPool:
+    """Up to ``size`` workers, started on demand. Thread-safe."""
 
     def __init__(self, size: int, memory: int, seconds: float) -> None:
         self._memory, self._seconds = memory, seconds
@@ -92,7 +92,7 @@ class Pool:
             self._idle.put(None)
 
     def equal(self, gold: str, answer: str) -> bool | None:
-        """Whether two answers are equal; None where a limit ended the comparison."""
+        """Whether two answers are equal; None if a limit ended the comparison."""
         worker = self._idle.get()
         result: bool | None = None
         try:
@@ -106,19 +106,19 @@ class Pool:
         return result
 
 
-_pools: dict[tuple[int, int, float], Pool] = {}
+_pools: dict[tuple[int, int, float], WorkerPool] = {}
 _pools_lock = threading.Lock()
 
 
-def _pool(size: int, memory: int, seconds: float) -> Pool:
+def _pool(size: int, memory: int, seconds: float) -> WorkerPool:
     key = (size, memory, seconds)
     with _pools_lock:
         if key not in _pools:
-            _pools[key] = Pool(*key)
+            _pools[key] = WorkerPool(*key)
         return _pools[key]
 
 
-# A forked process must not talk to the workers of its parent.
+# A forked process must not use its parent's workers.
 os.register_at_fork(after_in_child=_pools.clear)
 
 
@@ -137,20 +137,20 @@ def compute_score(
     workers: int = 2,
     **unused: Any,
 ) -> dict[str, float]:
-    """Score of one response. verl's reward manager calls this in a thread of a reward worker.
+    """Score one response. verl's reward manager calls this in a thread of a reward worker.
 
     Args:
-        data_source: not used; :func:`verl_troll.tasks.rewards.answers.final_answer` knows the forms of all tasks.
+        data_source: unused; :func:`verl_troll.tasks.rewards.answers.final_answer` handles all tasks.
         solution_str: the response.
-        ground_truth: the right answer in LaTeX or plain, or a solution that ends in ``#### answer``.
-        extra_info: not used.
-        seconds: time for one comparison.
-        memory_mb: address space of a comparing process, in MiB.
-        workers: comparing processes per reward worker, about 120 MiB each.
+        ground_truth: the right answer as LaTeX or plain text, or a solution that ends in ``#### answer``.
+        extra_info: unused.
+        seconds: time limit for one comparison.
+        memory_mb: address space of a worker process, in MiB.
+        workers: worker processes per reward worker, about 120 MiB each.
 
     Returns:
-        ``score`` and ``acc``: 1 where the final answer is right, else 0. ``answered``: 1 with a final answer in the
-        response. ``stopped``: 1 where a limit ended the comparison.
+        ``score`` and ``acc``: 1 if the final answer is right, else 0. ``answered``: 1 if the response has a final
+        answer. ``stopped``: 1 if a limit ended the comparison.
 
     Raises:
         ValueError: the ground truth is empty.
@@ -165,7 +165,7 @@ def compute_score(
     equal: bool | None = False
     if _plain(answer) == _plain(truth):
         equal = True
-    elif len(answer) <= LONGEST_ANSWER:
+    elif len(answer) <= MAX_ANSWER:
         equal = _pool(workers, memory_mb << 20, seconds).equal(_boxed(truth), _boxed(answer))
     return {"score": float(bool(equal)), "acc": float(bool(equal)), "answered": 1.0, "stopped": float(equal is None)}
 

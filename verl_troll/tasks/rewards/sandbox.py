@@ -1,16 +1,16 @@
-"""Runs a program that nobody trusts: one process, no network, no writing, nothing to read but libraries.
+"""Runs untrusted programs: one process, no network, no writing, only libraries to read.
 
-The layers are the operating system's, and need neither root nor a container runtime:
+The operating system provides the layers, without root or a container runtime:
 
-- seccomp: a list of the system calls that a computation needs. No process, no socket, no signal, no file opened for
-  writing is among them.
-- Landlock: files other than the interpreter's libraries cannot be read.
-- resource limits: memory, processor time, open files, file size.
-- where the caller is root, a user of its own without capabilities; its number of threads is then limited by the kernel.
-- the caller: wall-clock time, size of the output, number of threads, and the end by SIGKILL. Since the program has one
-  process, nothing of it is left.
+- seccomp: allows only the system calls that a computation needs: no new processes, no sockets, no signals, no files
+  opened for writing.
+- Landlock: only the interpreter's libraries can be read.
+- resource limits: memory, CPU time, open files, file size.
+- if the caller is root: a separate user without capabilities, for which the kernel also limits the number of threads.
+- the caller: limits wall-clock time, output size and number of threads, and ends the program by SIGKILL. Since the
+  program has one process, nothing of it survives.
 
-A layer that is missing is refused by :func:`require`. ``VERL_TROLL_SANDBOX_WITHOUT`` names the ones that may be absent.
+:func:`require` fails if a layer is missing. ``VERL_TROLL_SANDBOX_WITHOUT`` lists layers that may be missing.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from typing import Any, Literal
 from verl_troll.tasks.rewards import _inside
 
 WITHOUT = "VERL_TROLL_SANDBOX_WITHOUT"
-WAIVABLE = {"landlock": "programs may read every file that their user may", "user": "programs keep the user root"}
+WAIVABLE = {"landlock": "programs can then read every file that their user can", "user": "programs then run as root"}
 
 FIRST_USER = 60706
-"""User ids from here on, one per slot, lie between the ranges that Debian and systemd give out."""
-MOST_SLOTS = 256
+"""First of the user ids, one per slot; outside the ranges that Debian and systemd allocate."""
+MAX_SLOTS = 256
 START_SECONDS = 60.0
-"""How long an interpreter may take to set up the sandbox, on a machine however busy."""
+"""How long an interpreter may take to set up the sandbox, even on a busy machine."""
 
 ALLOWED_CALLS = """
 read write readv writev pread64 pwrite64 lseek close close_range dup dup2 dup3
@@ -60,19 +60,19 @@ exit exit_group
 
 
 class SandboxError(RuntimeError):
-    """The sandbox cannot do its work; never caused by the program inside."""
+    """The sandbox itself failed; never caused by the program inside."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may use.
+    """Limits of one run.
 
     Attributes:
-        processor_seconds: processor time over all threads, at least 1.
-        wall_seconds: time on the clock, from the program's start.
-        memory: address space in bytes.
+        processor_seconds: CPU time over all threads, at least 1.
+        wall_seconds: wall-clock time from the program's start.
+        memory: address space, in bytes.
         output: bytes on standard output.
-        threads: of the program.
+        threads: number of threads.
     """
 
     processor_seconds: int = 6
@@ -88,7 +88,7 @@ class Outcome:
 
     Attributes:
         ended: ``finished`` with status 0, ``failed`` with another status or a signal, or the limit that ended it.
-        output: standard output; of a function, the JSON of what it returned.
+        output: standard output; for a function, its result as JSON.
         errors: the beginning of standard error.
     """
 
@@ -112,7 +112,7 @@ def system_call_filter() -> bytes:
             "pip install 'verl_troll[tasks]'"
         ) from error
     argument, same, masked = pyseccomp.Arg, pyseccomp.EQ, pyseccomp.MASKED_EQ
-    # The C library has another way where a call does not exist, not where it is forbidden.
+    # The C library falls back if a call does not exist (ENOSYS), but not if it is forbidden (EPERM).
     rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.ENOSYS))
     for name in ALLOWED_CALLS.split():
         rules.add_rule(pyseccomp.ALLOW, name)
@@ -135,7 +135,7 @@ def system_call_filter() -> bytes:
 
 @functools.cache
 def readable_roots() -> tuple[str, ...]:
-    """Files and folders that a program may read: libraries of the system and of this interpreter."""
+    """Files and folders that programs may read: the libraries of the system and of this interpreter."""
     paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     paths += [os.path.join(sys.base_prefix, "lib"), "/usr/lib", "/usr/lib64", "/lib", "/lib64"]
     paths += ["/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom"]
@@ -143,10 +143,10 @@ def readable_roots() -> tuple[str, ...]:
 
 
 def waived() -> frozenset[str]:
-    """Layers that the user allows to be absent.
+    """Layers that the user allows to be missing.
 
     Raises:
-        SandboxError: a name that is none of the waivable layers.
+        SandboxError: a name is not a waivable layer.
     """
     names = frozenset(name.strip() for name in os.environ.get(WITHOUT, "").split(",") if name.strip())
     if not names <= WAIVABLE.keys():
@@ -157,19 +157,19 @@ def waived() -> frozenset[str]:
 
 
 def default_slots() -> int:
-    """As many runs at once as this process has cores."""
-    return min(len(os.sched_getaffinity(0)), MOST_SLOTS)
+    """One slot per core of this process."""
+    return min(len(os.sched_getaffinity(0)), MAX_SLOTS)
 
 
 @contextlib.contextmanager
 def slot(count: int) -> Iterator[int]:
-    """Hold one of ``count`` places, shared by all processes of this user on this machine; waits for a free one.
+    """Hold one of ``count`` slots, shared by all processes of this user on this machine; waits for a free one.
 
     Raises:
-        SandboxError: the folder of the places belongs to another user.
+        SandboxError: the folder of the slots belongs to another user.
     """
-    if not 1 <= count <= MOST_SLOTS:
-        raise ValueError(f"slots={count}: allowed are 1 to {MOST_SLOTS}")
+    if not 1 <= count <= MAX_SLOTS:
+        raise ValueError(f"slots={count}: must be 1 to {MAX_SLOTS}")
     folder = Path(tempfile.gettempdir(), f"verl_troll-sandbox-{os.geteuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.lstat().st_uid != os.geteuid():
@@ -198,12 +198,12 @@ def run(
     """Run a program, or one of its functions.
 
     Args:
-        source: Python. Characters that UTF-8 has not are replaced.
-        data: what the program reads from standard input.
-        function: call this, a function or a method of a class ``Solution``, instead of running a script.
-        arguments: of the function, as JSON has them.
+        source: Python code. Characters that UTF-8 cannot encode are replaced.
+        data: the program's standard input.
+        function: call this function, or method of a class ``Solution``, instead of running a script.
+        arguments: the function's arguments, as JSON values.
         limits: default :class:`Limits`.
-        slot_index: of :func:`slot`; chooses the user id where the caller is root.
+        slot_index: from :func:`slot`; selects the user id if the caller is root.
 
     Raises:
         SandboxError: the sandbox could not be set up.
@@ -221,7 +221,7 @@ def run(
         "RLIMIT_MSGQUEUE": 0,
     }
     if os.geteuid() == 0 and "user" not in without:
-        # Otherwise the limit would count the caller's threads as well.
+        # For the caller's own user, the limit would count the caller's threads too.
         resources["RLIMIT_NPROC"] = limits.threads
     job = {
         "source": source,
@@ -293,7 +293,7 @@ def _watch(
 
 def _threads(pid: int) -> int:
     try:
-        # The process is its caller's child until it is waited for, so that the number cannot have passed on.
+        # The pid cannot be reused before this process has waited for its child.
         return len(os.listdir(f"/proc/{pid}/task"))
     except OSError:
         return 0
@@ -311,7 +311,7 @@ def _environment() -> dict[str, str]:
         "PATH": "/usr/bin:/bin",
         "LANG": "C.UTF-8",
         "PYTHONUTF8": "1",
-        # The same program gives the same output.
+        # Make the output reproducible.
         "PYTHONHASHSEED": "0",
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
@@ -320,7 +320,7 @@ def _environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _memory_file(content: bytes) -> Iterator[int]:
-    """A file without a name, read from its beginning, that cannot be changed."""
+    """An anonymous, sealed file, positioned at its start."""
     handle = os.memfd_create("sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         with open(handle, "wb", closefd=False) as file:
@@ -333,7 +333,7 @@ def _memory_file(content: bytes) -> Iterator[int]:
         os.close(handle)
 
 
-# Says which of the things that no program may do this one could do.
+# Prints the forbidden actions that were possible.
 _PROBE = """
 import os, socket, sys
 def possible(what):
@@ -355,27 +355,27 @@ print(" ".join(name for name, what in attempts.items() if possible(what)))
 
 @functools.cache
 def require() -> None:
-    """Check by a real run that this machine has every layer that is not waived.
+    """Check with a real run that this machine has every layer that is not waived.
 
     Raises:
         SandboxError: says which layer is missing and what to do.
     """
     without = waived()
-    way_out = f"; {WITHOUT}={{}} allows it to be absent ({{}})"
+    waiver = f"; {WITHOUT}={{}} allows it to be missing ({{}})"
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise SandboxError(f"the sandbox runs on Linux, x86_64 and aarch64, not on {sys.platform} {platform.machine()}")
     if "landlock" not in without and _inside.landlock_version() == 0:
         raise SandboxError(
             "the kernel offers no Landlock, which keeps programs from reading files: it needs Linux 5.13 with landlock "
-            "among the security modules (lsm=), and a container runtime that lets its system calls pass"
-            + way_out.format("landlock", WAIVABLE["landlock"])
+            "among the security modules (lsm=), and a container runtime that allows its system calls"
+            + waiver.format("landlock", WAIVABLE["landlock"])
         )
     with tempfile.NamedTemporaryFile() as canary:
         try:
             with slot(default_slots()) as index:
                 outcome = run(_PROBE, data=canary.name, slot_index=index, limits=Limits(wall_seconds=30))
         except SandboxError as error:
-            hint = way_out.format("user", WAIVABLE["user"]) if os.geteuid() == 0 and "user" not in without else ""
+            hint = waiver.format("user", WAIVABLE["user"]) if os.geteuid() == 0 and "user" not in without else ""
             raise SandboxError(f"{error}{hint}") from error
     escaped = set(outcome.output.decode().split())
     if outcome.ended != "finished":

@@ -38,18 +38,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("report.html"),
         metavar="FILE",
-        help="the page (default report.html); its pictures go to a folder beside it, named after it and -figures",
+        help="output page (default report.html); its pictures go to a folder beside it, e.g. report-figures",
     )
     parser.add_argument(
         "--baseline",
         metavar="ARM",
-        help="arm that the others are compared with (default: vanilla, else clip, else the first)",
+        help="arm to compare the others with (default: vanilla, else clip, else the first)",
     )
     parser.add_argument(
         "--threshold",
         type=_finite,
         metavar="X",
-        help="held-out success that steps are counted to (default: half-way from the start to the best arm's final)",
+        help="held-out success for 'steps to threshold' (default: halfway from the start to the best arm's final)",
     )
 
 
@@ -61,7 +61,7 @@ def _command(arguments: argparse.Namespace) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the report; 0, or 2 where there is nothing to report or something is damaged."""
+    """Write the report. Return 0, or 2 if there is nothing to report or an input is damaged."""
     notes: list[str] = []
 
     def note(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Runs grouped by task and arm, and the statistics of each arm at each learning rate."""
+"""Groups runs by task and arm, and computes the statistics of each arm at each learning rate."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Measure = Callable[[Run], "float | None"]
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one arm at one learning rate; ``rate`` is None where nothing says it."""
+    """The runs of one arm at one learning rate; ``rate`` is None if unknown."""
 
     arm: str
     rate: float | None
     runs: tuple[Run, ...]
 
     def interval(self, measure: Measure) -> Interval | None:
-        """Mean of ``measure`` over the runs that have it, None where none has."""
+        """Mean of ``measure`` over the runs that have it; None if no run does."""
         values = [value for run in self.runs if (value := measure(run)) is not None and math.isfinite(value)]
         return mean_interval(values) if values else None
 
@@ -45,14 +45,14 @@ class Cell:
         return sum(map(diverged, self.runs))
 
     def by_seed(self, measure: Measure) -> dict[int, float]:
-        """``measure`` of each run that has it and a seed."""
+        """``measure`` by seed, for the runs that have both."""
         values = {run.seed: measure(run) for run in self.runs if run.seed is not None}
         return {seed: value for seed, value in values.items() if value is not None and math.isfinite(value)}
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """One arm against the baseline, by seed; None for what no common seed has."""
+    """One arm against the baseline, paired by seed; None if no seed in common has the measure."""
 
     cell: Cell
     baseline: Cell
@@ -61,15 +61,15 @@ class Pairing:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TaskComparison:
     """All runs of one task (and one section of it).
 
     Attributes:
-        task, section: empty where nothing says them.
-        cells: every arm at every learning rate, the baseline first, rates increasing.
-        best: for each arm, its cell of the highest mean final success; the first cell where success was not measured.
-        baseline: name of the arm that others are compared with, None where the task has no such arm.
-        threshold: success that ``steps_to`` waits for, None where success was not measured.
+        task, section: empty if unknown.
+        cells: every arm at every learning rate, baseline first, rates increasing.
+        best: each arm's cell with the highest mean final success; its first cell if success was not measured.
+        baseline: the arm that others are compared with; None if the task has no such arm.
+        threshold: success for ``steps_to``; None if success was not measured.
         last_step: the last step at which any run measured success.
     """
 
@@ -92,28 +92,28 @@ class Comparison:
         return len({cell.rate for cell in self.cells}) > 1
 
     def area(self, run: Run) -> float | None:
-        """Mean held-out success over the steps; a run that ended early keeps its last value."""
+        """Mean held-out success over all steps; a run that ended early keeps its last value."""
         series = held_to(run.held_out().finite(), self.last_step)
         return area_under_curve(series.steps, series.values) if series else None
 
     def steps_to_threshold(self, run: Run) -> float | None:
-        """First step with held-out success at the threshold, None where it is never reached."""
+        """First step at which held-out success reaches the threshold; None if it never does."""
         series = run.held_out().finite()
         return None if self.threshold is None else steps_to(self.threshold, series.steps, series.values)
 
     def of_arm(self, arm: str) -> list[Cell]:
-        """The arm at each of its rates."""
+        """The cells of one arm, one per rate."""
         return [cell for cell in self.cells if cell.arm == arm]
 
     def at_best_rates(self) -> list[Pairing]:
-        """Each arm against the baseline, both at their best rates."""
+        """Each arm against the baseline, each at its own best rate."""
         if self.baseline is None:
             return []
         reference = self.best[self.baseline]
         return [self._pairing(cell, reference) for arm, cell in self.best.items() if arm != self.baseline]
 
     def at_equal_rates(self) -> list[Pairing]:
-        """Each arm against the baseline at each rate that both have, where runs differ in their rate."""
+        """Each arm against the baseline at every rate they share; empty if all runs have one rate."""
         if self.baseline is None or not self.several_rates:
             return []
         reference = {cell.rate: cell for cell in self.of_arm(self.baseline)}
@@ -127,7 +127,7 @@ class Comparison:
         return Pairing(cell, baseline, *(_pair(cell, baseline, measure) for measure in (final_success, self.area)))
 
     def stable_ranges(self) -> dict[str, StableRange]:
-        """The range of stable rates of each arm that was tried at two rates or more."""
+        """The stable range of each arm that was tried at two or more rates."""
         found = {}
         for arm in self.best:
             success = {
@@ -140,7 +140,7 @@ class Comparison:
         return found
 
     def ended_early(self) -> list[Run]:
-        """Runs whose last held-out success is older than that of others."""
+        """Runs whose last held-out evaluation is before ``last_step``."""
         return [run for run in self.runs if (series := run.held_out()) and series.steps[-1] < self.last_step]
 
 
@@ -167,17 +167,17 @@ def best_success(run: Run) -> float | None:
 
 
 def at_the_end(*metrics: str) -> Measure:
-    """Mean of a metric over the last tenth of the steps that have it."""
+    """Mean of a metric over the last tenth of its logged steps."""
     return lambda run: tail_mean(series.values) if (series := run.metric(*metrics).finite()) else None
 
 
 def mean_of(*metrics: str) -> Measure:
-    """Mean of a metric over the steps that have it."""
+    """Mean of a metric over its logged steps."""
     return lambda run: fmean(series.values) if (series := run.metric(*metrics).finite()) else None
 
 
 def median_of(*metrics: str) -> Measure:
-    """Median of a metric over the steps that have it."""
+    """Median of a metric over its logged steps."""
     return lambda run: median(series.values) if (series := run.metric(*metrics).finite()) else None
 
 
@@ -186,13 +186,13 @@ def largest_of(*metrics: str) -> Measure:
     return lambda run: max(run.metric(*metrics).finite().values, default=None)
 
 
-def compare(runs: Sequence[Run], baseline: str | None = None, threshold: float | None = None) -> list[Comparison]:
-    """One comparison for each task and section, in the order in which they were read.
+def compare(runs: Sequence[Run], baseline: str | None = None, threshold: float | None = None) -> list[TaskComparison]:
+    """One comparison per task and section, in input order.
 
     Args:
         runs: from :func:`~verl_troll.tools.report.read.read_runs`.
-        baseline: arm that the others are compared with; by default ``vanilla``, else ``clip``, else the first.
-        threshold: success that counts as reached; by default half-way from the mean start to the best arm's final.
+        baseline: arm to compare the others with; by default ``vanilla``, else ``clip``, else the first.
+        threshold: success to reach; by default halfway from the mean start to the best arm's final.
 
     Raises:
         ReportError: no run has the arm ``baseline``.
@@ -208,7 +208,7 @@ def compare(runs: Sequence[Run], baseline: str | None = None, threshold: float |
 
 
 def _labelled(runs: Sequence[Run]) -> list[Cell]:
-    """Cells of arm and rate; an arm whose runs differ in a setting is one arm for each of its values."""
+    """Cells by arm and rate. An arm whose runs differ in a setting is split, one arm per value."""
     by_arm: dict[str, list[Run]] = {}
     for run in runs:
         by_arm.setdefault(run.arm, []).append(run)
@@ -233,7 +233,7 @@ def _named(baseline: str, cells: Sequence[Cell]) -> str | None:
 
 def _comparison(
     task: str, section: str, cells: Sequence[Cell], baseline: str | None, threshold: float | None
-) -> Comparison:
+) -> TaskComparison:
     wanted = BASELINES if baseline is None else (baseline,)
     found = next((name for name in (_named(arm, cells) for arm in wanted) if name is not None), None)
     if found is None and baseline is None:
@@ -251,7 +251,7 @@ def _comparison(
     if threshold is None and starts:
         threshold = (fmean(starts) + max(map(_success, ordered))) / 2
     last = max((series.steps[-1] for run in runs if (series := run.held_out())), default=0)
-    return Comparison(task, section, tuple(ordered), best, found, threshold if starts else None, last)
+    return TaskComparison(task, section, tuple(ordered), best, found, threshold if starts else None, last)
 
 
 def _success(cell: Cell) -> float:

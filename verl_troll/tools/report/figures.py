@@ -1,6 +1,6 @@
-"""The pictures of the report: one panel each, told apart by colour, line style and marker alike.
+"""The report's pictures, one panel each. Colour, line style and marker all distinguish the arms.
 
-Colours are Okabe and Ito's, which stay apart under the common forms of colour blindness.
+The palette is Okabe and Ito's, safe for the common forms of colour blindness.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from verl_troll.tools.report import read
 from verl_troll.tools.report.comparison import (
     Cell,
-    Comparison,
+    TaskComparison,
     final_success,
     largest_of,
     mean_of,
@@ -31,7 +31,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo")
 _WIDTH_INCHES, _HEIGHT_INCHES, _DPI = 4.4, 2.9, 170
 _LEGEND_ROW_INCHES = 0.19
-_LONGEST_LABEL = 52
+_MAX_LABEL = 52
 _THIN: dict[str, Any] = {"linewidth": 0.9, "fillstyle": "none", "markersize": 3.5}
 _SHARE_FLOOR = 1e-8
 _KL_FLOOR = 1e-6
@@ -56,10 +56,10 @@ class Picture:
     """A drawn panel.
 
     Attributes:
-        name: of the file, without folder and suffix.
-        figure: matplotlib's figure.
+        name: file name, without folder and suffix.
+        figure: the matplotlib figure.
         caption: what is drawn.
-        gist: its numbers in words, for those who do not see it.
+        gist: alt text with the numbers.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Picture:
     gist: str
 
     def png(self) -> bytes:
-        """The picture as PNG; the same figure gives the same bytes."""
+        """The picture as PNG; equal figures give equal bytes."""
         from matplotlib import rc_context
 
         buffer = io.BytesIO()
@@ -79,23 +79,23 @@ class Picture:
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture that may be drawn: ``draw`` gives None where the runs hold no data for it."""
+    """A picture to draw; ``draw`` returns None if the runs have no data for it."""
 
     section: str
     name: str
     needs: str
-    draw: Callable[[Comparison], Picture | None]
+    draw: Callable[[TaskComparison], Picture | None]
 
 
 def printable(text: str) -> str:
-    """``text`` as a label: what the font lacks as a question mark, shortened in the middle where it is long."""
+    """``text`` as a label: glyphs missing from the font become ``?``, long text is shortened in the middle."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     known = get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap()
     clean = "".join(c if ord(c) in known and c.isprintable() else "?" for c in " ".join(text.split()))
-    if len(clean) > _LONGEST_LABEL:
-        clean = f"{clean[: _LONGEST_LABEL // 2 - 1]}…{clean[-_LONGEST_LABEL // 2 :]}"
-    # matplotlib hides what starts with an underscore.
+    if len(clean) > _MAX_LABEL:
+        clean = f"{clean[: _MAX_LABEL // 2 - 1]}…{clean[-_MAX_LABEL // 2 :]}"
+    # matplotlib hides labels that start with an underscore.
     return f" {clean}" if clean.startswith("_") else clean
 
 
@@ -105,7 +105,7 @@ def number(value: float) -> str:
 
 
 def rate_text(rate: float) -> str:
-    """A learning rate: 3e-4."""
+    """A learning rate as ``3e-4``."""
     mantissa, _, exponent = f"{rate:e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}" if rate else "0"
 
@@ -116,13 +116,13 @@ def share(value: float) -> str:
 
 
 def with_interval(interval: Interval, form: Callable[[float], str]) -> str:
-    """Mean and interval in words."""
+    """Mean and interval as text."""
     if interval.low is None or interval.high is None:
         return form(interval.mean)
     return f"{form(interval.mean)} ({form(interval.low)} to {form(interval.high)})"
 
 
-def _style(comparison: Comparison, arm: str) -> dict[str, Any]:
+def _style(comparison: TaskComparison, arm: str) -> dict[str, Any]:
     index = list(comparison.best).index(arm)
     return {
         "color": _COLOURS[index % len(_COLOURS)],
@@ -132,7 +132,7 @@ def _style(comparison: Comparison, arm: str) -> dict[str, Any]:
 
 
 class _Canvas:
-    """One panel and the entries of its legend, which stands below it."""
+    """One panel, with its legend below."""
 
     def __init__(self, title: str, ylabel: str, xlabel: str = "training step") -> None:
         from matplotlib.figure import Figure
@@ -153,7 +153,7 @@ class _Canvas:
         self.axes.fill_between(curve.steps, curve.low, curve.high, color=style["color"], alpha=0.16, linewidth=0)
 
     def two_kinds(self, bold: str, thin: str) -> None:
-        """Say in the legend what bold and thin lines are, whichever arm's."""
+        """Explain bold and thin lines in the legend, for all arms."""
         from matplotlib.lines import Line2D
 
         for label, look in ((bold, dict[str, Any]()), (thin, _THIN)):
@@ -170,12 +170,12 @@ class _Canvas:
         self.axes.set_yscale("log")
         low, high = self.axes.get_ylim()
         self.axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0)))
-        # matplotlib's own labels are mathematics, which names from logs must not be read as.
+        # matplotlib's default labels need mathtext, which is off because names from logs could be parsed as it.
         self.axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         self.axes.yaxis.set_minor_formatter(NullFormatter())
 
     def finished(self) -> Any:
-        """The figure, higher by the rows of its legend."""
+        """The figure, made taller by its legend."""
         if self.entries:
             handles, labels = zip(*self.entries, strict=True)
             columns = 1 if max(map(len, labels)) > 24 else 2
@@ -193,7 +193,7 @@ class _Canvas:
         return self.figure
 
 
-def _label(comparison: Comparison, cell: Cell) -> str:
+def _label(comparison: TaskComparison, cell: Cell) -> str:
     several = len(comparison.of_arm(cell.arm)) > 1
     return f"{cell.arm}, lr {rate_text(cell.rate)}" if several and cell.rate is not None else cell.arm
 
@@ -204,12 +204,12 @@ def _last(curve: Curve, form: Callable[[float], str]) -> str:
     return f"{with_interval(Interval(curve.mean[-1], *ends, 0), form)} at step {curve.steps[-1]}"
 
 
-def _where(comparison: Comparison) -> str:
+def _where(comparison: TaskComparison) -> str:
     return ", each arm at its best learning rate" if comparison.several_rates else ""
 
 
 def _curves(
-    comparison: Comparison,
+    comparison: TaskComparison,
     name: str,
     title: str,
     ylabel: str,
@@ -236,7 +236,7 @@ def _curves(
     return Picture(name, canvas.finished(), caption, f"{title}. {gist}.")
 
 
-def _held_out(comparison: Comparison) -> Picture | None:
+def _held_out(comparison: TaskComparison) -> Picture | None:
     def select(cell: Cell) -> list[Series]:
         return [run.held_out() for run in cell.runs]
 
@@ -255,7 +255,7 @@ def _metric_panel(
     hold: bool = False,
     positive: bool = False,
 ) -> Panel:
-    def draw(comparison: Comparison) -> Picture | None:
+    def draw(comparison: TaskComparison) -> Picture | None:
         def select(cell: Cell) -> list[Series]:
             return series_of(cell, *metrics)
 
@@ -264,7 +264,7 @@ def _metric_panel(
     return Panel(section, name, f"{title.lower()} ({' or '.join(metrics)})", draw)
 
 
-def _success_by_rate(comparison: Comparison) -> Picture | None:
+def _success_by_rate(comparison: TaskComparison) -> Picture | None:
     title = "Final success by learning rate"
     canvas = _Canvas(title, "final held-out success", "learning rate (log scale)")
     gist = []
@@ -278,12 +278,12 @@ def _success_by_rate(comparison: Comparison) -> Picture | None:
             continue
         style = _style(comparison, arm)
         rates, means = [rate for rate, _ in found], [interval.mean for _, interval in found]
-        # Ends that are missing are drawn as no bar at all.
+        # A missing interval is drawn without a bar.
         errors = [
             [0.0 if interval.low is None else max(interval.mean - interval.low, 0) for _, interval in found],
             [0.0 if interval.high is None else max(interval.high - interval.mean, 0) for _, interval in found],
         ]
-        # Arms side by side, so that bars of one rate do not cover each other.
+        # Shift arms sideways so that error bars at one rate do not overlap.
         shift = 1.012 ** (2 * list(comparison.best).index(arm) - len(comparison.best) + 1)
         bars = canvas.axes.errorbar([rate * shift for rate in rates], means, errors, capsize=2, elinewidth=1, **style)
         canvas.entries.append((bars, printable(arm)))
@@ -298,13 +298,13 @@ def _success_by_rate(comparison: Comparison) -> Picture | None:
     canvas.axes.xaxis.set_minor_locator(NullLocator())
     canvas.axes.set_xticks(rates, [rate_text(rate) for rate in rates])
     caption = (
-        f"{title}: mean over seeds with its 95 % interval, diverged runs included. Arms are set apart a little at each "
+        f"{title}: mean over seeds with its 95 % interval, including diverged runs. Arms are shifted slightly at each "
         "rate."
     )
     return Picture("success-by-rate", canvas.finished(), caption, f"{title}. {'; '.join(gist)}.")
 
 
-def _before_and_after(comparison: Comparison, largest: bool) -> Picture | None:
+def _before_and_after(comparison: TaskComparison, largest: bool) -> Picture | None:
     before, after = (read.KL_BEFORE_MAX, read.KL_AFTER_MAX) if largest else (read.KL_BEFORE, read.KL_AFTER)
     title = "Largest KL of a token" if largest else "Mean KL per token"
     combine = _largest_curve if largest else mean_curve
@@ -338,7 +338,7 @@ def _before_and_after(comparison: Comparison, largest: bool) -> Picture | None:
     over = "largest of all seeds" if largest else "mean over seeds"
     caption = (
         f"{title} from the old policy, before the projection (thin, open markers) and after it{_where(comparison)}: "
-        f"{over} at each step. {_bound_words(bounds)} Values below {_KL_FLOOR:g} are drawn there."
+        f"{over} at each step. {_bound_words(bounds)} Values below {_KL_FLOOR:g} are drawn at {_KL_FLOOR:g}."
     )
     summed = "largest value of a run, averaged over runs" if largest else "mean over steps, averaged over runs"
     name = "kl-largest" if largest else "kl-mean"
@@ -349,7 +349,7 @@ def _before_and_after(comparison: Comparison, largest: bool) -> Picture | None:
 
 def _bound_words(bounds: Sequence[float]) -> str:
     if not bounds:
-        return "The runs name no bound."
+        return "The runs state no bound."
     return f"The dashed line is the bound of {' and '.join(f'{bound:g}' for bound in bounds)} nats."
 
 
@@ -363,8 +363,8 @@ def _largest_curve(runs: Sequence[Series]) -> Curve:
     return Curve(tuple(steps), tuple(values[step] for step in steps), nothing, nothing)
 
 
-def _left_out_mass(comparison: Comparison) -> Picture | None:
-    title = "Probability mass left out"
+def _left_out_mass(comparison: TaskComparison) -> Picture | None:
+    title = "Dropped probability mass"
     canvas = _Canvas(title, "1 - kept mass (log scale)")
     gist = []
     for arm, cell in comparison.best.items():
@@ -388,12 +388,12 @@ def _left_out_mass(comparison: Comparison) -> Picture | None:
     canvas.whole_steps()
     caption = (
         f"{title} of the support{_where(comparison)}: 1 - {read.OLD_KEPT_MASS} and 1 - {read.NEW_KEPT_MASS} (thin, "
-        f"open markers), mean over seeds. Values below {_SHARE_FLOOR:g} are drawn there."
+        f"open markers), mean over seeds. Values below {_SHARE_FLOOR:g} are drawn at {_SHARE_FLOOR:g}."
     )
     return Picture("left-out-mass", canvas.finished(), caption, f"{title}, at the last step: {'; '.join(gist)}.")
 
 
-def _seconds(comparison: Comparison) -> Picture | None:
+def _seconds(comparison: TaskComparison) -> Picture | None:
     title = "Time per step"
     found = {
         arm: interval
@@ -447,7 +447,7 @@ PANELS = (
     ),
     _metric_panel("Stability", "entropy", "Entropy of the policy", "nats per token", read.ENTROPY, positive=True),
     _metric_panel("Stability", "grad-norm", "Gradient norm", "norm", read.GRAD_NORM, positive=True),
-    _metric_panel("Stability", "distinct-answers", "Distinct answers", "share of a prompt", read.DISTINCT_ANSWERS),
+    _metric_panel("Stability", "distinct-answers", "Distinct answers", "share per prompt", read.DISTINCT_ANSWERS),
     _metric_panel(
         "Stability", "response-length", "Response length", "tokens, mean", read.RESPONSE_LENGTH, positive=True
     ),
@@ -463,7 +463,7 @@ PANELS = (
         f"mean KL per token ({read.KL_BEFORE}, {read.KL_AFTER})",
         lambda comparison: _before_and_after(comparison, largest=False),
     ),
-    _metric_panel("Trust region", "ppo-kl", "KL as verl estimates it", "nats per token", read.PPO_KL),
+    _metric_panel("Trust region", "ppo-kl", "verl's KL estimate", "nats per token", read.PPO_KL),
     _metric_panel(
         "Trust region",
         "projected-share",
@@ -472,19 +472,19 @@ PANELS = (
         read.PROJECTED_SHARE,
         positive=True,
     ),
-    _metric_panel("Support", "support-size", "Support size", "ids kept of a token", read.SUPPORT_SIZE, positive=True),
+    _metric_panel("Support", "support-size", "Support size", "ids kept per token", read.SUPPORT_SIZE, positive=True),
     Panel(
         "Support",
         "left-out-mass",
-        f"probability mass left out ({read.OLD_KEPT_MASS}, {read.NEW_KEPT_MASS})",
+        f"dropped probability mass ({read.OLD_KEPT_MASS}, {read.NEW_KEPT_MASS})",
         _left_out_mass,
     ),
     Panel("Cost", "seconds-per-step", f"time per step ({read.STEP_SECONDS})", _seconds),
 )
 
 
-def pictures(comparison: Comparison) -> tuple[dict[str, list[Picture]], list[str]]:
-    """The pictures of each section, and what is absent."""
+def pictures(comparison: TaskComparison) -> tuple[dict[str, list[Picture]], list[str]]:
+    """The pictures of each section, and what is missing."""
     from matplotlib import rc_context
 
     drawn: dict[str, list[Picture]] = {}

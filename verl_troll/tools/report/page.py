@@ -1,4 +1,4 @@
-"""The page: everything that was computed, drawn and read, in one file of HTML."""
+"""Writes the page: all tables, pictures and inputs in one HTML file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from verl_troll import __version__
 from verl_troll.tools.report import tables
-from verl_troll.tools.report.comparison import Comparison
+from verl_troll.tools.report.comparison import TaskComparison
 from verl_troll.tools.report.figures import Picture, pictures
 from verl_troll.tools.report.read import Run
 
@@ -21,51 +21,51 @@ _PACKAGES = ("numpy", "scipy", "matplotlib", "jinja2", "tensorboard")
 RULES = (
     (
         "Held-out success",
-        "of a step is val-core/<data source>/<variable>/mean@<samples>, of each data source the one with the most "
-        "samples, averaged over data sources.",
+        "at a step is val-core/<data source>/<variable>/mean@<samples>: for each data source the metric with the most "
+        "samples, then averaged over data sources.",
     ),
     (
         "Final and best",
-        "are the last and the highest held-out success of a run. The best of many steps is biased upwards.",
+        "are a run's last and highest held-out success. The best of many steps is biased upwards.",
     ),
     (
         "Mean over steps",
-        "is the area under the curve of held-out success by the trapezoid rule, over the number of steps. A run that "
-        "ended early keeps its last value, here and in the curves of success and reward; other curves average the runs "
+        "is the area under the held-out success curve (trapezoid rule), divided by the number of steps. A run that "
+        "ended early keeps its last value, here and in the success and reward curves; other curves average the runs "
         "that have the step.",
     ),
     (
         "Steps to a threshold",
-        "are counted to the first step whose held-out success reaches it, nothing interpolated, averaged over the runs "
-        "that reach it. By default the threshold is half-way from the mean start of all runs to the highest mean final "
-        "success of an arm.",
+        "is the first step whose held-out success reaches it, without interpolation, averaged over the runs that reach "
+        "it. By default the threshold is halfway from the mean start of all runs to the highest mean final success of "
+        "an arm.",
     ),
     (
         "Diverged",
-        "is a run whose status says so; or that logged a held-out success, training reward, entropy, gradient norm or "
-        "ppo_kl that is not finite; or whose last held-out success is below half of its first.",
+        "is a run whose status says so; or that logged a non-finite held-out success, training reward, entropy, "
+        "gradient norm or ppo_kl; or whose last held-out success is below half of its first.",
     ),
     (
         "Intervals",
         "are 95 % percentile bootstrap intervals of the mean over seeds or pairs (scipy.stats.bootstrap, 9999 "
-        "resamples, fixed random state), with at least three values; of equal values the interval has no width. With "
-        "few seeds they are too narrow: at five they cover the mean of normal values in about 83 % of cases. Bands of "
-        "curves hold for each step, not for the whole curve.",
+        "resamples, fixed random state) of at least three values; equal values give zero width. With few seeds they "
+        "are too narrow: with five they cover the mean of normal values in about 83 % of cases. Bands around curves "
+        "are pointwise, not for the whole curve.",
     ),
     (
         "Paired differences",
-        "are taken between runs of equal seed, task and, where said, learning rate; seeds that only one arm has are "
-        "left out. A tie is an exact one. No correction for many comparisons was made.",
+        "are between runs with the same seed, task and, where stated, learning rate; seeds that only one arm has are "
+        "left out. Ties are exact. There is no correction for multiple comparisons.",
     ),
     (
         "Best learning rate",
-        "of an arm has its highest mean final success, the lower rate in a tie. It is chosen by the runs that are then "
+        "is the one with the arm's highest mean final success, the lower rate in a tie. It is selected on the runs "
         "shown, which flatters every arm, and more so the more rates it was tried at.",
     ),
     (
         "Stable range",
-        "is made of neighbouring tried rates around the best whose mean final success is at least 90 % of the best "
-        "rate's; its width is their number and the highest over the lowest.",
+        "is the run of neighbouring rates around the best whose mean final success is at least 90 % of the best "
+        "rate's; its width is their number and the ratio of highest to lowest.",
     ),
     (
         "At the end",
@@ -76,36 +76,36 @@ RULES = (
 
 
 @dataclass(frozen=True)
-class Section:
-    """A part of a comparison; empty ones are left out."""
+class PageSection:
+    """A section of one comparison; empty sections are left out."""
 
     title: str
-    tables: Sequence[tables.Table]
+    tables: Sequence[tables.TextTable]
     pictures: Sequence[Picture]
     lines: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison, as it is set."""
+    """One comparison, ready to render."""
 
     title: str
     summary: str
-    sections: Sequence[Section]
+    sections: Sequence[PageSection]
     absent: Sequence[str]
 
 
-def _title(comparison: Comparison, alone: bool) -> str:
+def _title(comparison: TaskComparison, alone: bool) -> str:
     named = ", ".join(part for part in (comparison.task, comparison.section) if part)
-    return named or ("Results" if alone else "Runs that name no task")
+    return named or ("Results" if alone else "Runs without a task")
 
 
-def part(comparison: Comparison, alone: bool = True) -> Part:
+def part(comparison: TaskComparison, alone: bool = True) -> Part:
     """Tables and pictures of one comparison.
 
     Args:
         comparison: from :func:`~verl_troll.tools.report.comparison.compare`.
-        alone: whether it is the page's only one.
+        alone: whether it is the only one on the page.
     """
     drawn, absent = pictures(comparison)
     stability = [table for table in (tables.stable(comparison), tables.rates(comparison)) if table]
@@ -119,7 +119,7 @@ def part(comparison: Comparison, alone: bool = True) -> Part:
     lines = {"Stability": tables.divergences(comparison)}
     order = ("Summary", "Paired differences", "Learning curves", "Stability", "Trust region", "Support", "Cost")
     sections = [
-        Section(title, found.get(title, ()), drawn.get(title, ()), lines.get(title, ()))
+        PageSection(title, found.get(title, ()), drawn.get(title, ()), lines.get(title, ()))
         for title in order
         if found.get(title) or drawn.get(title) or lines.get(title)
     ]
@@ -128,15 +128,15 @@ def part(comparison: Comparison, alone: bool = True) -> Part:
     return Part(_title(comparison, alone), _summary(comparison), sections, absent)
 
 
-def _no_pairs(comparison: Comparison) -> str:
+def _no_pairs(comparison: TaskComparison) -> str:
     if comparison.baseline is None:
-        return "paired differences (the baseline is no arm of this task)"
+        return "paired differences (this task has no baseline arm)"
     if len(comparison.best) == 1:
-        return "paired differences (there is one arm)"
-    return "paired differences (no arm has a seed and held-out success in common with the baseline)"
+        return "paired differences (there is only one arm)"
+    return "paired differences (no arm has a seed with held-out success in common with the baseline)"
 
 
-def _summary(comparison: Comparison) -> str:
+def _summary(comparison: TaskComparison) -> str:
     runs = comparison.runs
     seeds = {run.seed for run in runs if run.seed is not None}
     rates = {cell.rate for cell in comparison.cells if cell.rate is not None}
@@ -158,14 +158,14 @@ def _count(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _inputs(runs: Sequence[Run]) -> tables.Table:
+def _inputs(runs: Sequence[Run]) -> tables.TextTable:
     counts = Counter((run.argument, run.kind) for run in runs)
     files = {key: len({run.source for run in runs if (run.argument, run.kind) == key}) for key in counts}
     rows = [
         [tables.Entry(argument), tables.Entry(kind), tables.Entry(str(files[argument, kind])), tables.Entry(str(count))]
         for (argument, kind), count in counts.items()
     ]
-    return tables.Table("Inputs, as given.", ["Argument", "Format", "Files or folders", "Runs"], rows)
+    return tables.TextTable("Inputs, as given.", ["Argument", "Format", "Files or folders", "Runs"], rows)
 
 
 def _versions() -> str:
@@ -179,19 +179,19 @@ def _versions() -> str:
 
 
 def write(
-    comparisons: Sequence[Comparison], runs: Sequence[Run], out: Path, command: str, notes: Sequence[str]
+    comparisons: Sequence[TaskComparison], runs: Sequence[Run], out: Path, command: str, notes: Sequence[str]
 ) -> list[Path]:
-    """Write the page and, in a folder beside it, its pictures; both are overwritten.
+    """Write the page, and its pictures to a folder beside it; both are overwritten.
 
     Args:
         comparisons: from :func:`~verl_troll.tools.report.comparison.compare`.
-        runs: all of them.
+        runs: all runs.
         out: the page; the folder is named after it, with ``-figures``.
-        command: the command line, for the page's provenance.
-        notes: what was left out in reading.
+        command: the command line, shown on the page.
+        notes: what reading left out.
 
     Returns:
-        The pictures' paths.
+        The paths of the pictures.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -228,6 +228,6 @@ def write(
         notes=notes,
         rules=RULES,
     )
-    # Names in logs may hold halves of surrogate pairs, which UTF-8 has no bytes for.
+    # Names in logs may contain lone surrogates, which UTF-8 cannot encode.
     out.write_text(text, encoding="utf-8", errors="replace")
     return paths

@@ -1,4 +1,4 @@
-"""Runs, read from verl's file logger, from TensorBoard, or from a file of collected runs, one per line."""
+"""Reads runs from verl's file logger, from TensorBoard, or from a file of collected runs, one per line."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _RATE_IN_NAME = re.compile(r"(?:^|[-_ ])lr[-_=]?(\d+(?:\.\d+)?(?:e[-+]?\d+)?)(?=
 _NAMES_OF_NO_ARM = frozenset(("metrics", "tensorboard", "logs"))
 _EVENT_FILE = "tfevents"
 
-# Settings of verl in which arms are told apart, by the name that they get here.
+# verl's settings that distinguish arms, by their short name here.
 _SETTINGS = {
     "loss_mode": "actor_rollout_ref.actor.policy_loss.loss_mode",
     "support": "actor_rollout_ref.actor.policy_loss.troll.support",
@@ -83,12 +83,12 @@ Warn = Callable[[str], None]
 
 
 class ReportError(ValueError):
-    """What was given makes no report; the message says why and what to do."""
+    """The inputs give no report; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One metric of one run; ``steps`` increase. A value that was logged but is no number is nan or infinite."""
+    """One metric of one run; ``steps`` increase. Values may be NaN or infinite if they were logged so."""
 
     steps: tuple[int, ...] = ()
     values: tuple[float, ...] = ()
@@ -108,16 +108,16 @@ class Run:
     """One training run.
 
     Attributes:
-        task: what was trained on; empty where nothing says it.
+        task: what was trained on; empty if unknown.
         arm: the method, e.g. ``vanilla``.
-        seed: None where nothing says it; such a run is in no pair.
-        lr: the actor's learning rate, None where nothing says it.
-        status: ``diverged``, or another word for how it ended; empty where nothing says it.
-        settings: what told the run apart otherwise, by name.
-        metrics: by verl's name of the metric.
-        section: what it is compared within; runs of two sections are never averaged.
+        seed: None if unknown; such a run is never paired.
+        lr: the actor's learning rate; None if unknown.
+        status: ``diverged``, or another word for how it ended; empty if unknown.
+        settings: other settings that distinguish the run, by name.
+        metrics: by verl's metric name.
+        section: what it is compared within; runs of different sections are never averaged.
         source: file or folder, as given.
-        argument: the argument of the command that it was found under.
+        argument: the command-line argument that it was found under.
         kind: format of the source.
     """
 
@@ -135,18 +135,18 @@ class Run:
     _derived: dict[str, Series] = field(default_factory=dict, repr=False, compare=False)
 
     def metric(self, *names: str) -> Series:
-        """The first of the named metrics that the run has, else an empty series; a name without prefix has any."""
+        """The first named metric that the run has, else an empty series; a name without a prefix matches any."""
         found = (series for name in names for key, series in self.metrics.items() if name in _names(key))
         return next(found, Series())
 
     def held_out(self) -> Series:
-        """Held-out success, averaged over data sources at the steps where all of them were measured."""
+        """Held-out success, averaged over data sources at the steps that measured all of them."""
         if "held_out" not in self._derived:
             self._derived["held_out"] = _average([self.metrics[key] for key in held_out_keys(self.metrics).values()])
         return self._derived["held_out"]
 
     def kl_bound(self) -> float | None:
-        """Largest KL of a token that the projection allowed, in nats; None for a run without a bound."""
+        """The projection's KL bound per token, in nats; None for a run without one."""
         for name, value in self.settings.items():
             if name.split(".")[-1] == "kl_bound":
                 return _as_float(value)
@@ -159,7 +159,7 @@ def _names(key: str) -> tuple[str, str]:
 
 
 def held_out_keys(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """For each data source, the metric of held-out success: most samples first, then the longest name."""
+    """The held-out success metric of each data source: the one with most samples, then with the longest name."""
     found: dict[str, tuple[int, int, str]] = {}
     for key in metrics:
         match = _HELD_OUT.fullmatch(key)
@@ -170,19 +170,19 @@ def held_out_keys(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def warn_on_stderr(text: str) -> None:
-    """Say what was left out."""
+    """Print a warning."""
     print(f"verl-troll report: {text}", file=sys.stderr)
 
 
 def read_runs(paths: Sequence[str | Path], warn: Warn = warn_on_stderr) -> list[Run]:
-    """Every run under ``paths``, in the order given; of two with the same description the later one.
+    """Every run under ``paths``, in order; of duplicates the later one.
 
     Args:
-        paths: files, or folders that are searched; ``NAME=PATH`` names the arm of all that PATH holds.
-        warn: told what was left out: damaged last lines, duplicates, files that hold no run.
+        paths: files, or folders to search; ``NAME=PATH`` sets the arm of every run under PATH.
+        warn: called with what was left out: damaged last lines, duplicates, files without a run.
 
     Raises:
-        ReportError: a path does not exist, a file is damaged elsewhere than in its last line, or there is no run.
+        ReportError: a path does not exist, a file is damaged before its last line, or there is no run.
     """
     runs = [run for argument in paths for run in _under(str(argument), warn)]
     if not runs:
@@ -196,7 +196,7 @@ def read_runs(paths: Sequence[str | Path], warn: Warn = warn_on_stderr) -> list[
         if key in kept:
             warn(
                 f"{run.source}: {_words(run)} was read before, from {kept.pop(key).source}; the later one counts. If "
-                "they are different runs, tell their arms apart with NAME=PATH"
+                "the runs differ, give their arms different names with NAME=PATH"
             )
         kept[key] = run
     return list(kept.values())
@@ -226,13 +226,13 @@ def _under(argument: str, warn: Warn) -> Iterator[Run]:
 
 
 def _in_folder(folder: Path, warn: Warn) -> Iterator[Run]:
-    for place, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder):
         folders.sort()
         if any(_EVENT_FILE in name for name in files):
-            yield from _tensorboard(Path(place), warn)
+            yield from _tensorboard(Path(parent), warn)
         for name in sorted(files):
             if name.endswith(".jsonl"):
-                yield from _in_file(Path(place) / name, warn, searched=True)
+                yield from _in_file(Path(parent) / name, warn, searched=True)
 
 
 def _in_file(path: Path, warn: Warn, searched: bool) -> Iterator[Run]:
@@ -272,7 +272,7 @@ def _json_lines(path: Path, warn: Warn) -> Iterator[tuple[int, Any]]:
             if number != lines[-1][0]:
                 raise ReportError(
                     f"{path}:{number}: not JSON ({error}): only the last line of an interrupted run may be damaged; "
-                    "mend or remove the line"
+                    "fix or remove the line"
                 ) from None
             warn(f"{path}:{number}: the last line is damaged and was skipped, as an interrupted run leaves it")
             return
@@ -282,16 +282,16 @@ def _json_lines(path: Path, warn: Warn) -> Iterator[tuple[int, Any]]:
 def _file_logger(lines: Sequence[tuple[int, Any]], path: Path) -> Run:
     points: dict[str, dict[int, float]] = {}
     for number, line in lines:
-        place = f"{path}:{number}"
+        where = f"{path}:{number}"
         if not isinstance(line, dict) or not isinstance(line.get("data"), dict) or not _whole(line.get("step")):
-            raise ReportError(f"{place}: expected {{'step': whole number, 'data': {{metric: number}}}}")
+            raise ReportError(f"{where}: expected {{'step': whole number, 'data': {{metric: number}}}}")
         for key, value in line["data"].items():
-            # verl's logger writes what is not finite as null.
+            # verl's logger writes non-finite values as null.
             number_or_none = math.nan if value is None else _as_float(value)
             if number_or_none is not None:
                 points.setdefault(key, {})[line["step"]] = number_or_none
             elif not READ.isdisjoint(_names(key)) or _HELD_OUT.fullmatch(key):
-                raise ReportError(f"{place}: {key} must be a number, got {value!r}")
+                raise ReportError(f"{where}: {key} must be a number, got {value!r}")
     return _described({key: _series(found) for key, found in points.items()}, path, "verl's file logger")
 
 
@@ -313,10 +313,10 @@ def _tensorboard(path: Path, warn: Warn) -> Iterator[Run]:
 
 
 def _described(metrics: dict[str, Series], path: Path, kind: str) -> Run:
-    """A run whose log does not say what it is: the configuration beside it does, or its path."""
+    """A run described by the configuration beside its log, or else by its path."""
     settings, seeds, rate = _configuration(path)
     named, named_seed, named_rate = _from_name(path)
-    # verl's rollout.seed has a default: a seed in the path says more.
+    # verl's rollout.seed has a default, so a seed in the path takes precedence.
     data_seed, rollout_seed = seeds
     seed = next((value for value in (data_seed, named_seed, rollout_seed) if _whole(value)), None)
     if "loss_mode" in settings:
@@ -338,7 +338,7 @@ def _described(metrics: dict[str, Series], path: Path, kind: str) -> Run:
 def _configuration(path: Path) -> tuple[dict[str, Any], tuple[Any, Any], float | None]:
     folder = path if path.is_dir() else path.parent
     folders = [folder, folder.parent] if folder.name in _NAMES_OF_NO_ARM else [folder]
-    candidates = [place / part / "config.yaml" for place in folders for part in (".hydra", "hydra/.hydra")]
+    candidates = [parent / part / "config.yaml" for parent in folders for part in (".hydra", "hydra/.hydra")]
     config = next((candidate for candidate in candidates if candidate.is_file()), None)
     if config is None:
         return {}, (None, None), None
@@ -364,7 +364,7 @@ def _select(tree: Any, key: str) -> Any:
 
 
 def _from_name(path: Path) -> tuple[str, int | None, float | None]:
-    """Arm, seed and learning rate as file and folder names have them: ``union-lr1e-4/seed0/metrics.jsonl``."""
+    """Arm, seed and learning rate from file and folder names such as ``union-lr1e-4/seed0/metrics.jsonl``."""
     seed: int | None = None
     rate: float | None = None
     parts = list(path.resolve().parts)
@@ -383,26 +383,26 @@ def _from_name(path: Path) -> tuple[str, int | None, float | None]:
     return path.stem, seed, rate
 
 
-def _collected(line: Any, place: str, path: Path) -> Run:
+def _collected(line: Any, where: str, path: Path) -> Run:
     if not isinstance(line, dict) or not isinstance(line.get("run"), dict) or not isinstance(line.get("metrics"), dict):
-        raise ReportError(f"{place}: expected {{'run': {{...}}, 'metrics': {{...}}}}")
+        raise ReportError(f"{where}: expected {{'run': {{...}}, 'metrics': {{...}}}}")
     run, columns = line["run"], line["metrics"]
     if not isinstance(run.get("arm"), str) or not run["arm"]:
-        raise ReportError(f"{place}: run.arm must be a text, got {run.get('arm')!r}")
+        raise ReportError(f"{where}: run.arm must be a string, got {run.get('arm')!r}")
     for key in ("task", "section", "status"):
         if not isinstance(run.get(key, ""), str):
-            raise ReportError(f"{place}: run.{key} must be a text, got {run[key]!r}")
+            raise ReportError(f"{where}: run.{key} must be a string, got {run[key]!r}")
     if run.get("seed") is not None and not _whole(run["seed"]):
-        raise ReportError(f"{place}: run.seed must be a whole number, got {run['seed']!r}")
+        raise ReportError(f"{where}: run.seed must be a whole number, got {run['seed']!r}")
     rate = _as_float(run.get("lr"))
     if run.get("lr") is not None and (rate is None or not 0 <= rate < math.inf):
-        raise ReportError(f"{place}: run.lr must be a learning rate of at least 0, got {run['lr']!r}")
+        raise ReportError(f"{where}: run.lr must be a learning rate of at least 0, got {run['lr']!r}")
     settings = run.get("settings", {})
     if not isinstance(settings, dict):
-        raise ReportError(f"{place}: run.settings must be a mapping, got {settings!r}")
+        raise ReportError(f"{where}: run.settings must be a mapping, got {settings!r}")
     steps = columns.get("step")
     if not isinstance(steps, list) or not all(map(_whole, steps)) or sorted(set(steps)) != steps:
-        raise ReportError(f"{place}: metrics.step must be a list of increasing whole numbers")
+        raise ReportError(f"{where}: metrics.step must be a list of increasing whole numbers")
     return Run(
         task=run.get("task", ""),
         arm=run["arm"],
@@ -410,23 +410,23 @@ def _collected(line: Any, place: str, path: Path) -> Run:
         lr=rate,
         status=run.get("status", ""),
         settings=dict(_flat(settings)),
-        metrics={name: _column(name, column, steps, place) for name, column in columns.items() if name != "step"},
+        metrics={name: _column(name, column, steps, where) for name, column in columns.items() if name != "step"},
         section=run.get("section", ""),
         source=str(path),
         kind="collected runs",
     )
 
 
-def _column(name: str, column: Any, steps: list[int], place: str) -> Series:
+def _column(name: str, column: Any, steps: list[int], where: str) -> Series:
     if not isinstance(column, list) or len(column) != len(steps):
         got = f"{len(column)} values" if isinstance(column, list) else type(column).__name__
-        raise ReportError(f"{place}: metrics[{name!r}] must be a list of {len(steps)} values, one per step, got {got}")
+        raise ReportError(f"{where}: metrics[{name!r}] must be a list of {len(steps)} values, one per step, got {got}")
     points: dict[int, float] = {}
     for step, value in zip(steps, column, strict=True):
         if value is not None:
             number = _as_float(value)
             if number is None:
-                raise ReportError(f"{place}: metrics[{name!r}] at step {step} must be a number or null, got {value!r}")
+                raise ReportError(f"{where}: metrics[{name!r}] at step {step} must be a number or null, got {value!r}")
             points[step] = number
     return _series(points)
 

@@ -1,8 +1,8 @@
-"""Every number of the report by its rule. Success is a share of right answers, steps are training steps.
+"""Defines every number in the report. Success is the share of right answers; steps are training steps.
 
-Intervals are percentile bootstrap intervals of the mean over seeds (or over pairs of one seed), 95 %, from
-``scipy.stats.bootstrap`` with 9999 resamples and a fixed random state. With few seeds they are too narrow: five
-independent normal values are covered in about 83 % of cases instead of 95 %.
+Intervals are 95 % percentile bootstrap intervals of the mean over seeds (or over pairs with one seed), from
+``scipy.stats.bootstrap`` with 9999 resamples and a fixed random state. With few seeds they are too narrow: with five
+independent normal values they cover the mean in about 83 % of cases instead of 95 %.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from verl_troll.tools.report.read import ENTROPY, GRAD_NORM, PPO_KL, REWARDS, Ru
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 RANDOM_STATE = 0
-FEWEST_FOR_AN_INTERVAL = 3
+MIN_FOR_INTERVAL = 3
 STABLE_SHARE = 0.9
 COLLAPSED_SHARE = 0.5
 TAIL_SHARE = 0.1
@@ -26,7 +26,7 @@ TAIL_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of ``count`` values; ``low`` and ``high`` are None with fewer than three."""
+    """Mean of ``count`` values with its interval; ``low`` and ``high`` are None for fewer than three."""
 
     mean: float
     low: float | None
@@ -40,7 +40,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Differences a - b between runs of one seed."""
+    """Differences a - b between runs with the same seed."""
 
     interval: Interval
     wins: int
@@ -53,9 +53,9 @@ class StableRange:
     """Neighbouring learning rates around the best whose success is at least 90 % of the best rate's.
 
     Attributes:
-        best_rate: of the highest success, the lowest such rate.
-        best_success: there.
-        rates: the range, increasing; empty where the best success is not above 0.
+        best_rate: rate with the highest success; the lowest in a tie.
+        best_success: success at ``best_rate``.
+        rates: the range, increasing; empty if no success is above 0.
         tested: number of rates tried.
     """
 
@@ -66,13 +66,13 @@ class StableRange:
 
     @property
     def ratio(self) -> float:
-        """Highest over lowest rate of the range: 1 where it is a single rate, 0 where it is empty."""
+        """Highest rate over lowest: 1 for a single rate, 0 for an empty range."""
         return self.rates[-1] / self.rates[0] if self.rates and self.rates[0] > 0 else float(len(self.rates) > 0)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean over runs at each step, with the interval's ends (nan where fewer than three runs have the step)."""
+    """Mean over runs at each step, with its interval (NaN where fewer than three runs have the step)."""
 
     steps: tuple[int, ...]
     mean: tuple[float, ...]
@@ -88,7 +88,7 @@ def _check(values: Sequence[float], of: str) -> None:
         raise ValueError(f"{of} needs at least one value, got none")
     wrong = [value for value in values if not math.isfinite(value)]
     if wrong:
-        raise ValueError(f"{of} needs finite values, got {wrong[0]}: leave out or count what is not finite")
+        raise ValueError(f"{of} needs finite values, got {wrong[0]}: drop or count non-finite values")
 
 
 def _means(sample: Any, axis: int) -> Any:
@@ -96,7 +96,7 @@ def _means(sample: Any, axis: int) -> Any:
 
 
 def _interval_ends(columns: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
-    """Ends of the intervals of several means at once; ``columns`` are alike in length."""
+    """Intervals of several means at once; all ``columns`` have the same length."""
     from scipy.stats import bootstrap
 
     result = bootstrap(
@@ -112,14 +112,14 @@ def _interval_ends(columns: Sequence[Sequence[float]]) -> tuple[list[float], lis
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean with its 95 % bootstrap interval; no interval with fewer than three values.
+    """Mean with its 95 % bootstrap interval; no interval for fewer than three values.
 
     Raises:
-        ValueError: there is no value, or one that is not finite.
+        ValueError: there is no value, or a non-finite one.
     """
     _check(values, "a mean")
     mean = math.fsum(values) / len(values)
-    if len(values) < FEWEST_FOR_AN_INTERVAL:
+    if len(values) < MIN_FOR_INTERVAL:
         return Interval(mean, None, None, len(values))
     if min(values) == max(values):
         return Interval(values[0], values[0], values[0], len(values))
@@ -128,14 +128,14 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def paired_difference(a_by_seed: Mapping[int, float], b_by_seed: Mapping[int, float]) -> PairedDifference:
-    """Mean of a - b over the seeds that both have, with its interval over the pairs.
+    """Mean of a - b over the seeds they share, with its interval over the pairs.
 
     Raises:
-        ValueError: no seed is common, or a value is not finite.
+        ValueError: they share no seed, or a value is not finite.
     """
     common = sorted(set(a_by_seed) & set(b_by_seed))
     if not common:
-        raise ValueError(f"no seed is common: {sorted(a_by_seed)} and {sorted(b_by_seed)}; pairs need equal seeds")
+        raise ValueError(f"no seed is common: {sorted(a_by_seed)} and {sorted(b_by_seed)}; runs pair by equal seeds")
     differences = [a_by_seed[seed] - b_by_seed[seed] for seed in common]
     interval = mean_interval(differences)
     wins, losses = sum(value > 0 for value in differences), sum(value < 0 for value in differences)
@@ -143,14 +143,14 @@ def paired_difference(a_by_seed: Mapping[int, float], b_by_seed: Mapping[int, fl
 
 
 def area_under_curve(steps: Sequence[int], values: Sequence[float]) -> float:
-    """Mean of a curve over its steps, by the trapezoid rule: the area over the distance from first to last step.
+    """Mean of a curve: its area by the trapezoid rule, divided by the distance from first to last step.
 
     Raises:
-        ValueError: no point, different lengths, steps that do not increase, or a value that is not finite.
+        ValueError: no point, different lengths, steps that do not increase, or a non-finite value.
     """
     _check(values, "the area under a curve")
     if len(steps) != len(values):
-        raise ValueError(f"as many steps as values are needed, got {len(steps)} and {len(values)}")
+        raise ValueError(f"steps and values must have the same length, got {len(steps)} and {len(values)}")
     widths = [right - left for left, right in pairwise(steps)]
     if any(width <= 0 for width in widths):
         raise ValueError(f"steps must increase, got {list(steps)}")
@@ -161,15 +161,15 @@ def area_under_curve(steps: Sequence[int], values: Sequence[float]) -> float:
 
 
 def steps_to(threshold: float, steps: Sequence[int], values: Sequence[float]) -> int | None:
-    """The first step whose value is at least ``threshold``, None where none is; nothing is interpolated."""
+    """The first step whose value is at least ``threshold``, without interpolation; None if there is none."""
     return next((step for step, value in zip(steps, values, strict=True) if value >= threshold), None)
 
 
 def why_diverged(run: Run) -> str:
-    """The reason for which a run counts as diverged, empty where it does not.
+    """Why a run counts as diverged; empty if it does not.
 
-    It does where its status is ``diverged``; where held-out success, training reward, entropy, gradient norm or ppo_kl
-    was logged as something that is not finite; or where the last held-out success is below half of the first.
+    A run has diverged if its status is ``diverged``; if it logged a non-finite held-out success, training reward,
+    entropy, gradient norm or ppo_kl; or if its last held-out success is below half of its first.
     """
     if run.status == "diverged":
         return "status diverged"
@@ -189,27 +189,27 @@ def why_diverged(run: Run) -> str:
 
 
 def diverged(run: Run) -> bool:
-    """Whether a run counts as diverged, by the rule of :func:`why_diverged`."""
+    """Whether a run has diverged, by :func:`why_diverged`."""
     return bool(why_diverged(run))
 
 
 def stable_range(success_by_rate: Mapping[float, float]) -> StableRange:
-    """The range of learning rates around the best one in which success stays at 90 % of the best or above.
+    """The range of learning rates around the best in which success stays at least 90 % of the best.
 
     Args:
         success_by_rate: final success (mean over seeds) of one arm at each learning rate tried.
 
     Raises:
-        ValueError: there is no rate, or a success that is not finite.
+        ValueError: there is no rate, or a non-finite success.
     """
     _check(list(success_by_rate.values()), "a stable range")
     rates = sorted(success_by_rate)
     best = max(rates, key=lambda rate: (success_by_rate[rate], -rate))
     highest = success_by_rate[best]
     first = last = rates.index(best)
-    # 0.72 is 90 % of 0.80, though not in floating point.
-    least = STABLE_SHARE * highest * (1 - 1e-9)
-    enough = [highest > 0 and success_by_rate[rate] >= least for rate in rates]
+    # In floating point, 0.72 is not 90 % of 0.80.
+    minimum = STABLE_SHARE * highest * (1 - 1e-9)
+    enough = [highest > 0 and success_by_rate[rate] >= minimum for rate in rates]
     while first > 0 and enough[first - 1]:
         first -= 1
     while last + 1 < len(rates) and enough[last + 1]:
@@ -218,14 +218,14 @@ def stable_range(success_by_rate: Mapping[float, float]) -> StableRange:
 
 
 def held_to(series: Series, last_step: int) -> Series:
-    """The series, its last value kept up to ``last_step`` where it ends earlier."""
+    """The series, extended to ``last_step`` with its last value if it ends earlier."""
     if not series or series.steps[-1] >= last_step:
         return series
     return Series((*series.steps, last_step), (*series.values, series.values[-1]))
 
 
 def tail_mean(values: Sequence[float]) -> float:
-    """Mean of the last tenth of the values, of at least one."""
+    """Mean of the last tenth of the values, at least one."""
     _check(values, "a mean at the end")
     tail = values[-max(1, math.ceil(TAIL_SHARE * len(values))) :]
     return math.fsum(tail) / len(tail)
@@ -235,8 +235,8 @@ def mean_curve(runs: Sequence[Series], hold: bool = False) -> Curve:
     """Mean and interval at each step, over the runs that have a finite value there.
 
     Args:
-        runs: one metric, of each run.
-        hold: a run that ended early keeps its last value at the later steps.
+        runs: one metric of each run.
+        hold: runs that ended early keep their last value at later steps.
     """
     tables = [dict(zip(run.steps, run.values, strict=True)) for run in map(Series.finite, runs) if run]
     steps = sorted(set().union(*tables)) if tables else []
@@ -247,7 +247,7 @@ def mean_curve(runs: Sequence[Series], hold: bool = False) -> Curve:
             column += [table[last] for table in tables if (last := max(table)) < step]
         columns.append(column)
     low, high = [math.nan] * len(steps), [math.nan] * len(steps)
-    for count in {len(column) for column in columns if len(column) >= FEWEST_FOR_AN_INTERVAL}:
+    for count in {len(column) for column in columns if len(column) >= MIN_FOR_INTERVAL}:
         alike = [index for index, column in enumerate(columns) if len(column) == count]
         for index, start, end in zip(alike, *_interval_ends([columns[index] for index in alike]), strict=True):
             low[index], high[index] = start, end

@@ -1,4 +1,4 @@
-"""The tables of the report, as rows of text; the page escapes and sets them."""
+"""The report's tables, as rows of text; the page escapes and renders them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from verl_troll.tools.report import read
 from verl_troll.tools.report.comparison import (
     Cell,
-    Comparison,
     Measure,
     Pairing,
+    TaskComparison,
     at_the_end,
     best_success,
     final_success,
@@ -19,14 +19,14 @@ from verl_troll.tools.report.comparison import (
     median_of,
 )
 from verl_troll.tools.report.figures import number, rate_text, share
-from verl_troll.tools.report.statistics import FEWEST_FOR_AN_INTERVAL, Interval, PairedDifference, why_diverged
+from verl_troll.tools.report.statistics import MIN_FOR_INTERVAL, Interval, PairedDifference, why_diverged
 
 Form = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry: ``text`` and, smaller below it, ``below``; ``strong`` where an interval excludes 0."""
+    """One entry: ``text``, with ``below`` in small print under it; ``strong`` if the interval excludes 0."""
 
     text: str
     below: str = ""
@@ -34,8 +34,8 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table; the first entry of a row is its heading."""
+class TextTable:
+    """A table; the first entry of each row is its heading."""
 
     caption: str
     headings: Sequence[str]
@@ -63,27 +63,27 @@ def _steps(value: float) -> str:
 
 
 def _columns(columns: Sequence[tuple[str, Measure, Form]], cells: Sequence[Cell]) -> list[tuple[str, Measure, Form]]:
-    """The columns that some cell has a value for."""
+    """The columns for which some cell has a value."""
     return [column for column in columns if any(cell.interval(column[1]) for cell in cells)]
 
 
-def _heading(cell: Cell, comparison: Comparison) -> list[Entry]:
+def _heading(cell: Cell, comparison: TaskComparison) -> list[Entry]:
     rate = [_rate(cell.rate)] if any(other.rate is not None for other in comparison.cells) else []
     return [Entry(cell.arm), *rate, Entry(str(len(cell.runs)))]
 
 
-def _heading_names(comparison: Comparison) -> list[str]:
+def _heading_names(comparison: TaskComparison) -> list[str]:
     rate = ["Learning rate"] if any(cell.rate is not None for cell in comparison.cells) else []
     return ["Arm", *rate, "Runs"]
 
 
 def _few(cells: Sequence[Cell]) -> list[str]:
-    few = [cell.arm for cell in cells if len(cell.runs) < FEWEST_FOR_AN_INTERVAL]
-    return [f"No interval with fewer than three runs: {', '.join(dict.fromkeys(few))}."] if few else []
+    few = [cell.arm for cell in cells if len(cell.runs) < MIN_FOR_INTERVAL]
+    return [f"No interval for fewer than three runs: {', '.join(dict.fromkeys(few))}."] if few else []
 
 
-def success(comparison: Comparison) -> Table | None:
-    """Held-out success by arm; None where it was not measured."""
+def success(comparison: TaskComparison) -> TextTable | None:
+    """Held-out success by arm; None if it was not measured."""
     cells = list(comparison.best.values())
     if comparison.threshold is None:
         return None
@@ -102,22 +102,22 @@ def success(comparison: Comparison) -> Table | None:
             ]
         )
     names = ["Final", "Best", "Mean over steps", f"Steps to {comparison.threshold:.3f}", "Reached it", "Diverged"]
-    rate = ", each arm at the learning rate of its highest final success" if comparison.several_rates else ""
+    rate = ", each arm at the learning rate with its highest final success" if comparison.several_rates else ""
     chosen = (
-        ["The rate was chosen by the runs shown, which flatters every arm; Stability has all rates."]
+        ["The rate was selected on the runs shown, which flatters every arm; Stability has all rates."]
         if comparison.several_rates
         else []
     )
-    return Table(
-        f"Held-out success by arm{rate}: mean over runs, and below it the 95 % interval.",
+    return TextTable(
+        f"Held-out success by arm{rate}: mean over runs, with the 95 % interval below.",
         [*_heading_names(comparison), *names],
         rows,
         [*chosen, *_few(cells)],
     )
 
 
-def policy(comparison: Comparison) -> Table | None:
-    """What happened to the policy and what it cost, by arm; columns without data are left out."""
+def policy(comparison: TaskComparison) -> TextTable | None:
+    """Policy metrics and cost by arm; columns without data are left out."""
     cells = list(comparison.best.values())
     columns = _columns(
         (
@@ -134,32 +134,32 @@ def policy(comparison: Comparison) -> Table | None:
     )
     if not columns:
         return None
-    # The table of success, where there is one, has said rates and runs.
-    said = 1 if comparison.threshold is not None else None
+    # The success table, if there is one, already shows rates and runs.
+    shown = 1 if comparison.threshold is not None else None
     rows = [
-        [*_heading(cell, comparison)[:said], *(_entry(cell.interval(measure), form) for _, measure, form in columns)]
+        [*_heading(cell, comparison)[:shown], *(_entry(cell.interval(measure), form) for _, measure, form in columns)]
         for cell in cells
     ]
-    return Table(
-        f"Policy and cost by arm{', of the same runs' if said else ''}: mean over runs, below it the 95 % interval.",
-        [*_heading_names(comparison)[:said], *(name for name, _, _ in columns)],
+    return TextTable(
+        f"Policy and cost by arm{', same runs' if shown else ''}: mean over runs, with the 95 % interval below.",
+        [*_heading_names(comparison)[:shown], *(name for name, _, _ in columns)],
         rows,
         _few(cells),
     )
 
 
-def paired(comparison: Comparison) -> Table | None:
-    """Differences from the baseline by seed, each arm at its best rate; None where nothing can be paired."""
+def paired(comparison: TaskComparison) -> TextTable | None:
+    """Differences from the baseline by seed, each arm at its best rate; None if nothing can be paired."""
     rate = ", each arm at its best learning rate" if comparison.several_rates else ""
     return _paired(comparison, comparison.at_best_rates(), rate)
 
 
-def paired_at_equal_rates(comparison: Comparison) -> Table | None:
-    """Differences from the baseline by seed at each rate that both have; None where nothing can be paired."""
+def paired_at_equal_rates(comparison: TaskComparison) -> TextTable | None:
+    """Differences from the baseline by seed at each shared rate; None if nothing can be paired."""
     return _paired(comparison, comparison.at_equal_rates(), ", both arms at the same learning rate")
 
 
-def _paired(comparison: Comparison, pairings: Sequence[Pairing], rate: str) -> Table | None:
+def _paired(comparison: TaskComparison, pairings: Sequence[Pairing], rate: str) -> TextTable | None:
     found = [(pairing, pairing.final) for pairing in pairings if pairing.final is not None]
     if not found:
         return None
@@ -174,18 +174,18 @@ def _paired(comparison: Comparison, pairings: Sequence[Pairing], rate: str) -> T
         for pairing, final in found
     ]
     names = ["Pairs", "Final", "Wins / ties / losses", "Mean over steps", "Wins / ties / losses"]
-    notes = ["Bold and “excludes 0” mark intervals without 0. No correction for many comparisons was made."]
-    fewest = min(final.interval.count for _, final in found)
-    if fewest < FEWEST_FOR_AN_INTERVAL:
-        notes.append("No interval with fewer than three pairs.")
-    if fewest < 6:
+    notes = ["Bold and “excludes 0” mark intervals without 0. There is no correction for multiple comparisons."]
+    smallest = min(final.interval.count for _, final in found)
+    if smallest < MIN_FOR_INTERVAL:
+        notes.append("No interval for fewer than three pairs.")
+    if smallest < 6:
         notes.append(
-            "With few pairs an interval excludes 0 whenever all differences have one sign, which five differences do "
-            "by chance alone in 1 of 16 cases."
+            "With few pairs an interval excludes 0 whenever all differences have the same sign, which happens by "
+            "chance in 1 of 16 cases for five pairs."
         )
-    return Table(
-        f"Held-out success, difference from {comparison.baseline} between runs of one seed{rate}: mean over pairs, and "
-        "below it the 95 % interval.",
+    return TextTable(
+        f"Held-out success, difference from {comparison.baseline} between runs with the same seed{rate}: mean over "
+        "pairs, with the 95 % interval below.",
         ["Arm", *(["Learning rate"] if comparison.several_rates else []), *names],
         rows,
         notes,
@@ -208,8 +208,8 @@ def _difference(difference: PairedDifference | None) -> list[Entry]:
     ]
 
 
-def rates(comparison: Comparison) -> Table | None:
-    """Success of every arm at every learning rate; None where there is one rate."""
+def rates(comparison: TaskComparison) -> TextTable | None:
+    """Success of every arm at every learning rate; None if there is only one rate."""
     if not comparison.several_rates or comparison.threshold is None:
         return None
     rows = [
@@ -221,16 +221,16 @@ def rates(comparison: Comparison) -> Table | None:
         ]
         for cell in comparison.cells
     ]
-    return Table(
-        "Held-out success at every learning rate: mean over runs, and below it the 95 % interval.",
+    return TextTable(
+        "Held-out success at every learning rate: mean over runs, with the 95 % interval below.",
         [*_heading_names(comparison), "Final", "Mean over steps", "Diverged"],
         rows,
         _few(comparison.cells),
     )
 
 
-def stable(comparison: Comparison) -> Table | None:
-    """The range of learning rates in which each arm works; None where there is one rate."""
+def stable(comparison: TaskComparison) -> TextTable | None:
+    """The range of learning rates in which each arm works; None if there is only one rate."""
     ranges = comparison.stable_ranges()
     if not ranges:
         return None
@@ -241,7 +241,7 @@ def stable(comparison: Comparison) -> Table | None:
             ends = " to ".join(map(rate_text, dict.fromkeys((found.rates[0], found.rates[-1]))))
             width = [Entry(ends), Entry(f"{len(found.rates)} of {found.tested}"), Entry(f"{found.ratio:.3g}")]
         rows.append([Entry(arm), Entry(rate_text(found.best_rate)), Entry(share(found.best_success)), *width])
-    return Table(
+    return TextTable(
         "Stable range: neighbouring learning rates around the best with at least 90 % of its final success.",
         ["Arm", "Best rate", "Final success there", "Stable range", "Rates in it", "Highest / lowest"],
         rows,
@@ -249,8 +249,8 @@ def stable(comparison: Comparison) -> Table | None:
     )
 
 
-def divergences(comparison: Comparison) -> list[str]:
-    """One line for each arm and rate with diverged runs: their seeds and the reasons."""
+def divergences(comparison: TaskComparison) -> list[str]:
+    """One line per arm and rate with diverged runs: their seeds and reasons."""
     lines = []
     for cell in comparison.cells:
         reasons = [
