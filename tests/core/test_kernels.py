@@ -29,7 +29,7 @@ from verl_troll.core.vocab import VocabLogits
 
 triton = pytest.importorskip("triton", reason="the extra dev brings Triton from Python 3.11 on")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TRITON_NAMES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
