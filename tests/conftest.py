@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from tests import device
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
 
 os.environ.update(
     device.environment(),
@@ -31,17 +35,48 @@ for name in ("read_rows", "write_gradient", "project"):
 
 torch.set_num_threads(1)
 
+# For pytest-xdist. Tests that take a minute and share nothing that takes long to make go to workers one by one; these,
+# and modules as long as that, go first, so that at the end no worker waits for another.
+ALONE = (
+    "tests/core/test_kernels.py::test_in_the_interpreter",
+    "tests/benchmarks/test_gpu_check.py::test_a_dry_run",
+    "tests/benchmarks/test_gpu_engines.py::test_engines_on_a_cpu",
+    "tests/tools/test_plan.py::test_kernels_in_the_interpreter",
+    "tests/trainer/test_async.py",
+    "tests/trainer/test_estimators.py",
+    "tests/trainer/test_megatron_trainer.py",
+    "tests/trainer/test_trainer.py",
+    "tests/trainer/test_two_nodes.py",
+)
+LONG = (*ALONE, "tests/trainer/", "tests/distributed/")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked slow as well")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--all"):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    items[:] = [item for item in items if not item.get_closest_marker("slow")]
-    config.hook.pytest_deselected(items=slow)
+    if not config.getoption("--all"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    """``--dist loadscope``: modules as a whole, since their tests share fixtures, but the long ones come first."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class LongestFirst(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if nodeid.startswith(ALONE) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return LongestFirst(config, log)
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@
 #   bash tests/run.sh tests/core/test_support.py -k ties    only pytest, with these arguments
 #   bash tests/run.sh --vllm          only the tests on vLLM, here too with arguments for pytest
 #   bash tests/run.sh --sglang        only the tests on SGLang
+# Variables pass through; with other instructions for vectors than the processor has to offer:
+#   ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 bash tests/run.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,70 +23,118 @@ environment() {
     "$python" -m venv "$1"
 }
 
-with_verl() {
-    local parallel=()
-    if [ $# -eq 0 ] || [ "$*" = --all ]; then parallel=(--numprocesses 2 --dist loadscope); fi
-    environment .venv-test
-    .venv-test/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,megatron-cpu,tasks,dev]'
-    (
-        # shellcheck source=/dev/null
-        . .venv-test/bin/activate
-        if [ $# -eq 0 ] || [ "$*" = --all ]; then
-            ruff check .
-            ruff format --check .
-            mypy verl_troll benchmarks examples/quickstart tests
-            lint-imports --no-cache
-            git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
-        fi
-        # Trainers spend most of their time on starting, one process after the other: two at a time.
-        python -m pytest "${parallel[@]}" "$@"
-        if [ $# -eq 0 ] || [ "$*" = --all ]; then with_verls_triton; fi
-    )
+# Makes the environment $1 and runs the command $3... on it, unless it was run before on the same files $2.
+installed() {
+    local folder=$1 state
+    # shellcheck disable=SC2086  # a list of names
+    state=$(cat setup.cfg verl_troll/__init__.py $2 | cksum)
+    shift 2
+    environment "$folder"
+    [ "$(cat "$folder/installed" 2>/dev/null)" = "$state" ] && return
+    "$@"
+    echo "$state" >"$folder/installed"
 }
 
+install_verl() {
+    installed .venv-test '' .venv-test/bin/python -m pip install --quiet --disable-pip-version-check \
+        --editable '.[cpu,megatron-cpu,tasks,dev]'
+}
+
+install_vllm() {
+    installed .venv-vllm "$(echo examples/vllm_cpu/{setup.cfg,requirements.txt,install.sh})" \
+        bash examples/vllm_cpu/install.sh .venv-vllm/bin/python --editable '.[cpu]' beartype pytest pytest-timeout
+}
+
+install_sglang() {
+    installed .venv-sglang "$(echo tests/sglang/{requirements.txt,install.sh})" \
+        bash tests/sglang/install.sh .venv-sglang/bin/python --editable '.[cpu]' beartype pytest pytest-timeout
+}
+
+with_verl() { (
+    install_verl
+    # shellcheck source=/dev/null
+    . .venv-test/bin/activate
+    python -m pytest "$@"
+); }
+
 # The kernels once more on the Triton of torch 2.11, which verl comes with; its interpreter wants an older NumPy.
-with_verls_triton() {
-    local site=$PWD/.venv-test/triton-3.6
+with_verls_triton() { (
+    # shellcheck source=/dev/null
+    . .venv-test/bin/activate
+    site=$PWD/.venv-test/triton-3.6
     if [ ! -d "$site" ]; then
         python -m pip install --quiet --disable-pip-version-check --no-deps --target "$site.part" triton==3.6.0 numpy==2.2.6
         mv "$site.part" "$site"
     fi
-    PYTHONPATH=$site python -m pytest tests/core/test_kernels.py tests/benchmarks/test_gpu_check.py --numprocesses 2 \
+    PYTHONPATH=$site python -m pytest tests/core/test_kernels.py tests/benchmarks/test_gpu_check.py --numprocesses 2 --dist loadscope \
         -k 'costs_on or launches_compiles and sm_90 or interpreter and (logits or rough or tokens or counts) or dry_run'
-}
+); }
 
 with_vllm() {
-    local installed
-    environment .venv-vllm
-    installed=$(cat setup.cfg examples/vllm_cpu/{setup.cfg,requirements.txt,install.sh} | cksum)
-    if [ "$(cat .venv-vllm/installed 2>/dev/null)" != "$installed" ]; then
-        bash examples/vllm_cpu/install.sh .venv-vllm/bin/python --editable '.[cpu]' pytest pytest-timeout
-        echo "$installed" >.venv-vllm/installed
-    fi
+    install_vllm
     .venv-vllm/bin/python -m pytest tests/vllm tests/patches/test_patches.py "$@"
 }
 
 with_sglang() {
-    local installed
-    environment .venv-sglang
-    installed=$(cat setup.cfg tests/sglang/{requirements.txt,install.sh} | cksum)
-    if [ "$(cat .venv-sglang/installed 2>/dev/null)" != "$installed" ]; then
-        bash tests/sglang/install.sh .venv-sglang/bin/python --editable '.[cpu]' pytest pytest-timeout
-        echo "$installed" >.venv-sglang/installed
-    fi
+    install_sglang
     .venv-sglang/bin/python -m pytest tests/sglang "$@"
 }
 
-if [ "${1:-}" = --vllm ]; then
-    shift
+checks() { (
+    # shellcheck source=/dev/null
+    . .venv-test/bin/activate
+    ruff check .
+    ruff format --check .
+    mypy verl_troll benchmarks examples/quickstart tests
+    lint-imports --no-cache
+    git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
+); }
+
+# Runs a part of the whole ($1) in the background, as a process group: its number is $job.
+beside() {
+    set -m
+    nice bash tests/run.sh "$1" >"$logs/$1" 2>&1 &
+    set +m
+    job=$!
+}
+
+# Waits for $job, and prints what the part $1 said.
+finish() {
+    local status=0
+    wait "$job" || status=$?
+    job=
+    cat "$logs/$1"
+    return "$status"
+}
+
+leave_nothing() {
+    if [ -n "$job" ]; then kill -- "-$job" 2>/dev/null || true; fi
+    rm -rf "$logs"
+}
+
+everything() {
+    job=
+    logs=$(mktemp -d)
+    trap leave_nothing EXIT
+    install_verl
+    # Downloaded and unpacked while the tests run.
+    beside --install-vllm
+    checks
+    with_verl --numprocesses 2 --dist loadscope "$@"
+    finish --install-vllm
+    # Compilers and the interpreter work while engines take their time to start.
+    beside --triton
     with_vllm "$@"
-elif [ "${1:-}" = --sglang ]; then
-    shift
-    with_sglang "$@"
-elif [ $# -eq 0 ] || [ "$*" = --all ]; then
-    with_verl "$@"
-    with_vllm "$@"
+    finish --triton
     if [ "$*" = --all ]; then with_sglang "$@"; fi
-else
-    with_verl "$@"
-fi
+}
+
+case "${1:-}" in
+    '' | --all) everything "$@" ;;
+    --vllm) with_vllm "${@:2}" ;;
+    --sglang) with_sglang "${@:2}" ;;
+    # Parts of the whole, which it runs beside others.
+    --install-vllm) install_vllm ;;
+    --triton) with_verls_triton ;;
+    *) with_verl "$@" ;;
+esac

@@ -15,6 +15,7 @@ from tests.distributed.fsdp_scenarios import Setup
 from tests.distributed.launch import run_ranks
 from tests.distributed.megatron_stock import Layout
 from tests.model_families import VOCAB
+from tests.rounding import last_place
 
 # Without a mass to drop, rounding cannot move an id across the edge of the support.
 UNION: dict[str, Any] = {"support": "union", "k": 20, "dropped_mass": 0.0}
@@ -91,9 +92,9 @@ def test_old_pass_gives_verls_log_probs_and_entropy(
     for sample, mask in enumerate(batch["response_mask"].unbind()):
         window = slice(-len(mask) - 1, -1)
         for name in ("log_probs", "entropy"):
-            torch.testing.assert_close(
-                ours[sample][name][window], stock[sample][name][window], rtol=0, atol=2e-6, msg=f"{sample} {name}"
-            )
+            # Log-probabilities reach -12; the normaliser is rounded, and the difference to it.
+            own, expected = ours[sample][name][window], stock[sample][name][window]
+            torch.testing.assert_close(own, expected, rtol=0, atol=2 * last_place(8.0), msg=f"{sample} {name}")
         counts = ours[sample]["troll_old_counts"].long()
         assert torch.equal(counts > 0, mask.bool())
         assert int(counts.sum()) == len(ours[sample]["troll_old_ids"]) == len(ours[sample]["troll_old_log_probs"])
