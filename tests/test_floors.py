@@ -63,7 +63,7 @@ BROKEN = [
     ("rooms", "patches/verl_fused_head.py", "import verl_troll.core.lm_head"),
     ("core", "verl_troll/core/logits.py", "import verl_troll.versions"),
     ("core", "verl_troll/core/logits.py", in_function("import verl")),
-    ("core", "verl_troll/core/kernels/logits.py", "import transformers"),
+    ("core", "verl_troll/core/kernels/logits_triton.py", "import transformers"),
     ("cpu", "verl_troll/cpu/critic.py", in_function("import verl_troll.plugin.settings")),
     ("links", "verl_troll/plugin/metrics.py", "import patches"),
     ("mathematics", "verl_troll/core/logits.py", in_function("import verl_troll.core.loss")),
