@@ -1,4 +1,4 @@
-"""Runs commands in process trees that are ended as a whole, and that may take as long as something happens in them."""
+"""Runs commands as process trees that end as a whole, and that may run as long as they make progress."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ and a core shared by ten processes leaves each a tenth."""
 
 
 class HungError(Exception):
-    """Nothing happened in a process for too long."""
+    """A process made no progress for too long."""
 
 
 class Progress:
     """Tells a slow process from a hung one.
 
-    Progress is a watched file that changes in size, or a process that has used processor time:
+    Progress means that a watched file has changed in size, or that a process has used processor time:
     :data:`WORK_SHARE` of ``idle`` seconds.
 
     Args:
-        processes: gives the ids of the processes watched, those already ended left out.
-        files: that grow; those not there yet count as empty.
+        processes: returns the ids of the processes to watch, without those that have ended.
+        files: expected to grow; missing ones count as empty.
         idle: seconds without progress after which :meth:`check` raises.
     """
 
@@ -60,7 +60,7 @@ class Progress:
         now = time.monotonic()
         if now - self._looked < self.interval:
             return
-        # A machine that slept, or a caller that was kept waiting itself, says nothing about the processes.
+        # If the machine slept, or the caller itself was delayed, the processes are not to blame.
         if now - self._looked > 10 * self.interval:
             self._since = now
         self._looked = now
@@ -80,7 +80,7 @@ class Progress:
 
 
 def processor_seconds(processes: Iterable[int]) -> dict[int, float]:
-    """Processor time by process."""
+    """Processor time of each process."""
     found = {}
     for process in processes:
         try:
@@ -92,7 +92,7 @@ def processor_seconds(processes: Iterable[int]) -> dict[int, float]:
 
 
 class Tree:
-    """A running command in a session of its own, with all that it starts.
+    """A running command in its own session, with everything it starts.
 
     All of it ends with the command, with the ``with`` block, and with this process, even if that is killed
     (:mod:`benchmarks.guardian`).
@@ -122,11 +122,11 @@ class Tree:
         self.end()
 
     def processes(self) -> list[int]:
-        """Ids of the processes that run."""
+        """Ids of the running processes."""
         return guardian.descendants(self.process.pid) if self.process.poll() is None else []
 
     def progress(self, files: Iterable[Path] = (), *, idle: float = IDLE_SECONDS) -> Progress:
-        """A watch over the processes, and files that they write."""
+        """A watch over the processes and files that they write."""
         return Progress(self.processes, files, idle=idle)
 
     def wait(self, files: Iterable[Path] = (), *, idle: float = IDLE_SECONDS, limit: float | None = None) -> int:
@@ -135,7 +135,7 @@ class Tree:
         Args:
             files: as for :class:`Progress`.
             idle: as for :class:`Progress`.
-            limit: seconds after which it is over all the same.
+            limit: seconds after which to stop regardless of progress.
 
         Raises:
             HungError: it made no progress, or reached the limit.
@@ -151,7 +151,7 @@ class Tree:
                 raise HungError(f"not done within {limit:g} s")
 
     def end(self) -> None:
-        """End the command and all that it started."""
+        """End the command and everything it started."""
         if self._writing is not None:
             os.close(self._writing)
             self._writing = None
@@ -166,11 +166,11 @@ def run(
     check: bool = False,
     idle: float = IDLE_SECONDS,
 ) -> subprocess.CompletedProcess[str]:
-    """As :func:`subprocess.run` with captured output, for as long as the command makes progress.
+    """Like :func:`subprocess.run` with captured output, for as long as the command makes progress.
 
     Raises:
-        HungError: it made none; the message ends with its output.
-        subprocess.CalledProcessError: it failed, and ``check`` is set.
+        HungError: no progress; the message ends with the output.
+        subprocess.CalledProcessError: the command failed, and ``check`` is set.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Sets up environments of its own and passes the tests: lint, format, strict types, imports, shell scripts, pytest; then
-# the tests on vLLM's CPU build, and with --all those on SGLang.
+# Sets up the environments and runs all checks: lint, format, strict types, imports, shell scripts, pytest; then the
+# tests on vLLM's CPU build, and with --all those on SGLang.
 #   bash tests/run.sh                 what CI runs
-#   bash tests/run.sh --all           the slow tests as well
+#   bash tests/run.sh --all           also the slow tests
 #   bash tests/run.sh tests/core/test_support.py -k ties    only pytest, with these arguments
-#   bash tests/run.sh --vllm          only the tests on vLLM, here too with arguments for pytest
+#   bash tests/run.sh --vllm          only the tests on vLLM; also takes arguments for pytest
 #   bash tests/run.sh --sglang        only the tests on SGLang
 # Variables pass through; with other instructions for vectors than the processor has to offer:
 #   ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 bash tests/run.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Makes the environment $1 unless it is there.
+# Creates the environment $1 if it does not exist.
 environment() {
     [ -x "$1/bin/python" ] && return
     local python=${PYTHON:-python3.11}

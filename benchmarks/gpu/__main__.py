@@ -1,10 +1,10 @@
-"""Check the kernels on a GPU and time them beside vanilla's, with no more than torch, Triton, NumPy and jaxtyping.
+"""Check the kernels on a GPU and time them against vanilla's, with only torch, Triton, NumPy and jaxtyping.
 
     python -m benchmarks.gpu --out FOLDER [--seconds 420] [--engines]
     TRITON_INTERPRET=1 python -m benchmarks.gpu --out FOLDER --device cpu --tiny    # a dry run
 
-Writes ``gpu.json`` after every row and ``gpu.md`` at the end, and exits with 1 if a check failed. flash-attention's
-cross-entropy and verl's fused head are timed beside ours where they are installed. ``--engines`` goes on with verl's
+Writes ``gpu.json`` after every row and ``gpu.md`` at the end; exits with 1 if a check failed. flash-attention's
+cross-entropy and verl's fused head are timed as well where they are installed. ``--engines`` continues with verl's
 own engines and trainer (``python -m benchmarks.gpu.engines``); ``benchmarks/gpu/pack.sh`` packs what they need for a
 machine without a network.
 """
@@ -26,7 +26,7 @@ from benchmarks.gpu import checks, times
 from benchmarks.gpu.session import TINY, Session, Sizes
 from verl_troll.core import kernels
 
-# What is wanted, of which row, over which, and at most how much.
+# Each target: name, row, row to divide by, maximum ratio.
 TARGETS = (
     ("update, anchored, over flash-attention's cross-entropy", "update, TROLL anchored", times.FLASH, 1.00),
     ("update, union, over flash-attention's cross-entropy", "update, TROLL union", times.FLASH, 1.10),
@@ -56,7 +56,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """The machine and the versions."""
+    """The machine and package versions."""
     import triton
 
     found: dict[str, Any] = {
@@ -95,7 +95,7 @@ def table(session: Session) -> str:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Check, time, and write both down."""
+    """Check, time, and write the results."""
     options = arguments(given)
     if options.tiny and options.device == "cpu":
         from verl_troll.core.kernels import logits_triton as form

@@ -1,4 +1,4 @@
-"""Whether the kernels are right on this device: against float64, and the invariants that hold to the bit."""
+"""Whether the kernels are right on this device: compared with float64, and bit-exact invariants."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Reading = tuple[Tensor, ...]
 
 
 def run(session: Session) -> None:
-    """All checks."""
+    """Run all checks."""
 
     def kernels_in_use() -> None:
         assert kernels.available(torch.device(session.device)), "Triton does not serve this device"
@@ -65,7 +65,7 @@ def run(session: Session) -> None:
 
 
 def read(logits: Tensor, rows: Tensor, k: int, ids: Tensor | None = None) -> Reading:
-    """All that the reading kernel returns, over all columns."""
+    """Everything that the reading kernel returns, over all columns."""
     none = torch.empty(len(rows), 0, dtype=torch.int64, device=logits.device)
     max_logit, sumexp, energy, *found = kernels.read_rows(
         logits, rows, none if ids is None else ids, logits.shape[1], k=k, energy=True
@@ -75,7 +75,7 @@ def read(logits: Tensor, rows: Tensor, k: int, ids: Tensor | None = None) -> Rea
 
 
 def reading(session: Session, dtype: torch.dtype, vocab: int, k: int, rows: int | None = None) -> dict[str, float]:
-    """Against float64; the same bits for any k, beside any rows, and again."""
+    """Compare with float64; the bits are the same for any k, beside any rows, and on a second read."""
     count = rows or session.sizes.checked
     logits = session.normal(count, vocab, dtype=dtype)
     order = torch.arange(count, device=session.device)
@@ -104,7 +104,7 @@ def reading(session: Session, dtype: torch.dtype, vocab: int, k: int, rows: int 
 
 
 def ties(session: Session, dtype: torch.dtype) -> None:
-    """Equal logits go by column; what has no mass comes last."""
+    """Equal logits are ordered by column; columns without mass come last."""
     count, vocab, k = 8, session.sizes.vocab, session.sizes.k
     logits = torch.randint(3, (count, vocab), device=session.device).to(dtype)
     logits[1] = 0
@@ -122,7 +122,7 @@ def ties(session: Session, dtype: torch.dtype) -> None:
 
 
 def writing(session: Session, dtype: torch.dtype) -> None:
-    """Against float64, in place as apart, zero outside."""
+    """Compare with float64; same result in place and apart, zero outside."""
     count, vocab, width = 16, session.sizes.vocab, min(65, session.sizes.vocab // 2)
     logits = session.normal(count, vocab, dtype=dtype)
     rows = torch.arange(count, device=session.device)[1::2]
@@ -144,14 +144,14 @@ def writing(session: Session, dtype: torch.dtype) -> None:
         kernels.write_gradient(apart, logits, rows, columns, max_logit, level, b, ids, corrections)
         kernels.write_gradient(over, over, rows, columns, max_logit, level, b, ids, corrections)
         assert torch.equal(apart, over), "in place"
-        # The interpreter cuts float32 off to bfloat16 where a GPU rounds.
+        # The interpreter truncates float32 to bfloat16 where a GPU rounds.
         once = {torch.bfloat16: 2**-8 if session.on_gpu else 2**-7, torch.float32: 2e-6}[dtype]
         torch.testing.assert_close(apart.double(), exact, rtol=once * 1.01, atol=5e-6)
         assert not bool(apart[::2].any() or apart[:, columns:].any()), "zeros"
 
 
 def far_offsets(session: Session) -> None:
-    """Rows whose elements are numbered beyond 2^31."""
+    """Rows whose elements have offsets beyond 2^31."""
     vocab, k = session.sizes.vocab, session.sizes.k
     count = 2**31 // vocab + 40
     logits = torch.full((count, vocab), -5.0, dtype=torch.bfloat16, device=session.device)
@@ -169,7 +169,7 @@ def far_offsets(session: Session) -> None:
 
 
 def terms_of(rule: str, source: LogitsSource, rows: Tensor, old: SparsePolicy, k: int, **options: Any) -> PolicyTerms:
-    """The chain with the published settings."""
+    """The whole chain with the published settings."""
     return policy_terms(
         rule, VocabLogits.of(source, rows), old, Selection(k, DROPPED_MASS), kl_bound=KL_BOUND, **options
     )
@@ -184,7 +184,7 @@ def loss_of(terms: PolicyTerms) -> Tensor:
 
 
 def chain(session: Session, dtype: torch.dtype, rule: str) -> dict[str, float]:
-    """Ratio exactly 1 of equal policies, the bound, and values and gradient against float64's torch form."""
+    """Equal policies have ratio exactly 1; the bound holds; values and gradient match the torch form in float64."""
     sizes, device = session.sizes, session.device
     count, k = sizes.checked, sizes.k
     logits = session.normal(count, sizes.vocab, dtype=dtype)
@@ -226,7 +226,7 @@ def chain(session: Session, dtype: torch.dtype, rule: str) -> dict[str, float]:
 
 
 def overwritten(session: Session) -> str:
-    """Logits that their own operation kept for its backward pass."""
+    """Overwriting logits that the operation behind them kept for its backward pass raises."""
     vocab = session.sizes.vocab
     leaf = session.normal(4, vocab, dtype=torch.float32, scale=0.3).requires_grad_()
     kept = leaf.exp()
@@ -241,7 +241,7 @@ def overwritten(session: Session) -> str:
 
 
 def fuzz(session: Session, width: int) -> dict[str, float]:
-    """Random pairs of distributions, through the projection and through the chain: the bound, and the torch form."""
+    """Random pairs of distributions through the projection and the chain: the bound holds, the torch form agrees."""
     generator = torch.Generator(session.device).manual_seed(width)
     shape = (session.sizes.fuzzed, width)
     options: dict[str, Any] = {"generator": generator, "device": session.device}
@@ -254,13 +254,13 @@ def fuzz(session: Session, width: int) -> dict[str, float]:
     ours = project(new, old, KL_BOUND)
     assert bool((ours.kl <= KL_BOUND).all()), f"KL {float(ours.kl.max())} exceeds the bound"
     assert bool(ours.converged.all()), "unconverged"
-    # A step size is accepted anywhere in a window of a thousandth.
+    # A step size may be anywhere in a window of a thousandth.
     torch.testing.assert_close(ours.kl, reference.kl, rtol=2e-3, atol=1e-7)
     torch.testing.assert_close(ours.kl_before, reference.kl_before, rtol=1e-5, atol=1e-9)
 
     from verl_troll.core.kernels import tokens_triton
 
-    # A vocabulary of as many ids as there are outcomes, so that the chain compares on the same ones.
+    # The vocabulary has as many ids as there are outcomes, so the chain compares on the same ones.
     zeros = torch.zeros(shape[0], device=session.device)
     (log_ratio, *_), statistics, *_ = tokens_triton.terms(
         torch.arange(width, device=session.device).expand(shape),
@@ -295,13 +295,13 @@ def fuzz(session: Session, width: int) -> dict[str, float]:
 
 
 def head(session: Session, rule: str) -> dict[str, float]:
-    """The fused head beside the chain on its own logits, and the ratio of equal policies read in other blocks."""
+    """The fused head against the chain on its own logits; equal policies have ratio 1 when read in other blocks."""
     sizes, device = session.sizes, session.device
     count, units = (2500, sizes.hidden[0]) if session.on_gpu else (7, sizes.hidden[0])
     generator = torch.Generator(device).manual_seed(5)
     hidden = torch.randn(count, units, generator=generator, device=device)
     weight = torch.randn(sizes.vocab, units, generator=generator, device=device) * 3 / units**0.5
-    # Whole numbers of few bits: products are exact in any order, so that differences are the reading's own.
+    # Integers of few bits: products are exact in any order, so differences come from the reading alone.
     whole_hidden, whole_weight = (4 * hidden).round().clamp(-8, 8), (8 * weight).round().clamp(-8, 8) / 8
     rows = torch.arange(count, device=device)
     ids = torch.randint(sizes.vocab, (count,), generator=generator, device=device)
@@ -331,7 +331,7 @@ def head(session: Session, rule: str) -> dict[str, float]:
 
 
 def no_waiting(session: Session, rule: str) -> None:
-    """Old pass, update and backward under torch's check for synchronisations."""
+    """Old pass, update and backward under torch's check for synchronisation."""
     logits = session.normal(64, session.sizes.vocab, dtype=torch.bfloat16)
     rows = torch.arange(64, device=session.device)
     ids = torch.randint(session.sizes.vocab, (64,), device=session.device)

@@ -1,4 +1,4 @@
-"""How long the passes take on this device, vanilla beside ours, and the card's own rates."""
+"""How long the passes take on this device, vanilla's and ours, and the card's own rates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ READ = "reading kernel, k = 0"
 
 
 def run(session: Session) -> None:
-    """All times."""
+    """Measure all times."""
     for dtype in ("bfloat16", "float32"):
         _logits(session, dtype)
     for units in session.sizes.hidden:
@@ -131,7 +131,7 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 def _flash_cross_entropy() -> Any:
-    """flash-attention's Triton cross-entropy, None where it is not installed."""
+    """flash-attention's Triton cross-entropy; None if it is not installed."""
     try:
         from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
     except ImportError:
@@ -191,7 +191,7 @@ def _head(session: Session, units: int) -> None:
 
 
 def _verl_heads() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """verl's fused heads, from hidden states to log-probabilities; none where verl is not installed."""
+    """verl's fused heads, from hidden states to log-probabilities; empty if verl is not installed."""
     try:
         from verl.utils.experimental.torch_functional import FusedLinearForPPO
         from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy

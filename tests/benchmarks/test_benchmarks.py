@@ -1,4 +1,4 @@
-"""The benchmarks run at a tiny size, and their instruments are right; no time is asserted."""
+"""The benchmarks run at a tiny size, and their instruments are correct; no times are asserted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = dict(k=16, dropped_mass=troll.DROPPED_MASS)
 
 @pytest.fixture(autouse=True, scope="module")
 def as_in_a_process_of_its_own() -> Iterator[None]:
-    """What the command changes in its process is changed back, and a collection does not walk all that imports made."""
+    """Undo what the command changes in the process, and keep garbage collection from walking everything imported."""
     threads = torch.get_num_threads()
     gc.freeze()
     with mock.patch.dict(os.environ), warnings.catch_warnings():
@@ -54,7 +54,7 @@ def test_memory_meter_on_known_allocations() -> None:
         return other
 
     def second(other: Tensor) -> Tensor:
-        # Beside the 4 that the first phase left.
+        # On top of the 4 that the first phase left.
         return mib(6)
 
     work = Contender("known", {"first": first, "second": second})
@@ -77,7 +77,7 @@ def test_memory_meter_sees_inside_operators_and_backward() -> None:
         },
     )
     size = logits.numel() * 4
-    # The log-softmax; in the backward pass its gradient beside it, then the logits' beside both.
+    # Forward: the log-softmax. Backward: its gradient as well, then the logits' gradient on top of both.
     assert size <= peak_bytes(steps, "cpu", phases=1) < 1.01 * size
     assert 3 * size <= peak_bytes(steps, "cpu") < 3.01 * size
 
@@ -107,7 +107,7 @@ def test_turns_alternate_and_the_first_is_dropped() -> None:
 def test_spread_and_ratio() -> None:
     assert Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Spread(3.0, 2.0, 4.0, 5)
     assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0, 1)
-    # Within a turn: a machine that is slow in one turn slows both.
+    # Ratios are taken within a turn: a slow machine slows both sides.
     assert ratio([1.0, 10.0, 3.0], [2.0, 20.0, 3.0]) == 0.5
     row = Row("update", "x", {}, seconds=Spread.of([0.5]), floor=Floor(0.1, 8, "bytes"))
     assert row.ratio_to_floor == pytest.approx(5)
@@ -208,7 +208,7 @@ def test_carried_bytes_are_counted() -> None:
     rows = carried.run(Case(vocab=1200, tokens=40, k=8), 1)
     by_kept = {row.parameters["kept"]: row.facts for row in rows if row.method == "TROLL"}
     assert by_kept[10]["kept_ids"] == 10
-    # Counts of 2 bytes, and the same for each kept id.
+    # A count of 2 bytes, plus the same number of bytes for each kept id.
     per_id = by_kept[1]["bytes_per_token"] - 2
     assert by_kept[10]["bytes_per_token"] == 2 + 10 * per_id and by_kept[64]["bytes_per_token"] == 2 + 64 * per_id
 
@@ -216,7 +216,7 @@ def test_carried_bytes_are_counted() -> None:
 def test_every_measurement_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # verl compiles a helper of its sharded entropy, in every rank's process, for longer than all else takes.
+    # verl compiles a helper of its sharded entropy in every rank's process, which takes longer than everything else.
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     path = tmp_path / "rows.json"
     tiny = [*TINY, "--threads", "1", "--response-share", "1", "0.5"]
@@ -243,7 +243,7 @@ def test_every_measurement_runs(
     size = 32 * 1200 * 4
     assert both["vanilla", 1.0]["floor"]["byte_count"] == 3 * size
     assert both["vanilla", 0.5]["floor"]["byte_count"] == 3 * size // 2
-    # Its own gradient at least, which a gradient over the logits does not need.
+    # At least its own gradient; a gradient written over the logits does not need that.
     assert both["anchored", 1.0]["extra_bytes"] >= size
     assert both["vanilla", 1.0]["extra_bytes"] >= size
     printed = capsys.readouterr().out

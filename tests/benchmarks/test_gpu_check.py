@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu`` without a GPU: a dry run in Triton's interpreter, and what it does with a failure."""
+"""``python -m benchmarks.gpu`` without a GPU: a dry run in Triton's interpreter, and how it reports a failure."""
 
 from __future__ import annotations
 

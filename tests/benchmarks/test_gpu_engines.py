@@ -1,4 +1,4 @@
-"""``benchmarks.gpu.engines``, on the CPU at a tiny size: it runs, and it says what failed or was not there."""
+"""``benchmarks.gpu.engines`` on the CPU at a tiny size: it runs, and reports what failed or was missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Process trees: a hung one is told from a slow one, and none outlives what started it."""
+"""Process trees: hung ones are told from slow ones, and none outlives the process that started it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_command_that_writes_may_take_its_time(tmp_path: Path) -> None:
 
 
 def test_a_command_that_computes_may_take_its_time() -> None:
-    # In a child: it is the work of the whole tree that counts.
+    # In a child: what counts is the work of the whole tree.
     child = f"import time\nwhile time.process_time() < {2 * IDLE}: pass"
     slow = f"import subprocess, sys\nsys.exit(subprocess.run([sys.executable, '-c', {child!r}]).returncode)"
     assert run(python(slow), idle=IDLE).returncode == 0
@@ -77,7 +77,7 @@ def test_output_and_exit_status_come_back() -> None:
     assert run(python("import sys; print(repr(sys.stdin.read()))")).stdout == "''\n"
 
 
-# Starts a child, and a grandchild in a session of its own whose parent has ended; all write their ids.
+# Starts a child, and a grandchild in its own session whose parent has ended; all write their ids.
 FAMILY = """
 import os, sys, time
 def live(name):
@@ -97,7 +97,7 @@ NAMES = ("parent", "child", "grandchild")
 
 
 def ids(folder: Path) -> list[int]:
-    """Waits until the whole family is there."""
+    """Wait until the whole family is running."""
     while not all((folder / name).exists() for name in NAMES):
         time.sleep(0.01)
     found = [int((folder / name).read_text()) for name in NAMES]
@@ -107,7 +107,7 @@ def ids(folder: Path) -> list[int]:
 
 
 def gone(processes: list[int]) -> bool:
-    """Whether they have ended, which may take them a moment."""
+    """Whether they have ended, allowing them a moment."""
     for _ in range(1000):
         if not any(psutil.pid_exists(process) for process in processes):
             return True
@@ -133,12 +133,12 @@ def test_a_tree_ends_with_its_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_tree_ends_with_the_process_that_runs_it(tmp_path: Path, number: signal.Signals) -> None:
-    """As when pytest is interrupted, or a worker of pytest-xdist killed."""
+    """As when pytest is interrupted, or a pytest-xdist worker is killed."""
     watcher = f"from benchmarks.processes import run; run({python(FAMILY)!r}, cwd={str(tmp_path)!r})"
     with Tree(python(watcher)) as tree:
         family = ids(tmp_path)
         watcher_id = tree.processes()[0]
-        # The outer tree would end what the inner one leaves: it is kept from doing so.
+        # Stop the outer tree's process, which would end what the inner one leaves.
         os.kill(tree.process.pid, signal.SIGSTOP)
         try:
             os.kill(watcher_id, number)

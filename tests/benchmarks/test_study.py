@@ -23,7 +23,7 @@ CELL = Cell("chain", "union", lr=2e-4, seed=0)
 
 
 def line_of(cell: Cell, final: float) -> results.Record:
-    """A result with the given success at the end."""
+    """A result with the given final success."""
     success = [0.3, None, final, final]
     run = {"key": cell.key, "task": cell.task, "status": "finished", "seconds": 60.0, "cell": cell.to_json()}
     return {"run": run, "metrics": {"step": [0, 1, 2, 3], results.held_out_key(cell.task): success}}
@@ -81,14 +81,14 @@ def test_no_rate_before_the_sweep_is_complete() -> None:
     assert grid.best_rate(done, "chain", "clip") is None
     assert not list(grid.headline(done))
     done[sweep[-1].key] = line_of(sweep[-1], 0.5)
-    # All are equal: the lowest.
+    # All rates tie: the lowest wins.
     assert grid.best_rate(done, "chain", "clip") == min(grid.RATES["chain"])
 
 
 def test_the_rate_with_the_best_mean_is_chosen_and_trained_on_every_headline_seed() -> None:
     sweep = [cell for cell in grid.sweep({}) if (cell.task, cell.loss) == ("chain", "clip")]
     best = grid.RATES["chain"][2]
-    # One lucky run at another rate is not a better mean.
+    # One lucky run at another rate does not make its mean better.
     final = {(cell.lr, cell.seed): 0.7 if cell.lr == best else 0.5 for cell in sweep}
     final[grid.RATES["chain"][0], grid.SWEEP_SEEDS[0]] = 0.8
     done = {cell.key: line_of(cell, final[cell.lr, cell.seed]) for cell in sweep}
@@ -113,7 +113,7 @@ def metrics_file(path: Path, success: list[float], grad_norm: float = 1.0) -> Pa
         {"step": step, "data": {results.held_out_key("chain"): value, "actor/grad_norm": grad_norm, "unknown": 1}}
         for step, value in enumerate(success)
     ]
-    # As verl's file logger does, which writes what is not finite as null.
+    # Like verl's file logger, which writes non-finite values as null.
     path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     return path
 
@@ -121,7 +121,7 @@ def metrics_file(path: Path, success: list[float], grad_norm: float = 1.0) -> Pa
 def test_a_record_keeps_curves_and_leaves_the_rest(tmp_path: Path) -> None:
     line = results.record(CELL, metrics_file(tmp_path / "m", [0.3, 31 / 256], grad_norm=1.23456789), seconds=12.0)
     assert line["metrics"]["step"] == [0, 1]
-    # Success is compared with half of the first: rounded, a tie would be a fall.
+    # Success is compared with half of its first value: after rounding, a tie would look like a drop.
     assert results.held_out(line) == [0.3, 31 / 256]
     assert line["metrics"]["actor/grad_norm"] == [1.2346, 1.2346]
     assert "unknown" not in line["metrics"]
@@ -159,7 +159,7 @@ def test_diverged_is_a_lost_number_or_half_of_the_success(
 ) -> None:
     line = results.record(CELL, metrics_file(tmp_path / "m", success, grad_norm), seconds=1.0)
     assert line["run"]["status"] == expected
-    # Strict JSON: other programs read the file.
+    # Strict JSON, since other programs read the file.
     json.dumps(line, allow_nan=False)
 
 
@@ -178,7 +178,7 @@ def test_a_cut_off_line_is_left_out_and_mended(tmp_path: Path) -> None:
 
 
 class StandIn:
-    """In the place of a session with Ray and verl: writes a metrics file, or fails."""
+    """Replaces a session with Ray and verl: writes a metrics file, or fails."""
 
     failing: ClassVar[set[str]] = set()
     started: ClassVar[list[tuple[Any, ...]]] = []
@@ -199,7 +199,7 @@ class StandIn:
         return 1.0
 
     def end(self) -> None:
-        """Nothing was started."""
+        """Nothing to end."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The tasks of the study: rewards, tokenizers, data, and what is prepared."""
+"""The study's tasks: rewards, tokenizers, data, and preparation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The critic in CPU mode: verl's own model with an attention that the CPU has."""
+"""The critic in CPU mode: verl's own model, with an attention that CPUs have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CPU mode: what importing ``verl_troll.cpu`` registers, in a process of its own, and what it leaves alone."""
+"""CPU mode, in a fresh process: what importing ``verl_troll.cpu`` registers, and what it leaves alone."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ CPU_MODE = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "verl_troll.cpu
 
 
 def in_process(code: str, **environment: str) -> Any:
-    """What ``code`` leaves in ``result``, run by a fresh interpreter.
+    """Run ``code`` in a fresh interpreter and return what it leaves in ``result``.
 
-    verl reads its environment once per process, and patches cannot be taken back.
+    verl reads its environment once per process, and patches cannot be undone.
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith("VERL_")}
     script = f"import json\n{textwrap.dedent(code)}\nprint('RESULT' + json.dumps(result))"
@@ -33,7 +33,7 @@ def in_process(code: str, **environment: str) -> Any:
 
 @pytest.fixture(scope="module")
 def cpu_mode() -> dict[str, Any]:
-    """Facts collected by one process in CPU mode; starting one takes seconds."""
+    """Facts from one process in CPU mode, shared because starting one takes seconds."""
     facts = in_process(
         """
         import os, sys

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.rounding import last_place
 
-# Ids are below this; models may know more.
+# All ids are below this; a model's vocabulary may be larger.
 VOCAB = 61
 TEMPERATURE = 0.8
 
@@ -24,7 +24,7 @@ def make_batch(
     prompt_length: tuple[int, int] = (2, 7),
     response_length: tuple[int, int] = (3, 12),
 ) -> TensorDict:
-    """Ragged prompts and responses; one response is empty, one fully masked, one has masked turns inside."""
+    """Ragged prompts and responses: one response is empty, one is fully masked, one has masked turns inside."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     prompts, responses, masks = [], [], []
@@ -67,7 +67,7 @@ def make_batch(
 
 
 def with_settings(batch: TensorDict, setup: Any, **extra: Any) -> TensorDict:
-    """A copy of ``batch`` with what verl's workers add to it; ``setup`` is any scenario's."""
+    """A copy of ``batch`` with what verl's workers add to it; ``setup`` may come from any scenario."""
     from verl.utils import tensordict_utils as tu
 
     batch = batch.clone()
@@ -106,7 +106,7 @@ def by_sample(output: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def with_old_policy(batch: TensorDict, output: dict[str, Tensor]) -> TensorDict:
-    """The batch with the fields that the old pass leaves behind, as verl's trainer stores them."""
+    """The batch with the fields that the old pass adds, as verl's trainer stores them."""
     from verl.workers.utils.padding import response_from_nested
 
     batch = batch.clone()
@@ -118,8 +118,8 @@ def with_old_policy(batch: TensorDict, output: dict[str, Tensor]) -> TensorDict:
 
 
 def assert_loss_at_ratio_one(loss: float, batch: TensorDict) -> None:
-    """The policy loss, averaged over tokens, is the negative mean advantage."""
+    """At ratio 1 the policy loss, averaged over tokens, is the negative mean advantage."""
     advantages = batch["advantages"].values()[batch["response_mask"].values().bool()].double()
-    # Advantages of both signs, in one of many orders: sums are as large as the advantages, their mean is not. Each of
-    # micro-batch, batch and average rounds once or twice.
+    # Advantages have both signs and are summed in some order: sums are as large as the advantages, their mean is not.
+    # Micro-batch, batch and average each round once or twice.
     assert abs(loss + advantages.mean().item()) <= 4 * last_place(advantages.abs().mean())

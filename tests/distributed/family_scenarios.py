@@ -1,4 +1,4 @@
-"""The life of one model on verl's real engines with TROLL, run by ranks: updates, checkpoint, resumption, export."""
+"""One model's full life on verl's real engines with TROLL, run by ranks: update, checkpoint, resume, export."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UPDATES = 3
 
 
 def _build(case: Setup | Layout, troll: dict[str, Any]) -> tuple[Any, Any]:
-    """The engine of FSDP2 or of Megatron, and verl's loss function with TROLL's settings."""
+    """The FSDP2 or Megatron engine, and verl's loss function with TROLL's settings."""
     if isinstance(case, Setup):
         return fsdp.build(case)[:2]
     engine = megatron_stock.build(case)
@@ -44,18 +44,18 @@ def _adapter(engine: Any) -> dict[str, Tensor]:
 
 
 def live(case: Setup | Layout, troll: dict[str, Any], batch: TensorDict, folder: str) -> dict[str, Any]:
-    """Old pass, :data:`UPDATES` optimizer steps on the same mini-batch, a checkpoint in ``folder``, one step more;
-    then the checkpoint in a new engine, and the same step there.
+    """Old pass, :data:`UPDATES` optimizer steps on the same mini-batch, a checkpoint in ``folder``, one more step;
+    then the checkpoint loaded into a new engine, and the same step there.
 
     Args:
-        case: the engine; ``troll`` is in it already if it is FSDP's.
+        case: the engine; for FSDP it already contains ``troll``.
 
     Returns:
-        ``old``, ``after``: output of the old pass before and after the updates, by this rank's samples;
+        ``old``, ``after``: outputs of the old pass before and after the updates, for this rank's samples.
         ``history``, ``metrics``, ``resumed_metrics``: metrics of the updates, of the step after them, and of that step
-        in the new engine; ``loaded``, ``saved``, ``reloaded``, ``final``, ``resumed``: weights as verl sends them to a
-        rollout, from the model's files, with the checkpoint, from the checkpoint, and after the step in both engines;
-        ``adapter``: with the checkpoint, if there is one.
+        in the new engine. ``loaded``, ``saved``, ``reloaded``, ``final``, ``resumed``: weights as verl sends them to a
+        rollout: from the model's files, at the checkpoint, from the checkpoint, and after the step in either engine.
+        ``adapter``: its weights at the checkpoint, if there is one.
     """
     engine, loss_function = _build(case, troll)
     result: dict[str, Any] = {"engine": type(engine).__name__, "loaded": megatron_stock.exported_weights(engine)}
@@ -82,7 +82,7 @@ def live(case: Setup | Layout, troll: dict[str, Any], batch: TensorDict, folder:
 
 
 def merge(checkpoint: str, target: str) -> None:
-    """verl's merger of an FSDP checkpoint's shards into a model that transformers loads."""
+    """Merge an FSDP checkpoint's shards, with verl's merger, into a model that transformers loads."""
     from verl.model_merger.base_model_merger import ModelMergerConfig
     from verl.model_merger.fsdp_model_merger import FSDPModelMerger
 

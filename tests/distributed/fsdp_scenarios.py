@@ -1,4 +1,4 @@
-"""Scenarios on verl's real FSDP engines that ranks run; results come back as plain tensors and floats."""
+"""Scenarios that ranks run on verl's real FSDP engines; results come back as plain tensors and floats."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.distributed.batches import TEMPERATURE, VOCAB, by_sample, shard_of, w
 
 @dataclass(frozen=True)
 class Setup:
-    """One configuration of engine, method and batch; every field is a keyword a user would set."""
+    """One configuration of engine, method and batch; every field is a setting that a user would make."""
 
     model_path: str
     troll: dict[str, Any] | None = field(default_factory=dict)
-    # fsdp needs an accelerator.
+    # The strategy "fsdp" needs an accelerator.
     strategy: str = "fsdp2"
     loss_agg_mode: str = "token-mean"
     loss_scale_factor: int | None = None
@@ -50,7 +50,7 @@ class Setup:
 def write_model(folder: Path, *, attention: bool = True) -> str:
     """A tiny random Qwen2 with peaked outputs, saved as verl loads it; no tokenizer is needed at this level.
 
-    Without ``attention`` no token sees another: sequence-parallel attention needs a flash kernel, which a CPU has not.
+    Without ``attention`` no token sees another: sequence-parallel attention needs a flash kernel, which CPUs lack.
     """
     from tests.tiny_model import tiny_qwen2
 
@@ -67,7 +67,7 @@ def write_model(folder: Path, *, attention: bool = True) -> str:
 
 
 def actor_of(setup: Setup, engine_config: Any) -> Any:
-    """The actor's configuration; building it hands the settings of TROLL, if there are any, to the engine's."""
+    """The actor's configuration; building it passes TROLL's settings, if any, to the engine's configuration."""
     from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
     from verl_troll.plugin.actor_config import TrollPolicyLossConfig
@@ -93,7 +93,7 @@ def actor_of(setup: Setup, engine_config: Any) -> Any:
 
 
 def build(setup: Setup) -> tuple[Any, Any, Any]:
-    """Engine, verl's loss function and the actor's configuration, through verl's own registry and dataclasses."""
+    """Engine, verl's loss function and the actor's configuration, built through verl's own registry and dataclasses."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
@@ -141,7 +141,7 @@ def build(setup: Setup) -> tuple[Any, Any, Any]:
 
 
 def old_pass(engine: Any, batch: TensorDict, setup: Setup, **extra: Any) -> dict[str, Tensor]:
-    """``compute_log_prob`` as verl's worker calls it; nested model outputs on the CPU."""
+    """``compute_log_prob`` as verl's worker calls it; returns nested model outputs on the CPU."""
     data = with_settings(batch, setup, calculate_entropy=True, compute_loss=False, **extra)
     with engine.eval_mode():
         output = engine.infer_batch(data, loss_function=None)["model_output"]
@@ -149,7 +149,7 @@ def old_pass(engine: Any, batch: TensorDict, setup: Setup, **extra: Any) -> dict
 
 
 def perturb(engine: Any, seed: int, scale: float) -> None:
-    """Move every non-zero parameter by the same noise on all ranks, as an updated policy would be."""
+    """Add noise, the same on all ranks, to every non-zero parameter, as if the policy had been updated."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     with torch.no_grad():
@@ -173,7 +173,7 @@ def gradients(engine: Any) -> dict[str, Tensor]:
 
 
 def _aggregate(metrics: dict[str, Any]) -> dict[str, float]:
-    """Metrics of one mini-batch over micro-batches and data-parallel ranks, as verl's worker reduces them."""
+    """Reduce one mini-batch's metrics over micro-batches and data-parallel ranks, as verl's worker does."""
     from verl.utils.metric import Metric
     from verl.utils.torch_functional import allgather_dict_into_dict
 
@@ -184,7 +184,7 @@ def _aggregate(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def loss_and_gradient(setup: Setup, batch: TensorDict, noise: float = 0.006) -> dict[str, Any]:
-    """Old pass, a move of the policy, then loss, metrics and full gradients of one mini-batch."""
+    """Old pass, a change of the policy, then loss, metrics and full gradients of one mini-batch."""
     engine, loss_function, _ = build(setup)
     if not setup.rollout_weights:
         batch = batch.exclude("rollout_is_weights")
@@ -225,7 +225,7 @@ def old_policies(setups: list[Setup], batch: TensorDict) -> list[dict[str, list[
 
 
 def lora_passes(setup: Setup, batch: TensorDict) -> dict[str, Any]:
-    """Old pass and reference pass through one LoRA engine whose adapter is not zero, then an update."""
+    """Old pass and reference pass through one LoRA engine with a nonzero adapter, then an update."""
     engine, loss_function, _ = build(setup)
     perturb(engine, seed=5, scale=0.1)
     batch = batch.exclude("rollout_is_weights")
@@ -247,7 +247,7 @@ def lora_passes(setup: Setup, batch: TensorDict) -> dict[str, Any]:
 
 
 def refused_heads(paths: dict[str, str], batch: TensorDict) -> dict[str, str]:
-    """By name, the error of an old pass with fused kernels through the models at ``paths``."""
+    """By name, the error that an old pass with fused kernels raises for each model in ``paths``."""
     found = {}
     for name, path in paths.items():
         setup = Setup(path, use_fused_kernels=True)
@@ -261,7 +261,7 @@ def refused_heads(paths: dict[str, str], batch: TensorDict) -> dict[str, str]:
 
 
 def update_without_support(setup: Setup, batch: TensorDict) -> str:
-    """The error of an update whose batch lost the old policy's support."""
+    """The error raised by an update whose batch lost the old policy's support."""
     engine, loss_function, _ = build(setup)
     output = old_pass(engine, batch, setup)
     data = with_old_policy(batch, {name: v for name, v in output.items() if not name.startswith("troll_")})
@@ -269,7 +269,7 @@ def update_without_support(setup: Setup, batch: TensorDict) -> str:
 
 
 def troll_loss_on_stock_engine(setup: Setup, batch: TensorDict) -> str:
-    """The error of verl's own engine under the registered loss ``troll``: what a silent stock run would be."""
+    """verl's own engine under the registered loss ``troll``: the error that prevents a silent stock run."""
     import verl.workers.engine.fsdp.transformer_impl as stock
     from verl.workers.engine import EngineRegistry
 
@@ -292,7 +292,7 @@ def _error(engine: Any, data: TensorDict, loss_function: Any) -> str:
 
 
 def snapshots(setup: Setup, batch: TensorDict) -> dict[str, Tensor]:
-    """Log-probs before and after a move, and again from verl's snapshots of both, restored in turn."""
+    """Log-probs before and after a change of the policy, and again after restoring verl's snapshots of both in turn."""
     from verl.utils import fsdp_utils
 
     engine, _, _ = build(setup)
@@ -314,12 +314,12 @@ def snapshots(setup: Setup, batch: TensorDict) -> dict[str, Tensor]:
 
 
 def train_steps_after_move(setup: Setup, batch: TensorDict, steps: int) -> list[dict[str, float]]:
-    """:func:`train_steps` of a policy that has left the region."""
+    """:func:`train_steps` for a policy that has left the region."""
     return train_steps(setup, batch, steps, noise=0.05)
 
 
 def train_steps(setup: Setup, batch: TensorDict, steps: int, noise: float = 0.0) -> list[dict[str, float]]:
-    """Optimizer steps on one mini-batch after one old pass; metrics by step."""
+    """Optimizer steps on one mini-batch after a single old pass; returns metrics by step."""
     engine, loss_function, _ = build(setup)
     batch = batch.exclude("rollout_is_weights")
     shard = shard_of(batch, engine)

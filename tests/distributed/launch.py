@@ -1,7 +1,7 @@
-"""Run a function on several ranks, on the CPU with gloo, and bring back its results, or the first traceback.
+"""Run a function on several CPU ranks with gloo; return its results, or raise with the first traceback.
 
-Ranks start from a fork server that has imported the host packages once, so that a scenario costs tenths of a second; on
-a GPU, which does not survive a fork, each imports them itself.
+Ranks start from a fork server that has imported the host packages once, so a scenario costs tenths of a second. A GPU
+does not survive a fork: there, each rank imports them itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _context() -> Any:
 def _rank_main(
     function: Callable[..., Any], rank: int, world_size: int, folder: str, arguments: tuple[Any, ...]
 ) -> None:
-    # What a rank starts and leaves, as Megatron does when it saves, ends with it; all ends with this process's parent.
+    # What a rank starts and leaves behind, as Megatron does when saving, ends with it; all end with the launcher.
     stay_behind()
     import torch
     import torch.distributed as dist
@@ -52,7 +52,7 @@ def _rank_main(
         torch.cuda.set_device(rank % torch.cuda.device_count())
     try:
         store = dist.FileStore(str(Path(folder) / "store"), world_size)
-        # A hung rank is the launcher's to find: a slow one keeps the others waiting.
+        # The launcher detects hung ranks: a limit here would fail those that wait for a slow one.
         limit = timedelta(hours=1)
         dist.init_process_group(backend(), store=store, rank=rank, world_size=world_size, timeout=limit)
         result = (True, function(*arguments))
@@ -68,13 +68,13 @@ def _rank_main(
 def run_ranks(
     function: Callable[..., Any], world_size: int, arguments: Sequence[Any] = (), *, idle: float = IDLE_SECONDS
 ) -> list[Any]:
-    """Results of ``function(*arguments)`` by rank; the process group is initialised around it.
+    """Results of ``function(*arguments)`` by rank; it runs inside an initialised process group.
 
     Args:
-        idle: seconds without progress of any rank after which they count as hung.
+        idle: seconds without progress on any rank after which they count as hung.
 
     Raises:
-        RankFailedError: as soon as one rank fails, with its traceback, or all hang; the others are ended.
+        RankFailedError: a rank failed (with its traceback), or all hang; the other ranks are ended at once.
     """
     context = _context()
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +86,7 @@ def run_ranks(
             process.start()
         waiting = dict(enumerate(ranks))
         logs = [Path(folder, f"log{rank}") for rank in range(world_size)]
-        # Each process guards its rank.
+        # Each of these processes guards its rank.
         progress = Progress(lambda: descendants(*(one.pid for one in waiting.values())), logs, idle=idle)
         try:
             while waiting:

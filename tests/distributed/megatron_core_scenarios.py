@@ -1,4 +1,4 @@
-"""A GPT of megatron-core under its own schedule, without verl: the mathematics on logits that Megatron has sharded."""
+"""A megatron-core GPT under its own schedule, without verl: the mathematics on logits that Megatron has sharded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VOCAB, PADDED, LENGTH, SAMPLES, MICRO_BATCHES, LAYERS = 122, 128, 12, 4, 2, 4
 
 @dataclass(frozen=True)
 class Shape:
-    """How the model is spread."""
+    """How the model is split over ranks."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -58,7 +58,7 @@ def _build(shape: Shape) -> Any:
         pipeline_model_parallel_size=shape.pipeline,
         sequence_parallel=shape.sequence_parallel,
         pipeline_dtype=torch.float32,
-        # Without gates, a slice of a random matrix is the matrix of that rank.
+        # Without gates, a rank's matrix is simply a slice of the whole one.
         gated_linear_unit=False,
         deallocate_pipeline_outputs=False,
     )
@@ -75,7 +75,7 @@ def _build(shape: Shape) -> Any:
 
 
 def _parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Parameters by the name that they have without pipeline parallelism."""
+    """Parameters under the names that they have without pipeline parallelism."""
     for name, parameter in model.named_parameters():
         found = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
         if found:
@@ -84,7 +84,7 @@ def _parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _own(name: str, parameter: Tensor, scale: float, seed: int) -> Tensor:
-    """This rank's slice of a random tensor that depends on the parameter's name alone."""
+    """This rank's slice of a random tensor that depends only on the parameter's name."""
     from megatron.core import parallel_state
 
     ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
@@ -105,7 +105,7 @@ def _whole_gradient(parameter: Tensor) -> Tensor:
     grad = parameter.grad
     assert grad is not None
     if getattr(parameter, "sequence_parallel", False):
-        # Each rank saw its share of the tokens.
+        # Each rank saw only its share of the tokens.
         dist.all_reduce(grad, group=group)
     if not getattr(parameter, "tensor_model_parallel", False):
         return grad
@@ -115,9 +115,9 @@ def _whole_gradient(parameter: Tensor) -> Tensor:
 
 
 def losses_and_gradients(shape: Shape) -> dict[str, Any]:
-    """Old policy, a move of every weight, then losses by micro-batch and gradients by parameter.
+    """Old policy, a change of every weight, then losses by micro-batch and gradients by parameter.
 
-    The last columns of the output layer are padding with weights that would win every softmax.
+    The last columns of the output layer are padding whose weights would dominate every softmax.
     """
     from verl_troll.cpu.megatron.device import cpu_as_accelerator
 

@@ -19,7 +19,7 @@ from tests.model_families import VOCAB
 
 
 def loss_function(engine: Any, layout: Layout, troll: dict[str, Any], **actor_settings: Any) -> Any:
-    """verl's loss; building the actor's configuration around the engine's hands the settings to the engine."""
+    """verl's loss; building the actor's configuration around the engine's passes the settings to the engine."""
     from verl.workers.utils.losses import ppo_loss
 
     from verl_troll.plugin.actor_config import TrollPolicyLossConfig
@@ -39,14 +39,14 @@ def loss_function(engine: Any, layout: Layout, troll: dict[str, Any], **actor_se
 
 
 def _shared(engine: Any, output: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The old pass's output of this data-parallel rank on every rank, which verl's controller sees to otherwise."""
+    """This data-parallel rank's old-pass output, shared with every rank; normally verl's controller does that."""
     outputs: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outputs, (engine.get_data_parallel_rank(), output))
     return next(found for rank, found in outputs if rank == engine.get_data_parallel_rank() and found)
 
 
 def _metrics(engine: Any, output: dict[str, Any]) -> dict[str, float]:
-    """Metrics of one mini-batch over data-parallel ranks, as verl's worker reduces them (collective)."""
+    """Metrics of one mini-batch reduced over data-parallel ranks, as verl's worker does (collective)."""
     from verl.utils.metric import Metric
 
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -61,7 +61,7 @@ def _metrics(engine: Any, output: dict[str, Any]) -> dict[str, float]:
 
 
 def old_passes(layout: Layout, troll: dict[str, Any], batch: TensorDict) -> tuple[dict[int, Any], dict[int, Any]]:
-    """Output of the old pass by sample with TROLL and, from the same engine without settings, of verl's own."""
+    """Old-pass outputs by sample: with TROLL, and with verl's own pass on the same engine without settings."""
     engine = stock.build(layout)
     verls = _shared(engine, stock.old_pass(engine, batch, layout))
     loss_function(engine, layout, troll)
@@ -76,8 +76,8 @@ def _by_sample(output: dict[str, Tensor], first: int = 0) -> dict[int, dict[str,
 def train(layout: Layout, troll: dict[str, Any], batch: TensorDict, steps: int = 3, **actor: Any) -> dict[str, Any]:
     """Old pass, then ``steps`` optimizer steps on the same mini-batch.
 
-    ``old``: output of the old pass by sample; ``history``: metrics by step; ``weights``: as exported after the last
-    step, on the first rank.
+    ``old``: output of the old pass by sample; ``history``: metrics by step; ``weights``: on the first rank, exported
+    after the last step.
     """
     return _train(stock.build(layout), layout, troll, batch, steps, **actor)
 
@@ -111,14 +111,14 @@ def _train(
     }
 
 
-# Columns that the bridge pads to: at four ranks the last one holds padding alone.
+# Columns after the bridge's padding: at four ranks the last rank holds only padding.
 PADDED = 192
 
 
 def train_with_padding(layout: Layout, troll: dict[str, Any], batch: TensorDict, steps: int = 3) -> dict[str, Any]:
-    """:func:`train` on a vocabulary that the bridge pads, with padded columns that would win every softmax.
+    """:func:`train` on a vocabulary that the bridge pads, with padding columns that would dominate every softmax.
 
-    ``padding_moved``: largest change of a padded output weight, 0 on ranks without padding.
+    ``padding_moved``: largest change of an output weight in the padding; 0 on ranks without padding.
     """
     from verl.models.mcore.mbridge import AutoBridge
 

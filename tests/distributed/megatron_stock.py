@@ -1,4 +1,4 @@
-"""verl's stock Megatron engine on tiny models: helpers to write a model, build an engine and run its passes."""
+"""verl's stock Megatron engine on tiny models: helpers that write a model, build an engine and run its passes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.model_families import VOCAB, save
 
 @dataclass(frozen=True)
 class Layout:
-    """One model and how it is spread over the ranks; every field is a keyword a user would set."""
+    """One model and how it is split over the ranks; every field is a setting that a user would make."""
 
     model_path: str
     tensor: int = 1
@@ -39,13 +39,13 @@ class Layout:
     mini_batch_size: int = 8
     temperature: float = TEMPERATURE
     lr: float = 1.0
-    # Adam's usual one lets rounding decide where a parameter with hardly any gradient goes.
+    # With Adam's usual epsilon, rounding decides where a parameter with a tiny gradient goes.
     adam_eps: float = 1.0
     router_replay: str = "disabled"
     transformer: dict[str, Any] = field(default_factory=dict)
 
 
-# Layouts of dense models by number of ranks; whatever is left of the ranks is data parallel.
+# Layouts of dense models by number of ranks; the remaining factor is data parallel.
 DENSE: dict[int, list[dict[str, Any]]] = {
     1: [{}, {"use_remove_padding": False}],
     2: [
@@ -72,7 +72,7 @@ def write_model(folder: Path, kind: str = "qwen2", *, layers: int = 4, tie: bool
 
     Args:
         kind: ``qwen2``, ``qwen3``, ``qwen3_moe`` or ``llama``.
-        tie: output weights are those of the embedding.
+        tie: share the embedding's weights with the output layer.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -96,7 +96,7 @@ def write_model(folder: Path, kind: str = "qwen2", *, layers: int = 4, tie: bool
 
 
 def make_batch(seed: int = 0, samples: int = 8) -> TensorDict:
-    """The FSDP scenarios' ragged batch, with log-probabilities of an old policy that is not the model."""
+    """The FSDP scenarios' ragged batch, with log-probabilities of an old policy other than the model."""
     batch = batches.make_batch(seed, samples).exclude("rollout_is_weights")
     mask = batch["response_mask"]
     values = -3 + 0.5 * torch.randn(mask.values().shape, generator=torch.Generator().manual_seed(seed + 1))
@@ -132,7 +132,7 @@ def _engine_config() -> Any:
 
 
 def build(layout: Layout, *, forward_only: bool = False) -> Any:
-    """The engine that verl's registry gives for ``layout``; ends what an earlier engine of this process set up."""
+    """The engine that verl's registry gives for ``layout``; first tears down this process's earlier engine."""
     from megatron.core import parallel_state
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import EngineRouterReplayConfig, HFModelConfig, McoreOptimizerConfig
@@ -184,7 +184,7 @@ def build(layout: Layout, *, forward_only: bool = False) -> Any:
 
 
 def old_pass(engine: Any, batch: TensorDict, layout: Any, **extra: Any) -> dict[str, Tensor]:
-    """``compute_log_prob`` as verl's worker calls it; nested outputs on the CPU, empty but on ranks that have them."""
+    """``compute_log_prob`` as verl's worker calls it; nested outputs on the CPU, empty on ranks that have none."""
     data = with_settings(batch, layout, calculate_entropy=True, compute_loss=False, **extra)
     with engine.eval_mode():
         output = engine.infer_batch(data, loss_function=None)
@@ -194,7 +194,7 @@ def old_pass(engine: Any, batch: TensorDict, layout: Any, **extra: Any) -> dict[
 
 
 def vanilla_update(engine: Any, batch: TensorDict, layout: Layout) -> dict[str, Any]:
-    """Metrics of one update with verl's ``ppo_loss``; empty but on ranks that have them."""
+    """Metrics of one update with verl's ``ppo_loss``; empty on ranks that have none."""
     from verl.workers.config import ActorConfig
     from verl.workers.utils.losses import ppo_loss
 
@@ -220,9 +220,9 @@ def exported_weights(engine: Any) -> dict[str, Tensor]:
 
 
 def two_passes(layout: Layout, batch: TensorDict, steps: int = 2) -> dict[str, Any]:
-    """Log-probabilities and entropies before, gradient norms of, and log-probabilities after ``steps`` updates.
+    """Log-probabilities and entropies before ``steps`` updates, their gradient norms, and log-probabilities after.
 
-    Outputs are of this rank's samples, by index in the batch, and empty on ranks that have none.
+    Outputs are for this rank's samples, by index in the batch; empty on ranks that have none.
     """
     engine = build(layout)
     part = shard_of(batch, engine)
@@ -250,7 +250,7 @@ def each(layouts: list[Layout], batch: TensorDict) -> list[dict[str, Any]]:
 
 
 def resumed(layout: Layout, batch: TensorDict, folder: str) -> dict[str, Any]:
-    """Weights after three updates, and after a checkpoint of the second one, in a new engine, and one update more."""
+    """Weights after three updates, and after the third in a new engine that loads the second one's checkpoint."""
     engine = build(layout)
     part = shard_of(batch, engine)
     for _ in range(2):
@@ -267,7 +267,7 @@ def resumed(layout: Layout, batch: TensorDict, folder: str) -> dict[str, Any]:
 
 
 def other_thread(layout: Layout, batch: TensorDict) -> dict[str, Any]:
-    """What a pass of an engine leaves behind in its thread, and whether it runs in a thread that did not build it."""
+    """What an engine's pass leaves behind in its thread, and whether it runs in a thread that did not build it."""
     engine = build(layout)
     with ThreadPoolExecutor(1) as threads:
         output = threads.submit(old_pass, engine, batch, layout).result()
@@ -279,7 +279,7 @@ def other_thread(layout: Layout, batch: TensorDict) -> dict[str, Any]:
 
 
 def before_any_engine() -> dict[str, Any]:
-    """Whether loading the package, the plugin and the module of the configuration changed ``torch.cuda``."""
+    """Whether loading the package, the plugin or the configuration's module changed ``torch.cuda``."""
     import verl_troll.cpu.megatron.config  # noqa: F401
     from verl_troll.patches import registry
 

@@ -1,4 +1,4 @@
-"""What every rank needs, imported once in the fork server."""
+"""What every rank needs; the fork server imports it once."""
 
 import verl.workers.engine_workers  # noqa: F401
 from transformers import Qwen2ForCausalLM  # noqa: F401

@@ -1,4 +1,4 @@
-"""Loss and parameter gradients of verl's engine under TROLL against the float64 reference, written token by token."""
+"""Loss and parameter gradients of verl's engine under TROLL, compared with a token-by-token float64 reference."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.distributed.launch import run_ranks
 
 NOISE = 0.006
 SCALE_FACTOR = 12
-# Without a mass to drop, rounding cannot move an id across the edge of the support.
+# With no dropped mass, rounding cannot move an id across the edge of the support.
 SUPPORT: dict[str, Any] = {"k": 20, "dropped_mass": 0.0}
 
 
 def reference_model(path: str, noise: float) -> Qwen2ForCausalLM:
-    """The scenario's model in float64, moved as ``scenarios.perturb`` moves the engine's."""
+    """The scenario's model in float64, perturbed as ``scenarios.perturb`` perturbs the engine's."""
     model = Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for index, (_, parameter) in enumerate(sorted(model.named_parameters())):
@@ -43,7 +43,7 @@ def response_logits(model: Qwen2ForCausalLM, batch: TensorDict) -> list[Tensor]:
 
 
 def token_losses(setup: Setup, batch: TensorDict, new: list[Tensor], old: list[Tensor]) -> list[list[Tensor]]:
-    """``-w ratio A + alpha KL(p || pi)`` of every token that takes part, by sample."""
+    """``-w ratio A + alpha KL(p || pi)`` for every token that takes part, by sample."""
     assert setup.troll is not None
     losses = []
     for sample, mask in enumerate(batch["response_mask"].unbind()):
@@ -76,7 +76,7 @@ def token_losses(setup: Setup, batch: TensorDict, new: list[Tensor], old: list[T
 
 
 def aggregate(mode: str, losses: list[list[Tensor]], batch_size: int) -> Tensor:
-    """What each aggregation mode of verl means, over the whole mini-batch."""
+    """verl's aggregation modes, applied to the whole mini-batch."""
     filled = [torch.stack(row) for row in losses if row]
     if mode == "token-mean":
         return torch.cat(filled).mean()

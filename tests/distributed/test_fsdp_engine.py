@@ -1,4 +1,4 @@
-"""TROLL on verl's real FSDP2 engine: the same loss and gradient however a mini-batch is cut, padded or spread."""
+"""TROLL on verl's real FSDP2 engine: loss and gradient do not depend on how a mini-batch is cut, padded or spread."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.distributed.launch import run_ranks
 from tests.rounding import last_place
 
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-# Of a float32 between 64 and 128, which logits and their normaliser are: what verl rounds its log-probabilities to.
+# Of a float32 between 64 and 128, where logits and their normaliser lie: verl's log-probabilities are rounded to this.
 LAST_PLACE = last_place(64.0)
 METHODS: dict[str, dict[str, Any]] = {
     "union": {"support": "union", "k": 16},
     "anchored": {"support": "anchored", "k": 16},
-    # Without a mass to drop, rounding cannot move an id across the edge of the support.
+    # With no dropped mass, rounding cannot move an id across the edge of the support.
     "sequence": {"support": "anchored", "importance_ratio": "sequence", "k": 20, "dropped_mass": 0.0},
     "detached": {"support": "union", "step_size_gradient": "detached", "alpha": 0.3, "k": 20, "dropped_mass": 0.0},
 }
@@ -40,9 +40,9 @@ def batch() -> TensorDict:
 
 
 def assert_same(result: dict[str, Any], reference: dict[str, Any], tolerance: float = 2e-5, skip: str = "-") -> None:
-    """Equal loss, gradients (but of parameters named like ``skip``) and TROLL metrics.
+    """Loss, gradients (except of parameters whose name contains ``skip``) and TROLL metrics are equal.
 
-    Gradients are compared relative to the largest entry of all.
+    Gradient errors are relative to the largest entry of all.
     """
     assert result["loss"] == pytest.approx(reference["loss"], rel=tolerance, abs=tolerance)
     scale = max(grad.abs().max().item() for grad in reference["gradients"].values())
@@ -106,7 +106,7 @@ def test_sequence_parallel_ranks_agree_with_one_rank(tmp_path: Path, batch: Tens
     whole = Setup(model_path, METHODS[method], micro_batch_size=8)
     reference = run_ranks(scenarios.each, 1, ([whole], batch))[0][0]
     for rank in run_ranks(scenarios.each, 2, ([replace(whole, ulysses=2, micro_batch_size=4)], batch)):
-        # What attention would have seen differs by rank, and with it the gradient of the weights that hide it.
+        # What attention sees differs by rank, and so does the gradient of the weights that mask it out.
         assert_same(rank[0], reference, skip="self_attn")
 
 
@@ -163,7 +163,7 @@ def _check_support(
 def test_reusing_the_logits_changes_no_bit(
     model_path: str, batch: TensorDict, param_dtype: str, temperature: float
 ) -> None:
-    """At temperature 1 verl hands over the model's own tensor."""
+    """At temperature 1 verl passes the model's own tensor."""
     methods = [{**METHODS[name], "reuse_logits": reuse} for name in ("union", "anchored") for reuse in (True, False)]
     setups = [
         Setup(
@@ -228,7 +228,7 @@ def test_one_sided_changes_tokens_that_left_against_their_advantage(
     setups = [Setup(model_path, {**troll, "one_sided": value}, micro_batch_size=8) for value in (False, True)]
     both, one = run_ranks(scenarios.each, 1, (setups, batch, 0.1))[0]
     assert one["metrics"]["troll/projected_share"] == both["metrics"]["troll/projected_share"] > 0
-    # Their plain ratio is worse than the projected one, which lies between it and 1.
+    # Each plain ratio is worse than the projected one, which lies between it and 1.
     assert one["metrics"]["actor/pg_loss"] > both["metrics"]["actor/pg_loss"]
     assert one["metrics"]["troll/regression_loss"] == both["metrics"]["troll/regression_loss"]
 

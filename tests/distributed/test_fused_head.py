@@ -1,6 +1,6 @@
-"""``use_fused_kernels`` with TROLL on verl's real engines: the same as without, from hidden states.
+"""``use_fused_kernels`` with TROLL on verl's real engines: same results from hidden states as from logits.
 
-verl replaces the forward function of a model's class for the whole process, so that each launch is of one kind.
+verl replaces the forward function of a model's class for the whole process, so each launch uses one kind only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Output weights are those of the embedding: others verl's own fused path cannot read on FSDP2."""
+    """Embedding and output layer share weights: verl's own fused path on FSDP2 cannot read separate ones."""
     return megatron_stock.write_model(tmp_path_factory.mktemp("tied"), "qwen2", layers=2, tie=True)
 
 
@@ -63,9 +63,9 @@ def test_loss_gradient_and_metrics_are_those_without_fused_kernels(
         {"micro_batch_size": 4},
         {"use_dynamic_bsz": True, "max_token_len": 24},
         {"use_remove_padding": False, "micro_batch_size": 4},
-        # Its own kernel needs a GPU; TROLL's reading in its place does not.
+        # verl's Triton kernel needs a GPU; TROLL's reading, which replaces it, does not.
         {"fused_backend": "triton", "micro_batch_size": 2},
-        # verl's own falls back to torch where liger_kernel is missing; TROLL's reading comes before either.
+        # verl falls back to torch where liger_kernel is missing; TROLL's reading replaces both.
         {"fused_backend": "liger", "micro_batch_size": 2},
     ]
     for ranks in (1, 2):
@@ -83,7 +83,7 @@ def test_sequence_parallel_ranks_agree_with_one_rank(tmp_path: Path, batch: Tens
     whole = Setup(fsdp_scenarios.write_model(tmp_path, attention=False), METHODS["union"], entropy_coeff=0.01)
     reference = run_ranks(fsdp_scenarios.each, 1, ([whole], batch))[0][0]
     for rank in run_ranks(fsdp_scenarios.each, 2, ([replace(whole, ulysses=2, use_fused_kernels=True)], batch)):
-        # What attention would have seen differs by rank, and with it the gradient of the weights that hide it.
+        # What attention sees differs by rank, and so does the gradient of the weights that mask it out.
         assert_same(rank[0], reference, skip="self_attn")
 
 
@@ -108,14 +108,14 @@ def test_old_pass_gives_verls_log_probs_entropy_and_the_same_support(model_path:
 
 
 def test_an_unchanged_policy_is_inside_the_region(model_path: str, batch: TensorDict) -> None:
-    """Both passes multiply blocks of other heights, so that the ratio is 1 but for rounding."""
+    """The two passes multiply blocks of different heights, so the ratio is 1 only up to rounding."""
     setups = [Setup(model_path, METHODS[name], use_fused_kernels=True) for name in ("union", "anchored")]
     for result in run_ranks(fsdp_scenarios.each, 1, (setups, batch, 0.0))[0]:
         metrics = result["metrics"]
         assert metrics["troll/kl_before_max"] < 1e-9
         assert metrics["troll/projected_share"] == 0
         assert metrics["troll/regression_loss"] == 0
-        # A mean of differences of log-probabilities, each of which may be off by one.
+        # A mean of differences of log-probabilities, each of which may be off by one unit in the last place.
         assert metrics["actor/ppo_kl"] == pytest.approx(0, abs=LAST_PLACE)
 
 
@@ -133,7 +133,7 @@ def test_without_settings_the_fused_path_is_verls_own(tied: str, batch: TensorDi
 
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused"])
 def test_gradient_of_the_entropy_bonus_is_verls_own(model_path: str, batch: TensorDict, fused: bool) -> None:
-    """Without advantages and regression nothing else is left; verl's own path is the one without fused kernels."""
+    """Without advantages and regression only the entropy is left; verl's own path is the one without fused kernels."""
     still = batch.clone()
     still["advantages"] = torch.nested.nested_tensor_from_jagged(
         torch.zeros_like(batch["advantages"].values()), batch["advantages"].offsets()
@@ -151,7 +151,7 @@ def test_gradient_of_the_entropy_bonus_is_verls_own(model_path: str, batch: Tens
 
 
 def test_lora(tied: str, batch: TensorDict) -> None:
-    """The pass without the adapter is the reference's, and verl's own."""
+    """The pass without the adapter equals the reference pass, and verl's own."""
     setup = Setup(tied, METHODS["union"], lora_rank=4)
     plain = run_ranks(fsdp_scenarios.lora_passes, 1, (setup, batch))[0]
     fused = run_ranks(fsdp_scenarios.lora_passes, 1, (replace(setup, use_fused_kernels=True), batch))[0]
@@ -190,7 +190,7 @@ SIZES: dict[str, Any] = dict(
     bos_token_id=None,
     eos_token_id=1,
 )
-# Models whose head is more than a product, and what the refusal must name.
+# Models whose head is more than a matrix product, and what the refusal must name.
 HEADS: dict[str, tuple[dict[str, Any], str]] = {
     "gemma2": ({"head_dim": 8, "final_logit_softcapping": 30.0}, "final_logit_softcapping"),
     "phi": ({}, "a bias"),
@@ -272,7 +272,7 @@ MORE: dict[int, list[dict[str, Any]]] = {
 def check_layouts(
     path: str, method: dict[str, Any], batch: TensorDict, layouts: dict[int, list[dict[str, Any]]]
 ) -> None:
-    """Fused training in every layout against training on one rank without fused kernels."""
+    """Fused training in every layout, compared with one rank without fused kernels."""
     settings = {"use_kl_loss": True, "kl_loss_coef": 0.1, "kl_loss_type": "k2", "entropy_coeff": 0.01}
     batch = batch.exclude("rollout_is_weights")
     base = Layout(path, lr=LR[method["support"]])

@@ -1,4 +1,4 @@
-"""The launcher itself: a rank that fails, dies or hangs ends the test, and says what happened."""
+"""The launcher itself: a rank that fails, dies or hangs ends the test, with an error that says what happened."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add_ranks() -> int:
 
 
 def fail_on(rank: int) -> None:
-    """The other ranks wait for the one that fails."""
+    """The other ranks wait for the failing one."""
     if dist.get_rank() == rank:
         raise ArithmeticError("the sum is off")
     dist.barrier()
@@ -54,13 +54,13 @@ def test_dying_rank_is_named_with_its_last_words() -> None:
 
 
 def test_hanging_rank_is_named() -> None:
-    # The others wait for it at the end.
+    # The other ranks wait for it at the end.
     with pytest.raises(RankFailedError, match=r"ranks \[0, 1\] of 2 hang: no progress for 3 s"):
         run_ranks(hang_on, 2, (1,), idle=3)
 
 
 def leave_a_process_behind(rank: int) -> int:
-    """As Megatron's checkpoints do, which a rank that ends without Python's clean-up does not end."""
+    """As Megatron's checkpoints do; a rank that ends without Python's clean-up does not end it."""
     process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(1000,))
     process.start()
     if dist.get_rank() == rank:

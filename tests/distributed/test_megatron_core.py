@@ -19,7 +19,7 @@ SHAPES = {
 
 
 def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What all ranks know together; what several know must be the same."""
+    """The union of what all ranks know; where they overlap, they must agree."""
     whole: dict[str, Any] = {"old": {}, "reports": [], "gradients": {}}
     for result in results:
         if result["reports"]:

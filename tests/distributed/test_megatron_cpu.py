@@ -1,4 +1,4 @@
-"""verl's stock Megatron engine in CPU mode: what transformers computes, however the model is spread over ranks."""
+"""verl's stock Megatron engine in CPU mode matches transformers, however the model is split over ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.distributed import megatron_stock as scenarios
 from tests.distributed.launch import RankFailedError, run_ranks
 from tests.distributed.megatron_stock import Layout
 
-# By number of ranks; the first of one rank is the reference for gradients.
+# By number of ranks; the first layout on one rank is the reference for gradients.
 LAYOUTS: dict[str, dict[int, list[dict[str, Any]]]] = {
     "qwen2": scenarios.DENSE,
     "qwen2-tied": {1: [{}], 2: [{"tensor": 2}, {"pipeline": 2}]},
@@ -37,7 +37,7 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def gather(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """One result of several ranks: outputs of all samples, weights of the first rank."""
+    """Several ranks' results as one: outputs of all samples, weights of the first rank."""
     return {
         "grad_norm": next(rank["grad_norm"] for rank in ranks if rank["grad_norm"]),
         "loaded": ranks[0]["loaded"],
@@ -50,7 +50,7 @@ def gather(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def assert_rows(rows: dict[int, Tensor], expected: dict[int, Tensor] | list[Tensor], case: object) -> None:
-    """Equal to 1e-4 but for each sample's last token, whose successor is of the next sample."""
+    """Equal to 1e-4 except at each sample's last token, whose successor belongs to the next sample."""
     assert len(rows) == len(expected)
     for sample, row in rows.items():
         other = expected[sample][: len(row) - 1]

@@ -1,4 +1,4 @@
-"""TROLL on verl's real Megatron engine: the same as on FSDP, however the model and its tokens are spread over ranks."""
+"""TROLL on verl's real Megatron engine matches FSDP, however the model and its tokens are split over ranks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.distributed.megatron_stock import Layout
 from tests.model_families import VOCAB
 from tests.rounding import last_place
 
-# Without a mass to drop, rounding cannot move an id across the edge of the support.
+# With no dropped mass, rounding cannot move an id across the edge of the support.
 UNION: dict[str, Any] = {"support": "union", "k": 20, "dropped_mass": 0.0}
 ANCHORED: dict[str, Any] = {"support": "anchored", "k": 20, "dropped_mass": 0.0}
 STEPS = 3
 # Large enough that some tokens leave the region in the second step, small enough that some do not.
 LR = {"union": 0.003, "anchored": 0.01}
-# Means over micro-batches in verl, so that they depend on how a mini-batch is cut.
+# verl averages these over micro-batches, so they depend on how a mini-batch is cut.
 CUT_DEPENDENT = {"actor/ppo_kl", "actor/pg_clipfrac"}
 
 
@@ -40,7 +40,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(
     layouts: list[Layout], troll: dict[str, Any], batch: TensorDict, ranks: int, **actor: Any
 ) -> list[dict[str, Any]]:
-    """Results of :func:`megatron_scenarios.train` by layout, the old pass of all data-parallel ranks put together."""
+    """Results of :func:`megatron_scenarios.train` by layout, with the old passes of all data-parallel ranks merged."""
     cases = [(layout, troll, actor) for layout in layouts]
     by_rank = run_ranks(megatron_scenarios.each, ranks, (cases, batch))
     results = []
@@ -51,7 +51,7 @@ def run(
 
 
 def assert_same(result: dict[str, Any], reference: dict[str, Any], layout: object) -> None:
-    """The same support, metrics of every step, gradient norms and weights after the last step."""
+    """Support, metrics of every step, gradient norms and weights after the last step are the same."""
     assert sorted(result["old"]) == sorted(reference["old"])
     for sample, row in reference["old"].items():
         own = result["old"][sample]
@@ -75,7 +75,7 @@ def assert_same(result: dict[str, Any], reference: dict[str, Any], layout: objec
     ("ranks", "layout"),
     [
         (1, {}),
-        # verl then hands over the model's own tensor.
+        # verl then passes the model's own tensor.
         (1, {"temperature": 1.0}),
         (2, {"tensor": 2}),
         (2, {"context": 2}),
@@ -106,7 +106,7 @@ DENSE: dict[int, list[dict[str, Any]]] = {
         {"micro_batch_size": 8},
         {"micro_batch_size": 1},
         {"use_dynamic_bsz": True, "max_token_len": 24},
-        # What Megatron-Bridge sets under context parallelism: another way of scaling the loss.
+        # Megatron-Bridge sets this under context parallelism: it scales the loss differently.
         {"transformer": {"calculate_per_token_loss": True}},
     ],
     2: [*megatron_stock.DENSE[2], {"tensor": 2, "use_distributed_optimizer": False}],
@@ -170,7 +170,7 @@ def test_every_expert_layout_agrees_with_one_rank_and_with_fsdp(tmp_path: Path, 
 
 
 def test_router_replay_carries_the_routes_beside_the_support(tmp_path: Path, batch: TensorDict) -> None:
-    """R2 replays in the update what the old pass recorded; R3 replays what came with the batch in both."""
+    """R2 replays in the update what the old pass recorded; R3 replays in both what came with the batch."""
     path = megatron_stock.write_model(tmp_path, "qwen3_moe")
     recording = Layout(path, lr=LR["anchored"], router_replay="R2")
     (reference,) = run([recording], ANCHORED, batch, 1)
@@ -195,7 +195,7 @@ def test_router_replay_carries_the_routes_beside_the_support(tmp_path: Path, bat
 
 @pytest.mark.parametrize("method", [UNION, ANCHORED], ids=["union", "anchored"])
 def test_padded_vocabulary_counts_for_nothing(dense: str, batch: TensorDict, method: dict[str, Any]) -> None:
-    """Two columns and more are padding: log-probs are those of the model without them."""
+    """Two or more columns are padding: log-probs are those of the model without them."""
     layouts = [
         Layout(dense, lr=LR[method["support"]]),
         Layout(dense, lr=LR[method["support"]], tensor=2),

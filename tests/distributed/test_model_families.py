@@ -1,4 +1,4 @@
-"""Every model family on verl's real engines: what transformers computes, a bounded update, checkpoints and exports."""
+"""Every model family on verl's real engines: transformers' values, a bounded update, checkpoints and exports."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from tests.distributed.launch import RankFailedError, run_ranks
 from tests.distributed.megatron_stock import Layout
 from tests.model_families import FAMILIES, IMAGE, with_images, write_family, write_vision
 
-# Without a mass to drop, rounding cannot move an id across the edge of the support.
+# With no dropped mass, rounding cannot move an id across the edge of the support.
 TROLL: dict[str, Any] = {"support": "union", "k": 20, "dropped_mass": 0.0}
-# The same optimizer for both engines; some tokens leave the region in the second step, and some do not.
+# The same optimizer for both engines; in the second step some tokens leave the region and some do not.
 OPTIMIZER: dict[str, Any] = {"lr": 0.003, "adam_eps": 1.0}
-# Families that mbridge knows.
+# Families that mbridge supports.
 MEGATRON = ("qwen2", "qwen3", "llama", "qwen3_moe")
-# Means over micro-batches in verl, so that they depend on how a mini-batch is cut; one engine adds up its losses.
+# verl averages these over micro-batches, so they depend on how a mini-batch is cut; one engine sums its losses.
 CUT_DEPENDENT = {"actor/ppo_kl", "actor/pg_clipfrac", "loss"}
 
 
 class Life(NamedTuple):
-    """A model's path, its checkpoint, and what its ranks found."""
+    """A model's path, its checkpoint, and its ranks' results."""
 
     path: str
     folder: Path
@@ -48,7 +48,7 @@ def dense_log_probs(path: str, batch: TensorDict, weights: dict[str, Tensor] | N
     """Log-probabilities ``[r, V]`` of every response token of each sample, by transformers, one sample at a time.
 
     Args:
-        weights: in the place of the model's own.
+        weights: replace the model's own.
     """
     with_vision = "multi_modal_inputs" in batch
     auto = AutoModelForImageTextToText if with_vision else AutoModelForCausalLM
@@ -66,7 +66,7 @@ def dense_log_probs(path: str, batch: TensorDict, weights: dict[str, Tensor] | N
 
 
 def assert_log_probs(output: dict[int, dict[str, Tensor]], dense: list[Tensor], batch: TensorDict) -> None:
-    """Log-probabilities of all response tokens are those of ``dense``."""
+    """Log-probabilities of all response tokens equal those of ``dense``."""
     assert sorted(output) == list(range(len(dense)))
     for sample, response in enumerate(batch["responses"].unbind()):
         own = output[sample]["log_probs"][-len(response) - 1 : -1]
@@ -75,7 +75,7 @@ def assert_log_probs(output: dict[int, dict[str, Tensor]], dense: list[Tensor], 
 
 
 def assert_support(output: dict[int, dict[str, Tensor]], dense: list[Tensor], batch: TensorDict) -> None:
-    """The k most probable ids and the sampled one, with their log-probabilities, for tokens that take part."""
+    """The k most probable ids and the sampled one, with their log-probabilities, at tokens that take part."""
     for sample, mask in enumerate(batch["response_mask"].unbind()):
         row = output[sample]
         counts = row["troll_old_counts"].tolist()
@@ -88,10 +88,10 @@ def assert_support(output: dict[int, dict[str, Tensor]], dense: list[Tensor], ba
 
 
 def assert_weights(weights: dict[str, Tensor], folder: Path) -> None:
-    """Exported weights are those of a model's file, name by name; tied output weights may be exported as well."""
+    """Exported weights equal those in a model's file, name by name; tied output weights may be exported too."""
     files = load_file(folder / "model.safetensors")
     if "visual.patch_embed.proj.weight" in files:
-        # verl exports Qwen2.5-VL under transformers' names of today, its files have older ones; vLLM reads both.
+        # verl exports Qwen2.5-VL under transformers' current names, its files use older ones; vLLM reads both.
         files = {re.sub("^model", "model.language_model", name): weight for name, weight in files.items()}
         files = {re.sub("^visual", "model.visual", name): weight for name, weight in files.items()}
     tied = weights.keys() - files.keys()
@@ -104,7 +104,7 @@ def assert_weights(weights: dict[str, Tensor], folder: Path) -> None:
 
 
 def gather(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """The result of the first rank, with the passes of all ranks put together."""
+    """The first rank's result, with the passes of all ranks merged."""
     for rank in ranks:
         assert rank["history"] == ranks[0]["history"]
     passes = {key: {i: row for rank in ranks for i, row in rank[key].items()} for key in ("old", "after")}
@@ -112,14 +112,14 @@ def gather(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def assert_old_pass(result: dict[str, Any], path: str, batch: TensorDict) -> None:
-    """Log-probabilities and support are those of transformers' model."""
+    """Log-probabilities and support equal those of transformers' model."""
     dense = dense_log_probs(path, batch)
     assert_log_probs(result["old"], dense, batch)
     assert_support(result["old"], dense, batch)
 
 
 def assert_updates(result: dict[str, Any], batch: TensorDict) -> None:
-    """A ratio of one in the first step, projected tokens in the last, and the bound in all."""
+    """Ratio one in the first step, projected tokens in the last, and the bound holds in all."""
     first, *_, last = result["history"]
     assert first["troll/kl_before_max"] == 0
     assert first["troll/projected_share"] == 0
@@ -130,7 +130,7 @@ def assert_updates(result: dict[str, Any], batch: TensorDict) -> None:
 
 
 def assert_resumed(result: dict[str, Any], tolerance: float = 0.0) -> None:
-    """The checkpoint brings back the weights to the bit; the next step moves them as it did before."""
+    """The checkpoint restores the weights bit for bit; the next step moves them as before."""
     for name, weight in result["saved"].items():
         assert torch.equal(result["reloaded"][name], weight), name
         torch.testing.assert_close(result["resumed"][name], result["final"][name], rtol=0, atol=tolerance, msg=name)
@@ -154,7 +154,7 @@ def assert_life(result: dict[str, Any], path: str, exported: Path, batch: Tensor
 
 
 def fsdp_life(path: str, folder: Path, batch: TensorDict, **settings: Any) -> dict[str, Any]:
-    """Two ranks of FSDP2."""
+    """A life on two FSDP2 ranks."""
     contents = ("model", "optimizer", "extra", "hf_model")
     setup = Setup(path, TROLL, **{"micro_batch_size": 2, "save_contents": contents, **OPTIMIZER, **settings})
     return gather(run_ranks(family_scenarios.live, 2, (setup, TROLL, batch, str(folder))))
@@ -162,7 +162,7 @@ def fsdp_life(path: str, folder: Path, batch: TensorDict, **settings: Any) -> di
 
 @pytest.fixture(scope="module")
 def on_fsdp(tmp_path_factory: pytest.TempPathFactory, batch: TensorDict) -> Callable[[str], Life]:
-    """The life of a family on FSDP2, lived once."""
+    """The life of a family on FSDP2, run once."""
 
     @functools.cache
     def live(family: str) -> Life:
@@ -184,7 +184,7 @@ def test_fsdp2(family: str, on_fsdp: Callable[[str], Life]) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_shards_are_the_export(tmp_path: Path, family: str, on_fsdp: Callable[[str], Life]) -> None:
-    """verl's model merger, which writes bf16."""
+    """verl's model merger writes bf16."""
     _, checkpoint, result = on_fsdp(family)
     run_ranks(family_scenarios.merge, 1, (str(checkpoint), str(tmp_path)))
     assert_weights({name: weight.bfloat16() for name, weight in result["saved"].items()}, tmp_path)
@@ -192,7 +192,7 @@ def test_merged_shards_are_the_export(tmp_path: Path, family: str, on_fsdp: Call
 
 @pytest.mark.parametrize("family", MEGATRON)
 def test_megatron(tmp_path: Path, family: str, batch: TensorDict, on_fsdp: Callable[[str], Life]) -> None:
-    """Two tensor-parallel ranks do what FSDP2 does, support id by id."""
+    """Two tensor-parallel ranks match FSDP2, down to each id of the support."""
     path, _, expected = on_fsdp(family)
     layout = Layout(path, tensor=2, micro_batch_size=4, **OPTIMIZER)
     result = gather(run_ranks(family_scenarios.live, 2, (layout, TROLL, batch, str(tmp_path))))
@@ -223,7 +223,7 @@ def test_megatron_refuses_a_scaling_of_positions_that_it_would_not_do(tmp_path: 
         run_ranks(family_scenarios.live, 1, (Layout(path), TROLL, batch, str(tmp_path)))
 
 
-# Height and width of the images of each sample; some samples have none.
+# Height and width of each sample's images; some samples have none.
 SOME = {0: [(16, 16)], 2: [(8, 16)], 3: [(16, 8), (16, 16)], 6: [(24, 16)]}
 EVERYWHERE: dict[int, list[tuple[int, int]]] = {
     sample: [(16, 16)] if sample % 2 else [(16, 8), (24, 16)] for sample in range(8)
@@ -262,7 +262,7 @@ def test_vision(
 def test_what_verl_itself_cannot_do_with_qwen2_5_vl(
     tmp_path: Path, batch: TensorDict, images: dict[int, Any], use_remove_padding: bool, error: str
 ) -> None:
-    """Without TROLL; docs/models.md says so."""
+    """Without TROLL, as docs/models.md says."""
     path = write_vision(tmp_path, "qwen2_5_vl")
     setup = Setup(path, None, micro_batch_size=1, use_remove_padding=use_remove_padding)
     with pytest.raises(RankFailedError, match=error):
@@ -270,7 +270,7 @@ def test_what_verl_itself_cannot_do_with_qwen2_5_vl(
 
 
 def test_lora(tmp_path: Path, batch: TensorDict) -> None:
-    """The adapter and the merged export are the policy that was trained."""
+    """The adapter and the merged export are both the trained policy."""
     path = write_family(tmp_path / "model", "qwen3")
     contents = ("model", "optimizer", "extra")
     result = fsdp_life(
@@ -286,7 +286,7 @@ def test_lora(tmp_path: Path, batch: TensorDict) -> None:
     assert len(pairs) == 2 * 7, "layers, linear layers of each"
     for name, down in pairs.items():
         up = result["adapter"][name.replace("lora_A", "lora_B")]
-        # verl's alpha over the rank.
+        # verl's alpha divided by the rank.
         merged[name.removeprefix("base_model.model.").replace(".lora_A", "")] += 16 / 4 * up @ down
     assert_log_probs(result["after"], dense_log_probs(path, batch, merged), batch)
     assert result["saved"].keys() == merged.keys()

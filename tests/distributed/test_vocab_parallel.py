@@ -1,4 +1,4 @@
-"""A vocabulary split over ranks: every rank gets what a single process gets, and sends what the table says."""
+"""A vocabulary split over ranks: every rank gets a single process's result, and sends what the table says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.distributed import vocab_scenarios as scenarios
 from tests.distributed.launch import run_ranks
 
-# One test for each layout with all its kinds of logits, one for all drawn cases, one for each other case.
+# One test per layout with all its kinds of logits, one for all drawn cases, and one per other case.
 GROUPS = {
     group: tuple(name for name in scenarios.CASES if name == group or name.startswith(f"{group}-"))
     for group in [*scenarios.LAYOUTS, "drawn", *scenarios.SINGLE_CASES]
@@ -18,7 +18,7 @@ GROUPS = {
 
 @pytest.fixture(scope="module", params=(1, 2, 3, 4), ids=lambda ranks: f"{ranks}-ranks")
 def by_rank(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """All cases in one group of ranks, which costs more to start than a case does."""
+    """All cases in one group of ranks: starting a group costs more than running a case."""
     return run_ranks(scenarios.run_cases, request.param, (tuple(scenarios.CASES),))
 
 
@@ -38,7 +38,7 @@ def test_every_rank_gets_what_a_single_process_gets(by_rank: list[dict[str, Any]
 
 
 def test_equal_policies_have_ratio_one_on_eight_ranks() -> None:
-    # From five addends on, torch sums in an order that depends on how they lie in memory and how many rows there are.
+    # With five or more addends, torch's order of summation depends on their memory layout and the number of rows.
     assert_passed(run_ranks(scenarios.run_cases, 8, (("equal-policies",),)), ("equal-policies",))
 
 

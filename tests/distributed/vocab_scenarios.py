@@ -1,7 +1,7 @@
-"""What ranks that share one vocabulary check: each function against a single process and against dense float64 loops.
+"""Checks run by ranks that share one vocabulary: each function against a single process and dense float64 loops.
 
-Every rank draws the same whole logits, keeps its own columns and runs the functions on them. Checks only take notes,
-so that a rank on which one fails still takes part in the collectives of the next.
+Every rank draws the same whole logits, keeps its own columns and runs the functions on them. Checks only record
+failures, so a rank on which one fails still takes part in the next collectives.
 
 Shapes: N packed tokens, R rows of interest, V real columns, P ranks.
 """
@@ -39,14 +39,14 @@ from verl_troll.core.vocab import VocabLogits, VocabShard
 INF = math.inf
 BOUND = 0.05
 BONUS = 0.2
-# Written to every padding column: an honest softmax would see nothing else.
+# Written to every padding column: a softmax that read it would see nothing else.
 POISON = 1e4
 TOKENS = 13
 ROWS = (11, 0, 5, 3, 8, 12, 2)
 VOCAB = 100
 LARGE_VOCAB = 151_936
 
-# Columns on each rank, by number of ranks; what exceeds VOCAB is padding.
+# Columns on each rank, by number of ranks; columns beyond VOCAB are padding.
 LAYOUTS: dict[str, dict[int, tuple[int, ...]]] = {
     "even": {1: (100,), 2: (50, 50), 3: (34, 34, 34), 4: (25, 25, 25, 25)},
     "padded": {1: (128,), 2: (64, 64), 3: (43, 43, 43), 4: (32, 32, 32, 32)},
@@ -57,7 +57,7 @@ LAYOUTS: dict[str, dict[int, tuple[int, ...]]] = {
 }
 KINDS = ("normal", "integer", "equal", "offset", "holes", "blind")
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16}
-# (K, dropped mass): more ids than most shards have, an inner mass that ends the selection, K beyond the vocabulary.
+# (K, dropped mass): K above most shards' size, a mass that ends the selection first, K beyond the vocabulary.
 SETTINGS = ((60, 0.0), (24, 0.013), (128, 1e-3))
 
 
@@ -68,11 +68,11 @@ def everyone() -> dist.ProcessGroup:
 
 
 class Notes:
-    """Failed checks of one case, and a digest of all that must be the same bits on every rank."""
+    """One case's failed checks, and a digest of everything that must have the same bits on every rank."""
 
     def __init__(self) -> None:
         self.failures: list[str] = []
-        # Watching every operation costs a third of the time, so that not all cases do.
+        # Watching every operation costs a third of the time, so not all cases do it.
         self.counting = True
         self._digest = hashlib.sha256()
 
@@ -94,7 +94,7 @@ class Notes:
         self.failures.append(f"{what}: got {actual}, expected {expected}")
 
     def close(self, what: str, actual: Tensor, expected: Tensor, *, atol: float) -> None:
-        """Absolute; infinities and NaN must stand at the same places."""
+        """Absolute tolerance; infinities and NaN must be at the same positions."""
         try:
             actual, expected = actual.detach().double(), expected.detach().double()
             torch.testing.assert_close(actual, expected, rtol=0, atol=atol, equal_nan=True)
@@ -112,7 +112,7 @@ class Notes:
 
 
 class Traffic(TorchDispatchMode):
-    """Collectives issued while it is active: name and bytes that this rank hands over."""
+    """Collectives issued while it is active: name and number of bytes that this rank passes in."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Traffic(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Split:
-    """How the columns of ``vocab`` ids (and padding after them) lie on the ranks of ``group``."""
+    """How the columns of ``vocab`` ids, and the padding after them, are split over the ranks of ``group``."""
 
     sizes: tuple[int, ...]
     vocab: int = VOCAB
@@ -144,7 +144,7 @@ class Split:
 
     @property
     def judge(self) -> bool:
-        """All ranks have the same bits, so that one of them computes the references."""
+        """Whether this rank computes the references; one is enough, since all ranks have the same bits."""
         return dist.get_rank(self.group or dist.group.WORLD) == 0
 
     @property
@@ -156,12 +156,12 @@ class Split:
         return torch.cat([full, padding], dim=-1)
 
     def local(self, full: Tensor) -> Tensor:
-        """This rank's own columns, without the others behind them in memory."""
+        """This rank's own columns, copied so that the others are not next to them in memory."""
         shard = self.shard
         return self.padded(full)[:, shard.start : shard.stop].clone()
 
     def assemble(self, local: Tensor) -> Tensor:
-        """All columns ``[N, C]`` of every rank side by side."""
+        """The columns of all ranks side by side, ``[N, C]``."""
         message = local.new_zeros(local.shape[0], max(self.sizes))
         message[:, : local.shape[1]] = local
         parts = [torch.empty_like(message) for _ in self.sizes]
@@ -192,7 +192,7 @@ def draw(kind: str, split: Split, tokens: int, dtype: torch.dtype, seed: int) ->
         lost[:, normal(vocab, seed=seed + 3).argmax()] = False
         old = old.masked_fill(lost, -INF)
     elif kind == "blind":
-        # All columns of one rank, another one in each token, as long as another is left.
+        # All columns of one rank are impossible, another rank's in each token, as long as some column is left.
         for token in range(tokens):
             rank = token % len(split.sizes)
             start, stop = split.starts[rank], min(split.starts[rank] + split.sizes[rank], vocab)
@@ -207,7 +207,7 @@ def sample(logits: Tensor, seed: int) -> Tensor:
 
 
 def clear_of_the_edge(logits: Tensor, rows: Tensor, k: int, dropped_mass: float) -> Tensor:
-    """The rows on which rounding cannot decide whether one more id is kept."""
+    """The rows where rounding cannot decide whether one more id is kept."""
     return torch.tensor(
         [
             dropped_mass == 0
@@ -219,7 +219,7 @@ def clear_of_the_edge(logits: Tensor, rows: Tensor, k: int, dropped_mass: float)
 
 
 def ids_of_every_sort(split: Split, rows: int, seed: int) -> Tensor:
-    """``[R, W]``: first and last id of every shard, none, one id twice and random ones."""
+    """``[R, W]``: the first and last id of every shard, unused ids, a repeated id and random ones."""
     vocab = split.vocab
     edges = [min(i, vocab - 1) for start in split.starts for i in (start, max(start - 1, 0))]
     fixed = torch.tensor([*edges, 0, vocab - 1, -1, vocab // 2, vocab // 2, -1]).expand(rows, -1)
@@ -232,7 +232,7 @@ def ids_of_every_sort(split: Split, rows: int, seed: int) -> Tensor:
 
 
 def dense_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Ids by falling value, then rising id, and their float64 log-probabilities, from whole rows ``[R, V]``."""
+    """Ids by falling value, then rising id, with float64 log-probabilities, from whole rows ``[R, V]``."""
     ids = torch.sort(-logits.double(), dim=-1, stable=True).indices[:, :k]
     return ids, logits.double().log_softmax(-1).gather(-1, ids)
 
@@ -267,12 +267,12 @@ def losses_of(terms: TokenTerms, advantages: Tensor, entropy: Tensor | None) -> 
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of a log-probability, absolute."""
+    """Absolute tolerance of a log-probability."""
     return 1e-12 if dtype == torch.float64 else 2e-6
 
 
 def gradient_tolerance(dtype: torch.dtype) -> float:
-    """Relative to the largest entry; half precisions round the result."""
+    """Tolerance relative to the largest entry; half precisions round the result."""
     return {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
 
 
@@ -295,7 +295,7 @@ def sent_by_merge(
     width = min(k, shard.vocab_size)
     number = 8 if dtype == torch.float64 else 4
     row = (width + 3 + entropy) * number + 4 * width
-    # Every rank merges the same number of rows, the last ones of which may be padding.
+    # Every rank merges the same number of rows; the last ones may be padding.
     share = math.ceil(rows / shard.ranks)
     return [("alltoall_base_", share * shard.ranks * row), ("_allgather_base_", share * row)]
 
@@ -310,7 +310,7 @@ def sent_by_reduce(
 
 @contextmanager
 def sends(notes: Notes, what: str, expected: list[tuple[str, int]]) -> Iterator[None]:
-    """Around calls that must issue these collectives and no other."""
+    """Calls inside must issue exactly these collectives."""
     if not notes.counting:
         yield
         return
@@ -327,7 +327,7 @@ class Top(NamedTuple):
 
 
 def top_log_probs(logits: Tensor, rows: Tensor, sampled: Tensor, k: int, shard: VocabShard) -> Top:
-    """Without gradient, the ids that have mass, as :func:`verl_troll.core.support.select` takes them."""
+    """The ids that have mass, without gradient, as :func:`verl_troll.core.support.select` takes them."""
     with torch.no_grad():
         top = VocabLogits.of(logits, rows, shard).top(k, sampled)
         ids = torch.where(top.log_probs > -INF, top.ids, -1)
@@ -345,7 +345,7 @@ def check_top(notes: Notes, split: Split, logits: Tensor, rows: Tensor, sampled:
     if not split.judge:
         return
     ids, log_probs = dense_top(logits[rows], k)
-    # Ids without mass are checked on their own.
+    # Ids without mass are checked separately.
     live = log_probs > -INF
     notes.same("top: possible ids", top.ids[live], ids[live])
     atol = tolerance(dtype)
@@ -376,7 +376,7 @@ def check_log_probs_at(notes: Notes, split: Split, logits: Tensor, rows: Tensor,
     notes.agree(result, entropy)
     dense = logits.double().requires_grad_()
     reference, dense_entropies = dense_log_probs(dense[rows], ids), dense_entropy(dense[rows])
-    # Weights at negative ids too: they must not reach any logit. An impossible id has no gradient to compare.
+    # Negative ids get weights too, which must not reach any logit. Impossible ids have no gradient to compare.
     weight = normal(*ids.shape, seed=seed)
     weight = torch.where((reference.detach() > -INF) | (ids < 0), weight, 0.0)
     bonus = normal(rows.shape[0], seed=seed + 1)
@@ -397,7 +397,7 @@ def check_log_probs_at(notes: Notes, split: Split, logits: Tensor, rows: Tensor,
     weights = (torch.where(ids >= 0, weight, 0.0), bonus)
     (dense_grad,) = torch.autograd.grad((reference, dense_entropies), dense, weights)
     dense_grad = dense_grad.nan_to_num(0.0)
-    # A vocabulary of one id has no gradient but rounding, which is relative to the weights.
+    # With a vocabulary of one id the gradient is rounding only, and that is relative to the weights.
     rtol = gradient_tolerance(dtype)
     check_gradient(notes, "at, single", split, grad, single_grad, rows, rtol=rtol, least=1.0)
     check_gradient(notes, "at, dense", split, grad, dense_grad, rows, rtol=rtol, least=1.0)
@@ -406,7 +406,7 @@ def check_log_probs_at(notes: Notes, split: Split, logits: Tensor, rows: Tensor,
 def check_gradient(
     notes: Notes, what: str, split: Split, grad: Tensor, expected: Tensor, rows: Tensor, *, rtol: float, least: float
 ) -> None:
-    """``grad`` of all columns against ``expected [N, V]``, relative to its largest entry or ``least``."""
+    """Compare ``grad`` of all columns with ``expected [N, V]``, relative to its largest entry or ``least``."""
     notes.close(f"{what}: gradient", grad[:, : split.vocab], expected, atol=rtol * largest(expected, least=least))
     notes.true(f"{what}: gradient of padding", bool((grad[:, split.vocab :] == 0).all()))
     others = torch.ones(grad.shape[0], dtype=torch.bool)
@@ -424,7 +424,7 @@ def check_select(
     *,
     loops: bool = True,
 ) -> SparsePolicy:
-    """The policy, compared with a single process's field by field, and with the loops."""
+    """The selected policy, compared field by field with a single process's, and with the loops."""
     shard, dtype = split.shard, logits.dtype
     with sends(notes, "select", sent_by_merge(shard, rows.shape[0], options["k"], dtype, entropy=True)):
         policy = select(VocabLogits.of(split.local(logits), rows, shard), sampled, Selection(**options), entropy=True)
@@ -458,7 +458,7 @@ def check_loss(
     step_size_gradients: tuple[str, ...] = STEP_SIZE_GRADIENTS,
     loops: bool = False,
 ) -> None:
-    """Comparison, projection, loss of each token and gradient, for both rules."""
+    """Comparison, projection, per-token loss and gradient, for both rules."""
     shard, dtype = split.shard, new.dtype
     count = rows.shape[0]
     advantages = normal(count, seed=7)
@@ -496,7 +496,7 @@ def check_loss(
         check_comparison(notes, what, comparison, single)
         notes.same(f"{what}: projected", terms.projected, single_terms.projected)
         notes.close(f"{what}: losses", losses, single_losses, atol=loss_tolerance(dtype) * largest(losses, least=1.0))
-        # The projection doubles what the log-probabilities lose; in float64 its step size ends at 1e-10 of the bound.
+        # The projection doubles the log-probabilities' error; float64 step sizes are accurate to 1e-10 of the bound.
         rtol = max(2 * gradient_tolerance(dtype), 1e-10)
         check_gradient(notes, what, split, grad, single_grad, rows, rtol=rtol, least=0.05)
         if loops and count > 0:
@@ -525,7 +525,7 @@ def check_comparison(notes: Notes, what: str, actual: Comparison, expected: Comp
         elif not mine.is_floating_point():
             notes.same(f"{what}: {field.name}", mine, theirs)
         elif field.name in ("new_log_probs", "old_log_probs"):
-            # The rest is a difference of masses: its rounding is absolute in the mass, so masses are compared.
+            # The rest is a difference of masses, so its rounding is absolute: compare masses.
             notes.same(f"{what}: shape of {field.name}", tuple(mine.shape), tuple(theirs.shape))
             notes.close(f"{what}: mass of {field.name}", mine.exp(), theirs.exp(), atol=tolerance(mine.dtype))
             notes.close(f"{what}: {field.name}", mine[..., :-1], theirs[..., :-1], atol=tolerance(mine.dtype))
@@ -542,7 +542,7 @@ def check_comparison(notes: Notes, what: str, actual: Comparison, expected: Comp
 
 Case = Callable[[Notes], None]
 CASES: dict[str, Case] = {}
-# Those that are no combination of layout, kind and precision, nor drawn.
+# Cases that are neither a combination of layout, kind and precision, nor drawn.
 SINGLE_CASES: list[str] = []
 
 
@@ -561,7 +561,7 @@ def split_of(layout: str) -> Split:
 
 @contextmanager
 def small_blocks(elements: int) -> Iterator[None]:
-    """Many blocks of rows; ranks with other numbers of columns cut them elsewhere."""
+    """Many blocks of rows; ranks with different numbers of columns cut them differently."""
     before = logits_module._HOST_BLOCK
     logits_module._HOST_BLOCK = elements
     try:
@@ -576,7 +576,7 @@ def everything(notes: Notes, layout: str, kind: str, dtype: torch.dtype) -> None
     old, new = draw(kind, split, TOKENS, dtype, seed=100)
     rows = torch.tensor(ROWS)
     sampled = sample(old[rows], seed=101)
-    # The least probable id, the most probable one and the first of the last shard are sampled too, where possible.
+    # Where possible, also sample the least probable id, the most probable one and the first of the last shard.
     sampled[0] = torch.where(old[rows[0]] > -INF, old[rows[0]], INF).argmin()
     sampled[1] = old[rows[1]].argmax()
     sampled[2] = min(split.starts[-1], split.vocab - 1)
@@ -597,7 +597,7 @@ def everything(notes: Notes, layout: str, kind: str, dtype: torch.dtype) -> None
 for _layout in LAYOUTS:
     for _kind in KINDS:
         for _name, _dtype in DTYPES.items():
-            # Where columns lie matters to each kind in the same way: two layouts see them all.
+            # All kinds depend on the columns' layout in the same way, so two layouts are enough for them.
             if _kind == "normal" or (_layout in ("uneven", "only-padding") and _name == "f32"):
                 CASES[f"{_layout}-{_kind}-{_name}"] = functools.partial(
                     everything, layout=_layout, kind=_kind, dtype=_dtype
@@ -613,7 +613,7 @@ def blocks(notes: Notes) -> None:
 
 @case("ties-across-the-cap")
 def ties_across_the_cap(notes: Notes) -> None:
-    """More equal logits than candidates on one rank, on several, and bfloat16 ties across the K-th place."""
+    """More equal logits than candidates, on one rank and on several, and bfloat16 ties across the K-th id."""
     world = dist.get_world_size()
     sizes = {1: (2000,), 2: (1990, 10), 3: (10, 1090, 900), 4: (500, 10, 1490, 0)}[world]
     split = Split(sizes, 2000)
@@ -631,7 +631,7 @@ def ties_across_the_cap(notes: Notes) -> None:
 
 @case("ids-without-mass-are-none")
 def ids_without_mass_are_none(notes: Notes) -> None:
-    """With K above the number of possible ids the last places are unused."""
+    """With K above the number of possible ids, the last entries are unused."""
     for layout in ("even", "uneven", "empty-first", "only-padding"):
         split = split_of(layout)
         for kind in ("holes", "blind"):
@@ -645,7 +645,7 @@ def ids_without_mass_are_none(notes: Notes) -> None:
 
 @case("local-column-0")
 def local_column_0(notes: Notes) -> None:
-    """Ids that no rank but one owns are clamped to column 0, which others read and write as their own."""
+    """Ids owned by another rank are clamped to column 0, which must not disturb the rank's own column 0."""
     for layout in LAYOUTS:
         split = split_of(layout)
         logits, _ = draw("normal", split, TOKENS, torch.float32, seed=120)
@@ -660,7 +660,7 @@ def local_column_0(notes: Notes) -> None:
 
 @contextmanager
 def small_head_blocks(elements: int, read: int, gradient: int) -> Iterator[None]:
-    """Many blocks of the vocabulary and of tokens."""
+    """Many blocks of the vocabulary and of the tokens."""
     before = head_module._READ_BLOCK, head_module._GRADIENT_BLOCK
     head_module._READ_BLOCK = {"cpu": (read, max(1, elements // read))}
     head_module._GRADIENT_BLOCK = {"cpu": (gradient, elements)}
@@ -672,9 +672,9 @@ def small_head_blocks(elements: int, read: int, gradient: int) -> Iterator[None]
 
 
 def check_head(notes: Notes, split: Split, dtype: torch.dtype, temperature: float) -> None:
-    """The fused head on each rank's part of the weight: values as from whole logits, complete gradients."""
+    """The fused head on each rank's part of the weight: values match whole logits, gradients are complete."""
     shard, units, group = split.shard, 6, split.group or dist.group.WORLD
-    # Eighths, so that products are exact and their ties the same wherever they are computed.
+    # Multiples of 1/8: products are exact, so ties are the same wherever they are computed.
     hidden = (8 * normal(TOKENS, units, seed=180)).round().div(8).to(dtype)
     weight = (8 * normal(split.vocab, units, seed=181)).round().div(8).to(dtype)
     padded = torch.cat([weight, weight.new_full((sum(split.sizes) - split.vocab, units), POISON)])
@@ -765,7 +765,7 @@ def no_rows(notes: Notes) -> None:
 
 @case("one-row")
 def one_row(notes: Notes) -> None:
-    """A row alone: its message has no second one that would fix how it lies in memory."""
+    """A single row: no second one fixes the stride of its message in memory."""
     for (name, dtype), layout in itertools.product(DTYPES.items(), ("uneven", "empty-first")):
         split = split_of(layout)
         old, new = draw("normal", split, 2, dtype, seed=135)
@@ -785,7 +785,7 @@ def one_row(notes: Notes) -> None:
 
 @case("large-vocabulary")
 def large_vocabulary(notes: Notes) -> None:
-    """Padded as Megatron does, to a multiple of 128 columns per rank, and more."""
+    """Padded as Megatron does, to a multiple of 128 columns per rank, and beyond."""
     world = dist.get_world_size()
     columns = 128 * math.ceil(LARGE_VOCAB / (128 * world)) + 128
     split = Split((columns,) * world, LARGE_VOCAB)
@@ -802,14 +802,14 @@ def large_vocabulary(notes: Notes) -> None:
         before, after = old.to(dtype), new.to(dtype)
         check_top(notes, split, before, rows, sampled, 64)
         check_log_probs_at(notes, split, after, rows, ids, seed=144)
-        # The cap ends the selection long before its mass is reached, so that no row lies at the edge.
+        # The cap ends the selection long before its mass is reached, so no row is at the edge.
         policy = check_select(notes, split, before, rows, sampled, options, loops=False)
         check_loss(notes, split, after, before, rows, sampled, policy, options, step_size_gradients=("implicit",))
 
 
 @case("equal-policies")
 def equal_policies(notes: Notes) -> None:
-    """The ratio of a policy to itself is exactly 1, however its rows are packed the second time."""
+    """A policy's ratio to itself is exactly 1, however its rows are packed the second time."""
     sizes = tuple(40 - 3 * rank for rank in range(dist.get_world_size()))
     split = Split(sizes, sum(sizes) - 5)
     shard = split.shard
@@ -836,7 +836,7 @@ def equal_policies(notes: Notes) -> None:
 
 @case("numerical-differences")
 def numerical_differences(notes: Notes) -> None:
-    """Every local gradient against differences of the whole loss when the owner moves the logit."""
+    """Every local gradient against finite differences of the whole loss, with the owner moving the logit."""
     world = dist.get_world_size()
     sizes = {1: (13,), 2: (3, 10), 3: (4, 0, 9), 4: (2, 5, 5, 1)}[world]
     split = Split(sizes, 12)
@@ -885,7 +885,7 @@ def numerical_differences(notes: Notes) -> None:
 
 @case("groups")
 def groups(notes: Notes) -> None:
-    """Two groups of ranks at once, each with a vocabulary of its own, next to each other and interleaved."""
+    """Two groups of ranks at once, each with its own vocabulary, side by side and interleaved."""
     world = dist.get_world_size()
     if world != 4:
         return
@@ -902,7 +902,7 @@ def groups(notes: Notes) -> None:
         check_log_probs_at(own, split, new, rows, ids_of_every_sort(split, len(ROWS), seed=172), seed=173)
         policy = check_select(own, split, old, rows, sampled, options)
         check_loss(own, split, new, old, rows, sampled, policy, options)
-        # The groups differ, so that only failures count here.
+        # The groups' digests differ, so only failures count here.
         notes.failures += own.failures
         for handle in handles:
             if dist.get_rank(handle) >= 0:
@@ -916,7 +916,7 @@ def shards_by_rank(notes: Notes) -> None:
     notes.same("even", (shard.start, shard.stop, shard.vocab_size), (7 * rank, 7 * rank + 7, 7 * world - 3))
     notes.same("even: columns", shard.columns, 4 if rank == world - 1 else 7)
     notes.same("even: ranks", (shard.ranks, shard.rank), (world, rank))
-    # With one real id all ranks but the first hold padding only.
+    # With one real id, all ranks but the first hold only padding.
     notes.same("one id", VocabShard.even(7, 1, group).columns, 1 if rank == 0 else 0)
     notes.same("full", VocabShard.even(7, 7 * world, group).columns, 7)
 
@@ -946,7 +946,7 @@ def shards_by_rank(notes: Notes) -> None:
 
 
 def drawn(notes: Notes, seed: int) -> None:
-    """Any vocabulary, split, padding, cap, dropped mass, precision and kind of logits."""
+    """Random vocabulary, split, padding, cap, dropped mass, precision and kind of logits."""
     rng = random.Random(1000 * dist.get_world_size() + seed)
     notes.counting = seed % 5 == 0
     vocab = rng.randint(1, 40)
@@ -976,7 +976,7 @@ for _seed in range(24):
 
 
 def raised_everywhere(name: str) -> bool:
-    """Whether every rank tells of the same case: then all have left it at the same place and may go on."""
+    """Whether every rank reports the same case: then all left it at the same point and may go on."""
     store = dist.distributed_c10d._get_default_store()
     keys = [f"raised/{name}/{rank}" for rank in range(dist.get_world_size())]
     store.set(keys[dist.get_rank()], "")
@@ -991,7 +991,7 @@ def run_cases(names: tuple[str, ...]) -> dict[str, tuple[list[str], str]]:
     """Failed checks and digest of each case.
 
     Raises:
-        RuntimeError: a case raised on some ranks only, so that they have parted.
+        RuntimeError: a case raised on some ranks only, so the ranks are out of step.
     """
     results = {}
     for name in names:

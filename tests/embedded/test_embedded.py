@@ -1,4 +1,4 @@
-"""The embedded rollout outside CPU mode: what makes it known, and where its server runs on an accelerator."""
+"""The embedded rollout outside CPU mode: how it is registered, and where its server runs on an accelerator."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_without_the_variable_nothing_changes() -> None:
 
 
 class Remote:
-    """What Ray makes of a method: ``remote`` gives an awaitable."""
+    """Mimics a Ray method: ``remote`` returns an awaitable."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -90,7 +90,7 @@ def test_the_server_sees_its_first_workers_accelerator(
         def remote(self, *arguments: Any) -> Server:
             return self
 
-    # Asked for by way of the first worker.
+    # The server asks for these through the first worker.
     context = SimpleNamespace(get_node_id=lambda: "0" * 56, get_accelerator_ids=lambda: {"GPU": ["3"]})
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(ray, "remote", lambda server: Server())

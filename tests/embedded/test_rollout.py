@@ -1,4 +1,4 @@
-"""The embedded rollout: what is sampled, what is reported, and how requests meet batches and weight updates."""
+"""The embedded rollout: what it samples and reports, and how requests interact with batches and weight updates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROMPTS = [(5, 6, 7, 8, 9, 10), (11,), (12, 13, 14), (11,)]
 
 
 def plain_log_probs(model: Qwen2ForCausalLM, prompt: tuple[int, ...], completion: Completion) -> torch.Tensor:
-    """``[tokens, v]`` log-probabilities at temperature 1, by one forward pass without padding or cache."""
+    """``[tokens, v]`` log-probabilities at temperature 1, from one forward pass without padding or cache."""
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *completion.token_ids]])).logits[0].float()
     return logits.log_softmax(-1)[len(prompt) - 1 : -1]
@@ -129,7 +129,7 @@ def test_bad_requests_name_the_setting(bad: dict[str, Any]) -> None:
         Request(**{"prompt": (1,), "max_tokens": 1, **bad})
 
 
-# The server as verl uses it, without Ray: an event loop is all that it needs.
+# The server as verl uses it, but without Ray: all it needs is an event loop.
 
 
 @pytest.fixture(scope="module")

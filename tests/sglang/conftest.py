@@ -1,11 +1,11 @@
-"""Tests on SGLang, in an environment of their own (``bash tests/run.sh --sglang``)."""
+"""Tests on SGLang, in their own environment (``bash tests/run.sh --sglang``)."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 
-# SGLang takes no CPU for a device of its own accord.
+# SGLang does not choose the CPU by itself.
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 
 if importlib.util.find_spec("sglang") is None:

@@ -1,7 +1,7 @@
-"""Weights from the actor to SGLang through shared memory; imported by verl as ``model.external_lib``.
+"""Sends weights from the actor to SGLang through shared memory; verl imports it as ``model.external_lib``.
 
-SGLang changes how torch pickles tensors, so that CUDA tensors name their device; its change cannot read CPU tensors. It
-looks for the attribute below to see whether it has been there already.
+SGLang patches how torch pickles tensors, so that CUDA tensors name their device; the patch cannot handle CPU tensors.
+The attribute below tells SGLang that it has already patched.
 """
 
 from __future__ import annotations
@@ -10,5 +10,5 @@ import torch.multiprocessing
 from torch.multiprocessing import reductions
 
 reductions._reduce_tensor_original = reductions.reduce_tensor  # type: ignore[attr-defined]
-# Sender and receiver have no common parent that could hand file descriptors on.
+# Sender and receiver have no common parent that could pass file descriptors on.
 torch.multiprocessing.set_sharing_strategy("file_system")

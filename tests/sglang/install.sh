@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SGLang on a CPU, for tests only: bash tests/sglang/install.sh PYTHON [ARGUMENT of pip install...]
-# There is no build of SGLang's kernels and of torchvision for CPUs on the package index; the folder stand_ins has the
-# names that SGLang imports of them. What they would compute is not tested here.
+# The package index has no CPU builds of SGLang's kernels and of torchvision; the folder stand_ins provides the names
+# that SGLang imports from them. What they would compute is not tested here.
 set -euo pipefail
 python=$1
 shift

@@ -1,4 +1,4 @@
-"""verl's own SGLang replica, with the workers that update its weights, and nothing of the trainer."""
+"""verl's own SGLang replica and the workers that update its weights, without the trainer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STOCK = f"actor_rollout_ref.model.external_lib={SHARING}"
 TROLL = f"actor_rollout_ref.model.external_lib=[verl_troll.plugin,{SHARING}]"
 SUPPORT = f"actor_rollout_ref.model.external_lib=[verl_troll.plugin,verl_troll.plugin.rollout,{SHARING}]"
 
-# SGLang on a CPU, after `+cpu=default`.
+# Settings for SGLang on a CPU, after `+cpu=default`.
 ON_CPU = [
     f"{ROLLOUT}.name=sglang",
     f"{ROLLOUT}.enforce_eager=True",
@@ -85,7 +85,7 @@ class WeightSender(Worker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     async def send(self, folder: str, scale: float, step: int) -> None:
-        """Send every matrix of the checkpoint, times ``scale``."""
+        """Send every matrix of the checkpoint, multiplied by ``scale``."""
         from safetensors.torch import load_file
 
         weights = load_file(Path(folder, "model.safetensors"))
@@ -97,7 +97,7 @@ class Served:
     """A running replica.
 
     Args:
-        config: of :func:`configuration`.
+        config: from :func:`configuration`.
         replica_class: verl's own, or the plugin's.
     """
 
@@ -118,7 +118,7 @@ class Served:
             raise
 
     def update(self, model: Path, scale: float = 1.0, step: int = 1) -> None:
-        """verl's weight synchronisation, through shared memory."""
+        """verl's weight synchronisation through shared memory."""
         ray.get(self.senders.send(str(model), scale, step))
 
     def ask(self, prompt: list[int], **sampling: Any) -> Any:
@@ -135,7 +135,7 @@ class Served:
         return ray.get([self.ask(prompt, **sampling) for prompt in prompts])
 
     def generate_in_turn(self, prompts: Sequence[list[int]], **sampling: Any) -> list[TokenOutput]:
-        """One prompt after the other: SGLang draws all requests from one random stream (``random_seed``)."""
+        """One prompt after another: SGLang serves all requests from one random stream (``random_seed``)."""
         return [ray.get(self.ask(prompt, **sampling)) for prompt in prompts]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What the plugin does to a request and to its answer, without an engine."""
+"""What the plugin does to a request and its answer, without an engine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class FakeManager:
 
 
 def ask(manager: FakeManager, params: dict[str, Any], **options: Any) -> tuple[GenerateReqInput, TokenSupport | None]:
-    """One request as verl makes it."""
+    """One request, made as verl makes it."""
     request = GenerateReqInput(rid="a", input_ids=[1], sampling_params=params, **{"return_logprob": True, **options})
     observed = _ObservedManager(manager, SupportRequest(2, 0.0), temperature=0.8)
 
@@ -60,7 +60,7 @@ def test_the_candidates_leave_the_answer() -> None:
     assert support.tokens.tolist() == [7, 3]
     assert support.ids.tolist() == [2, 7, 3]
     np.testing.assert_allclose(np.exp(support.log_probs), [0.75, 0.25, 1.0], rtol=1e-6)
-    # A probability of zero, which SGLang writes as the least float, is no candidate.
+    # SGLang writes a probability of zero as the lowest float; such an id is no candidate.
     assert support.counts.tolist() == [2, 1]
     assert list(manager.answer["meta_info"]) == ["output_token_logprobs"]
 

@@ -1,4 +1,4 @@
-"""verl's SGLang replica, server and weight synchronisation under CPU mode, with the plugin and without it."""
+"""verl's SGLang replica, server and weight synchronisation in CPU mode, with and without the plugin."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _ray() -> Iterator[None]:
 
 
 def sample(served: Served) -> dict[str, list[TokenOutput]]:
-    """Requests whose tokens depend on the seed, the order of the requests and the weights, and greedy ones."""
+    """Requests whose tokens depend on the seed, their order and the weights, and greedy requests."""
     return {
         "sampled": served.generate_in_turn(PROMPTS, temperature=TEMPERATURE),
         "greedy": served.generate_in_turn(PROMPTS, temperature=0.0),
@@ -86,7 +86,7 @@ def observed(model: Path) -> Iterator[tuple[Served, dict[str, list[TokenOutput]]
 
 
 def dense_logits(model: Path, prompt: list[int], output: TokenOutput, scale: float = 1.0) -> torch.Tensor:
-    """``[r, V]`` logits over temperature, from transformers."""
+    """``[r, V]`` logits divided by the temperature, from transformers."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in network.parameters():
@@ -114,7 +114,7 @@ def test_the_plugin_does_not_change_inference(
     assert [output.stop_reason for output in mine] == [output.stop_reason for output in theirs]
     for output, other in zip(mine, theirs, strict=True):
         np.testing.assert_allclose(output.log_probs, other.log_probs, rtol=0, atol=1e-6)
-    # Otherwise equal tokens would say nothing about the random stream.
+    # Otherwise equal tokens would not show that the random stream is the same.
     assert [output.token_ids for output in stock["sampled"]] != [output.token_ids for output in stock["greedy"]]
 
 

@@ -31,7 +31,7 @@ def test_troll_trains_with_sglang(assets: Path, tmp_path: Path) -> None:
     assert_projected_within_bound(rows)
     assert_side_channel_exact(tmp_path / "run", steps=2, samples=32, epochs=1)
     for row in rows:
-        # The weights that SGLang samples from are those of the actor.
+        # SGLang samples from the actor's weights.
         assert row["training/rollout_probs_diff_max"] < 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Programs that try to do harm, for the tests of the sandbox and the trainer's run over them."""
+"""Programs that try to do harm, for the sandbox's tests and the trainer's run on them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ PROGRAMS = {
     "infinite loop": "while True: pass",
     "sleep": "import time\ntime.sleep(1000)",
     "loop in C": "9 ** 9 ** 9 ** 9",
-    # Bounded: a sandbox that fails here must not take the machine along.
+    # Bounded: a failing sandbox must not take the machine down.
     "forks": """
 import os
 children = 0
@@ -127,10 +127,10 @@ ANSWERS = {
 
 
 def source(name: str, path: str = "/tmp/none", port: int = 9) -> str:
-    """One of the programs, for a file outside the sandbox and a port on which something listens."""
+    """One of the programs, aimed at a file outside the sandbox and a port on which something listens."""
     return f"PATH, PORT = {path!r}, {port}\n{PROGRAMS[name]}\nprint('right')\n"
 
 
 def response(name: str, path: str = "/tmp/none", port: int = 9) -> str:
-    """A response that holds one of the programs."""
+    """A response that contains one of the programs."""
     return f"Here it is.\n```python\n{source(name, path, port)}```\n"

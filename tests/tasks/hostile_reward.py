@@ -1,4 +1,4 @@
-"""A reward for the trainer that puts hostile answers in place of the model's, and writes down their scores."""
+"""A reward for the trainer that substitutes hostile answers for the model's, and records their scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CASES = [*RIGHT, *(f"code: {name}" for name in PROGRAMS), *(f"math: {name}" for 
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, **given: Any) -> dict[str, float]:
-    """The score of a case, which the response chooses: half of them are right, so that there is something to learn."""
+    """The score of a case picked by the response; half of the cases are right, so there is something to learn."""
     number = int.from_bytes(hashlib.sha256(solution_str.encode()).digest()[:4], "big")
     case = CASES[number % 2] if number % 4 < 2 else CASES[2 + number // 4 % (len(CASES) - 2)]
     kind, _, name = case.partition(": ")

@@ -1,4 +1,4 @@
-"""The reward for programs: what is right, and how outputs are compared."""
+"""The reward for programs: what counts as right, and how outputs are compared."""
 
 from __future__ import annotations
 

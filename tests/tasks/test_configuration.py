@@ -1,4 +1,4 @@
-"""The configuration group ``task`` on top of verl's own configuration, and rewards as verl loads and calls them."""
+"""The configuration group ``task`` on top of verl's own configuration; rewards as verl loads and calls them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_reward_loads_and_scores_through_verl(name: str, monkeypatch: pytest.Mon
     assert config.data.val_files == f"/someone/data/{name}/test.parquet"
     score = get_custom_reward_fn(config)
     assert score is not None
-    # What is not a coroutine runs in a thread, and does not hold up the worker's event loop.
+    # Anything but a coroutine runs in a thread, so it does not block the worker's event loop.
     assert not inspect.iscoroutinefunction(score)
     response, truth = RIGHT[name]
     given = {"data_source": "x", "ground_truth": truth, "extra_info": {"num_turns": None}}

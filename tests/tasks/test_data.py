@@ -1,4 +1,4 @@
-"""Data sets written by the command line, read from small files in each data set's own format."""
+"""Data sets written by the command line, from small files in each data set's own format."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """As verl reads it."""
+    """Read the file as verl does."""
     import datasets
 
     return list(datasets.load_dataset("parquet", data_files=str(path), split="train"))
@@ -85,7 +85,7 @@ def test_gsm8k(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [row["extra_info"]["index"] for row in rows] == [0, 1, 2]
     assert [row["extra_info"]["split"] for row in read(tmp_path / "out" / "test.parquet")] == ["test", "test"]
     assert "left out: 1 (the answer has no ####)" in capsys.readouterr().out
-    # The source's own solutions are right by the reward of the task.
+    # The task's reward accepts the source's own solutions.
     for row, question in zip(rows, QUESTIONS, strict=True):
         assert math.compute_score("x", question["answer"], row["reward_model"]["ground_truth"])["score"] == 1
 
@@ -103,7 +103,7 @@ def test_dapo_math_writes_each_prompt_once(tmp_path: Path, capsys: pytest.Captur
     assert {(row["data_source"], row["ability"]) for row in rows} == {("math_dapo", "math")}
     assert len(read(tmp_path / "test.parquet")) == 1
     assert "left out: 198 (repeats a prompt)" in capsys.readouterr().out
-    # The index of a problem does not depend on how many are written.
+    # A problem's index does not depend on how many are written.
     assert main(["dapo_math", "--out", str(tmp_path / "few"), "--local", str(tmp_path / "hub"), "--limit", "2"]) == 0
     assert read(tmp_path / "few" / "train.parquet") == rows[:2]
 

@@ -65,7 +65,7 @@ def test_wrong_or_unmarked_answer_scores_zero(response: str, truth: str) -> None
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_hostile_answer_scores_zero_within_the_limit(name: str) -> None:
-    # A worker that a limit ended is replaced first.
+    # First replaces a worker that a limit ended.
     score("\\boxed{14/2}")
     begin = time.monotonic()
     result = score(ANSWERS[name])
@@ -92,7 +92,7 @@ def test_worker_that_was_stopped_is_gone() -> None:
 def test_worker_ends_itself_when_nobody_kills_it() -> None:
     worker = math.Worker(2 << 30, 1.0)
     try:
-        # Nobody watches the clock for half a minute; the limit on processor time is 3 s.
+        # No wall-clock limit for half a minute; the processor-time limit is 3 s.
         begin = time.monotonic()
         assert worker.equal("\\boxed{7}", ANSWERS["power tower"], 60.0) is None
         assert time.monotonic() - begin < 30

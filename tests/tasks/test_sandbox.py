@@ -1,4 +1,4 @@
-"""Hostile programs get nothing, harm nothing and leave nothing; honest ones are right."""
+"""Hostile programs gain nothing, do no harm and leave nothing behind; honest ones are scored correctly."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ print(found[0] if found else "nothing")
 
 @pytest.fixture
 def canary() -> Iterator[Path]:
-    """A file that everyone may change, in a folder that everyone may change."""
+    """A world-writable file in a world-writable folder."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         path = Path(folder, "canary")
@@ -76,7 +76,7 @@ def remaining() -> list[int]:
 
 @pytest.fixture(params=["all layers", pytest.param("without the user", marks=pytest.mark.slow)])
 def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """As root, the second row leaves the program root's user: what the other layers stop on their own."""
+    """As root, the second case leaves out the separate user: it shows what the other layers stop on their own."""
     if request.param == "without the user":
         if os.geteuid() != 0:
             pytest.skip("the layer exists for root alone")
@@ -102,7 +102,7 @@ def test_hostile_program_scores_zero_and_does_no_harm(name: str, canary: Path, l
             datagrams.recv(1)
     assert result["score"] == 0
     assert result["answered"] == 1
-    # The limit of 2 s on the clock, and the start of an interpreter on a busy machine.
+    # The wall-clock limit of 2 s, plus starting an interpreter on a busy machine.
     assert elapsed < 2 + 20
     assert canary.read_text() == "right"
     assert (canary.stat().st_mode, canary.stat().st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
@@ -116,7 +116,7 @@ def test_hostile_program_scores_zero_and_does_no_harm(name: str, canary: Path, l
 def test_hostile_program_would_succeed_without_a_sandbox(name: str, canary: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        # The program's parent is one that may be harmed.
+        # The program's parent must be a process that may be harmed.
         shell = ["sh", "-c", '"$0" -c "$1"; true', sys.executable, source(name, str(canary), port)]
         result = run(shell)
     assert result.stdout.endswith("right\n"), result.stderr
@@ -132,7 +132,7 @@ def test_limits_are_named_as_the_reason() -> None:
     memory = sandbox.run(PROGRAMS["memory in steps"], limits=sandbox.Limits(memory=1 << 28))
     assert memory.ended == "failed"
     assert "MemoryError" in memory.errors
-    # As root, the kernel refuses the thread; else the caller ends the program.
+    # As root, the kernel refuses the thread; otherwise the caller ends the program.
     threads = sandbox.run(PROGRAMS["threads"], limits=limits)
     assert threads.ended == "threads" or "can't start new thread" in threads.errors
 
@@ -185,7 +185,7 @@ def test_unknown_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernel_without_landlock_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Landlock's version is replaced; a kernel without it cannot be had here."""
+    """Landlock's version is faked: no kernel without it is available here."""
     monkeypatch.setattr(_inside, "landlock_version", lambda: 0)
     with pytest.raises(sandbox.SandboxError, match=r"no Landlock.*VERL_TROLL_SANDBOX_WITHOUT=landlock allows"):
         sandbox.require.__wrapped__()
@@ -221,7 +221,7 @@ def test_missing_libseccomp_is_refused_with_the_way_out(monkeypatch: pytest.Monk
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="another user can only be had by root")
 def test_caller_that_is_not_root(tmp_path: Path) -> None:
-    """The caller has one capability more than a common user, since the interpreter may lie in root's home."""
+    """The caller has one capability more than an ordinary user, since the interpreter may be in root's home."""
     names = ["forks", "overwrite", "read", "network", "kill the parent", "limit the parent", "memory of the parent"]
     canary = tmp_path / "canary"
     canary.write_text("right")

@@ -1,4 +1,4 @@
-"""verl's real trainer over answers that try to end it."""
+"""verl's real trainer on answers that try to kill it."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ BOUND = 0.05 * (1 + 1e-5)
 
 
 def assert_projected_within_bound(rows: list[dict[str, Any]]) -> None:
-    """The trust region held in every step, and did something."""
+    """The trust region held in every step, and was active."""
     assert all(row["troll/kl_after_max"] <= BOUND for row in rows)
     assert all(row["troll/unconverged"] == 0 for row in rows)
     assert any(row["troll/projected_share"] > 0.01 for row in rows)
@@ -23,7 +23,7 @@ def assert_side_channel_exact(out: Path, steps: int, samples: int, epochs: int, 
     """Every sample's support enters each epoch's update bit for bit as it left the old pass.
 
     Args:
-        copies: ranks that see each sample's logits, or a part of them.
+        copies: number of ranks that see a sample's logits, or part of them.
     """
     lines = probe_lines(out)
     old = Counter(line["digest"] for line in lines if line["pass"] == "old")

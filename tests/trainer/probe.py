@@ -1,8 +1,8 @@
-"""Loaded into verl's workers by the trainer tests: writes down what the side channel carries, changing nothing.
+"""Loaded into verl's workers by the trainer tests: records what the side channel carries, without changing it.
 
-Every sample that leaves the old pass and every sample that enters an update is written as one line: the pass, a
-digest of its tokens and of its support, bit for bit, Ray's node and the engine that it was seen on, and whether that
-engine has the Triton kernels (on a CPU, in Triton's interpreter).
+Every sample that leaves the old pass or enters an update becomes one line: the pass, a bit-exact digest of its tokens
+and its support, the Ray node and the engine where it was seen, and whether that engine has the Triton kernels (on a
+CPU, in Triton's interpreter).
 """
 
 from __future__ import annotations

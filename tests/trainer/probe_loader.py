@@ -1,4 +1,4 @@
-"""Imported at the end of ``import verl``: puts the probe in place as soon as the plugin itself is loaded."""
+"""Imported at the end of ``import verl``: installs the probe as soon as the plugin itself is loaded."""
 
 from __future__ import annotations
 

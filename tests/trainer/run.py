@@ -59,8 +59,8 @@ def run_trainer(
     """Run ``verl.trainer.main_ppo`` and return one row of metrics per logged step (``step`` among the keys).
 
     Args:
-        limit: seconds that the run may take; by default as many as it needs, while it makes progress.
-        group: of the configuration groups ``cpu``, unless the device is another.
+        limit: maximum run time in seconds; by default unlimited while the run makes progress.
+        group: a configuration group; ``cpu`` by default, unless the device is another.
         device: as in :mod:`tests.device`.
 
     Raises:
@@ -127,5 +127,5 @@ def run_trainer(
 
 
 def probe_lines(out: Path) -> list[dict[str, Any]]:
-    """What :mod:`tests.trainer.probe` wrote down, over all workers."""
+    """What :mod:`tests.trainer.probe` recorded, over all workers."""
     return [json.loads(line) for path in sorted(out.glob("probe-*.jsonl")) for line in path.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""verl's asynchronous trainers: samples are older than the policy, and the old policy is the re-scored one."""
+"""verl's asynchronous trainers: samples come from an older policy, and the old policy is the re-scored one."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_rollout_on_its_own_devices_and_two_updates_per_weight_transfer(assets: 
         probe=True,
     )
     assert_side_channel_exact(tmp_path / "run", steps=3, samples=32, epochs=1)
-    # In the second update of each step the old policy is that of the step's start: were it the policy of the moment,
-    # nothing would ever be projected.
+    # In each step's second update the old policy is that of the step's start: with the current policy instead, nothing
+    # would ever be projected.
     assert_projected_within_bound(rows)
     assert all(row["troll/kl_before_max"] > 1e-3 for row in rows)
     assert max(row["training/off_policy/trajectory_staleness/max"] for row in rows) >= 1

@@ -1,4 +1,4 @@
-"""verl's real trainer with every estimator, on TROLL and on its clipped loss, and with every rival loss."""
+"""verl's real trainer with every estimator, under TROLL and its clipped loss, and with every rival loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.trainer
 IN_CI = {("ppo", "troll=default"), ("reinforce_plus_plus", "troll=default")}
 CASES = [(name, loss) for name, estimator in ESTIMATORS.items() for loss in (estimator.troll, estimator.clipped)]
 CASES += [("grpo", f"baseline={name}") for name in RIVALS if ("grpo", f"baseline={name}") not in CASES]
-# kl_cov does not clip, and verl logs no share of clipped tokens for it.
+# kl_cov does not clip, and verl logs no clipped share for it.
 WITHOUT_CLIPFRAC = {"baseline=kl_cov"}
 
 
@@ -39,7 +39,7 @@ def test_trains(assets: Path, tmp_path: Path, estimator: str, loss: str) -> None
         [
             f"+estimator={estimator}",
             f"+{loss}",
-            # In the place of the estimator that run_trainer names.
+            # Replaces the estimator that run_trainer sets.
             f"algorithm.adv_estimator={ESTIMATORS[estimator].adv_estimator}",
             "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8",
             "trainer.total_training_steps=2",
@@ -50,7 +50,7 @@ def test_trains(assets: Path, tmp_path: Path, estimator: str, loss: str) -> None
         assert math.isfinite(row["actor/pg_loss"])
         assert math.isfinite(row["actor/grad_norm"]) and row["actor/grad_norm"] > 0
         assert_advantages(estimator, row)
-        # The second mini-batch of a step meets a policy that the first one has moved.
+        # A step's second mini-batch meets a policy that the first one has changed.
         assert row["actor/ppo_kl"] != 0
         assert ("actor/pg_clipfrac" in row) == (loss not in WITHOUT_CLIPFRAC)
     if loss.startswith("troll="):
@@ -60,7 +60,7 @@ def test_trains(assets: Path, tmp_path: Path, estimator: str, loss: str) -> None
 
 
 def assert_advantages(estimator: str, row: dict[str, Any]) -> None:
-    """What tells the estimators apart, with rewards in [0, 1] and four responses to a prompt."""
+    """Each estimator's own signature, with rewards in [0, 1] and four responses per prompt."""
     largest = row["critic/advantages/max"]
     if estimator in ("grpo", "gspo"):
         # One response better than three equal ones, in standard deviations: 3 / sqrt(4).

@@ -46,7 +46,7 @@ def test_troll_trains_saves_and_resumes(tmp_path: Path) -> None:
     for row in rows + resumed:
         assert row["actor/grad_norm"] > 0
         assert row["actor/kl_loss"] > 0
-        # The rollout samples with transformers from the weights that the engine exports after each step.
+        # The rollout samples with transformers, from weights that the engine exports after each step.
         assert row["training/rollout_probs_diff_max"] < 1e-5
     before = load_file(assets / "model" / "model.safetensors")
     after = load_file(tmp_path / "checkpoints/global_step_2/actor/model/huggingface/model.safetensors")

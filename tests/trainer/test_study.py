@@ -1,4 +1,4 @@
-"""The study's trainer: equal to verl's own, and no run depends on the runs before it in the same processes."""
+"""The study's trainer: matches verl's own, and no run depends on earlier runs in the same processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHANGES_WITH_TIME = ("timing", "perf/", "actor/perf/", "critic/perf/")
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The task ``chain`` after a part of its warm start."""
+    """The task ``chain`` after part of its warm start."""
     folder = tmp_path_factory.mktemp("tasks") / "chain"
     folder.mkdir()
     fill(dataclasses.replace(TASKS["chain"], warm_start_steps=150), folder)
@@ -35,7 +35,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def train(tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Cell], list[dict[str, Any]]]]:
-    """Trains a cell in processes that are shared by all cells of a kind, and gives one row per step."""
+    """Trains a cell in processes shared by all cells of its kind; returns one row per step."""
     scratch = tmp_path_factory.mktemp("cells")
     sessions: dict[Any, SessionProcess] = {}
 
@@ -52,7 +52,7 @@ def train(tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cal
 
 
 def read(metrics: Path) -> list[dict[str, Any]]:
-    """Rows of verl's file logger without what depends on the clock."""
+    """Rows of verl's file logger, without clock-dependent values."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [
         {"step": row["step"]}
@@ -71,7 +71,7 @@ def test_a_run_does_not_depend_on_those_before_it(train: Callable[[Cell], list[d
 
 
 def test_equals_verl_own_trainer(train: Callable[[Cell], list[dict[str, Any]]], tasks: Path, tmp_path: Path) -> None:
-    # One mini-batch, since verl's own order within a batch is random.
+    # One mini-batch, since verl orders samples within a batch at random.
     cell = Cell("chain", "clip", lr=1e-3, seed=0, mini_batches=1, steps=3)
     ours = train(cell)
     metrics = tmp_path / "metrics.jsonl"
@@ -86,7 +86,7 @@ def test_equals_verl_own_trainer(train: Callable[[Cell], list[dict[str, Any]]], 
         assert tree.wait((log, metrics)) == 0, log.read_text(errors="replace")[-4000:]
     theirs = read(metrics)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-    # verl's reward manager calls the score "acc" as well, and prefers that name.
+    # verl's reward manager also calls the score "acc", and prefers that name.
     assert ours[0][held_out_key("chain")] == theirs[0]["val-core/chain/acc/mean@1"] > 0
     assert ours[1]["critic/score/mean"] == theirs[1]["critic/score/mean"] > 0
     for mine, reference in zip(ours[1:], theirs[1:], strict=True):
@@ -101,9 +101,9 @@ def test_stale_samples(train: Callable[[Cell], list[dict[str, Any]]]) -> None:
     }
     lag, gap = "training/off_policy/trajectory_staleness/mean", "training/rollout_probs_diff_max"
     for steps in rows.values():
-        # The first samples ahead are all by the weights of the start.
+        # The first samples generated ahead all come from the initial weights.
         assert [row[lag] for row in steps] == [0, 1, 2, 2, 2]
-    # The old policy is the one that sampled, or one whose weights have moved on since.
+    # The old policy is either the one that sampled, or one whose weights have changed since.
     assert all(row[gap] < 1e-5 for row in rows["behaviour"])
     assert all(row[gap] > 1e-3 for row in rows["rescored"][1:])
 

@@ -1,4 +1,4 @@
-"""verl's real trainer (Ray, v1, FSDP2, TransferQueue) end to end, with TROLL and without, on one and two ranks."""
+"""verl's real trainer (Ray, v1, FSDP2, TransferQueue) end to end, with and without TROLL, on one and two ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_troll_trains_saves_and_resumes_on_one_rank(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It resumes with the Triton kernels, in Triton's interpreter, where Triton is."""
+    """It resumes with the Triton kernels, in Triton's interpreter, where Triton is installed."""
     settings = [
         "+troll=default",
         f"{ACTOR}.ppo_epochs=2",
@@ -54,7 +54,7 @@ def test_troll_trains_saves_and_resumes_on_one_rank(
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     second = tmp_path / "second"
-    # The interpreter takes its time: few ids, one epoch.
+    # The interpreter is slow: few ids, one epoch.
     short = [f"{ACTOR}.policy_loss.troll.k=8", f"{ACTOR}.ppo_epochs=1", "trainer.total_training_steps=3"]
     resumed = run_trainer(assets, second, [*settings, *short], probe=True)
     assert [row["step"] for row in resumed] == [3]
@@ -111,7 +111,7 @@ def test_lora_with_the_reference_inside_the_actor(assets: Path, tmp_path: Path) 
         probe=True,
     )
     assert_projected_within_bound(rows)
-    # The reference pass goes through the same engine, and must not count as an old pass.
+    # The reference pass uses the same engine, and must not count as an old pass.
     assert_side_channel_exact(tmp_path / "run", steps=2, samples=32, epochs=1)
     assert all(row["actor/kl_loss"] > 0 for row in rows)
 

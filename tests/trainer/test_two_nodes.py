@@ -1,4 +1,4 @@
-"""verl's real trainer on a Ray cluster of several nodes; a node without the package, or with another version of it."""
+"""verl's real trainer on a Ray cluster of several nodes, including nodes with no or another version of the package."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_troll_runs_on_every_node(assets: Path, tmp_path: Path) -> None:
     for line in probe_lines(out):
         assert line["engine"] == "TrollFSDPEngine"
         seen[line["node"]].append(line["pass"])
-    # Two steps of 32 samples, half of them on each node.
+    # Two steps of 32 samples, half on each node.
     assert [sorted(passes) for passes in seen.values()] == [["old"] * 32 + ["update"] * 32] * 2
 
 
@@ -49,7 +49,7 @@ def test_nodes_without_the_package_or_with_another_version_are_refused(assets: P
     with cluster([equipped(out), Node(bare), Node(older)]) as overrides:
         with pytest.raises(AssertionError) as failure:
             run_trainer(assets, out, ["+troll=default", *overrides, "data.train_batch_size=9"])
-        # A driver that connects before it loads the plugin. Ray's workers search its folder, so that is not the clone.
+        # This driver connects before loading the plugin. It runs outside the clone: Ray's workers search its folder.
         address = overrides[0].partition("=")[2]
         program = f"import ray; ray.init('{address}'); import verl_troll.plugin"
         late = run([sys.executable, "-c", program], cwd=tmp_path)
@@ -64,6 +64,6 @@ def test_nodes_without_the_package_or_with_another_version_are_refused(assets: P
         assert re.search(rf"node 127\.0\.0\.4 \(\w{{56}}\): verl_troll 0\.0\.9, verl {re.escape(VERL)}\n", error)
         assert "node 127.0.0.2" not in error
         assert f"pip install 'verl_troll=={__version__}' 'verl=={VERL}'" in error
-    # Ray names the process of every line that comes from the cluster: nothing ran there that had something to say.
+    # Ray labels every line from the cluster with its process: nothing ran there that printed anything.
     assert "pid=" not in (out / "trainer.log").read_text()
     assert not (out / "metrics.jsonl").exists()

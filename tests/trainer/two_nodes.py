@@ -28,8 +28,8 @@ class Node:
     """One node of the cluster.
 
     Attributes:
-        python: interpreter of its raylet, and with it of its workers.
-        environment: added to this process's environment, less what switches on CPU mode in it.
+        python: runs its raylet, and so its workers.
+        environment: added to this process's environment, without the variables that switch on CPU mode.
     """
 
     python: str = sys.executable
@@ -37,9 +37,9 @@ class Node:
 
 
 def equipped(out: Path, modules: Sequence[str] = ("verl_troll.cpu",)) -> Node:
-    """A node of an image made for CPU mode; ``out`` takes what verl logs and what the probe writes.
+    """A node made for CPU mode; ``out`` receives verl's log and the probe's output.
 
-    Ray's workers have the environment of their node's raylet, not that of the driver.
+    Ray's workers get the environment of their node's raylet, not the driver's.
     """
     return Node(
         environment={
@@ -59,7 +59,7 @@ def cluster(nodes: Sequence[Node]) -> Iterator[list[str]]:
     """Overrides that make verl's trainer run on ``nodes``, one rank on each; the first is the head.
 
     Raises:
-        AssertionError: a node did not start; the message has its output.
+        AssertionError: a node did not start; the message contains its output.
     """
     with socket.socket() as one, socket.socket() as other:
         ports = []
@@ -67,9 +67,9 @@ def cluster(nodes: Sequence[Node]) -> Iterator[list[str]]:
             free.bind(("127.0.0.2", 0))
             ports.append(free.getsockname()[1])
     address = f"127.0.0.2:{ports[0]}"
-    # Ray listens on every interface; a token of its own keeps the cluster to those who were given it.
+    # Ray listens on every interface; a token restricts the cluster to the processes that were given it.
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    # Ray's sockets lie in this folder, and their paths may not be longer than 107 characters.
+    # Ray's sockets are in this folder, and their paths must not exceed 107 characters.
     with (
         mock.patch.dict(os.environ, access),
         tempfile.TemporaryDirectory(prefix="ray-") as folder,
@@ -79,13 +79,13 @@ def cluster(nodes: Sequence[Node]) -> Iterator[list[str]]:
             *("--head", f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}"),
             *(f"--temp-dir={folder}", "--include-dashboard=false"),
         ]
-        # One after the other: nodes of one machine share files in the folder.
+        # One after another: nodes on one machine share files in the folder.
         for number, node in enumerate(nodes, start=2):
             _start(node, f"127.0.0.{number}", place, Path(folder), running)
             place = [f"--address={address}"]
         yield [
             f"ray_kwargs.ray_init.address={address}",
-            # Ray refuses these when it joins a cluster.
+            # Ray refuses these when joining a cluster.
             "~ray_kwargs.ray_init.num_cpus",
             "~ray_kwargs.ray_init.num_gpus",
             f"trainer.nnodes={len(nodes)}",
@@ -93,7 +93,7 @@ def cluster(nodes: Sequence[Node]) -> Iterator[list[str]]:
 
 
 def _start(node: Node, ip: str, place: Sequence[str], folder: Path, running: contextlib.ExitStack) -> None:
-    """``ray start`` for one node, until it has joined; ended with ``running``."""
+    """Run ``ray start`` for one node until it has joined; the node ends with ``running``."""
     command = [
         *(node.python, "-m", "ray.scripts.scripts", "start", "--block", *place),
         *(f"--node-ip-address={ip}", "--num-cpus=8", "--num-gpus=1", "--object-store-memory=200000000"),
@@ -113,7 +113,7 @@ def _start(node: Node, ip: str, place: Sequence[str], folder: Path, running: con
 
 
 def other_python(folder: Path, version: str | None) -> str:
-    """The interpreter of a second environment: this one's packages, but verl_troll in ``version``, or not at all."""
+    """The interpreter of a second environment: this one's packages, but verl_troll in ``version``, or missing."""
     venv.create(folder, symlinks=True)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     for entry in Path(sysconfig.get_path("purelib")).iterdir():

@@ -1,4 +1,4 @@
-"""Tests on vLLM's CPU build, in an environment of their own (``bash tests/run.sh --vllm``)."""
+"""Tests on vLLM's CPU build, in their own environment (``bash tests/run.sh --vllm``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""verl's own vLLM replica, with the workers that update its weights, and nothing of the trainer."""
+"""verl's own vLLM replica and the workers that update its weights, without the trainer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class WeightSender(Worker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     async def send(self, folder: str, scale: float, step: int) -> None:
-        """Send every matrix of the checkpoint, times ``scale``."""
+        """Send every matrix of the checkpoint, multiplied by ``scale``."""
         from safetensors.torch import load_file
 
         weights = load_file(Path(folder, "model.safetensors"))
@@ -75,13 +75,13 @@ class Served:
         asyncio.run(self.replica.init_hybrid(self.senders))
 
     def update(self, model: Path, scale: float = 1.0, step: int = 1) -> None:
-        """verl's weight synchronisation, through shared memory."""
+        """verl's weight synchronisation through shared memory."""
         ray.get(self.senders.send(str(model), scale, step))
 
     def generate(self, prompts: Sequence[list[int]], *, in_turn: bool = False, **sampling: Any) -> list[TokenOutput]:
-        """One answer per prompt, each with a seed of its own; ``in_turn``, no answer shares a batch with another.
+        """One answer per prompt, each with its own seed; ``in_turn`` keeps answers from sharing a batch.
 
-        What shares a batch depends on when requests arrive, and rounding depends on the batch.
+        Which requests share a batch depends on when they arrive, and rounding depends on the batch.
         """
         params = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "logprobs": True, **sampling}
 

@@ -1,4 +1,4 @@
-"""verl's vLLM replica, server and weight synchronisation under CPU mode, with the plugin and without it."""
+"""verl's vLLM replica, server and weight synchronisation in CPU mode, with and without the plugin."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SUPPORT = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("assets")
-    # vLLM's attention on a CPU wants heads of 32 or more.
+    # On CPUs vLLM's attention needs heads of size 32 or more.
     make_assets(folder, hidden_size=128)
     return folder / "model"
 
@@ -50,7 +50,7 @@ def _ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def stock(model: Path) -> dict[str, list[TokenOutput]]:
-    """What verl's replica answers before this process has heard of the plugin."""
+    """What verl's replica answers before this process has loaded the plugin."""
     served = Served(configuration(model))
     try:
         served.update(model)
@@ -75,7 +75,7 @@ def observed(model: Path, stock: Any) -> Iterator[Served]:
 
 
 def dense_log_probs(model: Path, prompt: list[int], output: TokenOutput, scale: float = 1.0) -> torch.Tensor:
-    """``[r, V]`` logits over temperature, from transformers."""
+    """``[r, V]`` logits divided by the temperature, from transformers."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in network.parameters():

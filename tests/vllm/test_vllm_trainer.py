@@ -37,7 +37,7 @@ def test_troll_trains_with_vllm(assets: Path, tmp_path: Path) -> None:
     assert_projected_within_bound(rows)
     assert_side_channel_exact(tmp_path / "run", steps=2, samples=32, epochs=1)
     for row in rows:
-        # The weights that vLLM samples from are those of the actor.
+        # vLLM samples from the actor's weights.
         assert row["training/rollout_probs_diff_max"] < 1e-5
 
 
@@ -68,7 +68,7 @@ def test_the_rollout_engine_gives_the_old_policy(assets: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_without_a_step_between_the_rollout_engine_and_the_actor_agree(assets: Path, tmp_path: Path) -> None:
-    """One mini-batch: p is the policy that vLLM sampled from, so that the KL is the distance of the two engines."""
+    """With one mini-batch p is the policy that vLLM sampled from, so the KL is the two engines' discrepancy."""
     (row,) = run_trainer(
         assets,
         tmp_path / "run",

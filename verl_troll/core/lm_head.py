@@ -1,8 +1,8 @@
-"""The language-model head and the reading of its logits in one: ``[tokens, vocabulary]`` never exists.
+"""The language-model head fused with the reading of its logits: ``[tokens, vocabulary]`` never exists.
 
-Logits are computed block by block, read, and dropped. The backward pass computes each block again, turns it into its
-gradient in place, and multiplies it into the gradients of the hidden states and of the weight. No more than one block
-exists at a time, at the price of a fourth matrix product beside the three of a head that keeps its logits.
+Logits are computed block by block, read, and dropped. The backward pass recomputes each block, turns it into its
+gradient in place, and multiplies it into the gradients of the hidden states and of the weight. Only one block exists
+at a time; the price is a fourth matrix product beside the three of a head that keeps its logits.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from verl_troll.core.kernels.logits_torch import slices, working_dtype
 from verl_troll.core.logits import LogitGradient, Normaliser, Reading, read_dense
 
 # Tokens and columns that are read together: on a host what its cache holds, on an accelerator so many columns that most
-# vocabularies take one search. Neither depends on the number of tokens, so that the parts of a row are added in the
-# same order whatever is read beside it.
+# vocabularies take one search. Neither depends on the number of tokens, so the parts of a row are added in the same
+# order whatever else is read.
 _READ_BLOCK = {"cpu": (128, 8192)}
 _DEVICE_READ_BLOCK = (1024, 1 << 18)
-# Tokens per block of the backward pass, many so that the weight's gradient is seldom written, and elements of a block.
+# Tokens per block of the backward pass, many so that the weight's gradient is seldom written; elements per block.
 _GRADIENT_BLOCK = {"cpu": (1024, 1 << 20)}
 _DEVICE_GRADIENT_BLOCK = (8192, 1 << 27)
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """Logits ``hidden @ weight.T / temperature``, computed where they are read.
+    """Logits ``hidden @ weight.T / temperature``, computed as they are read.
 
-    If the vocabulary is sharded, the gradient of ``hidden`` is only what this rank's columns contribute, as after
-    Megatron's output layer; the caller sums it over the group.
+    If the vocabulary is sharded, the gradient of ``hidden`` is only this rank's contribution, as after Megatron's
+    output layer; the caller sums it over the group.
 
     Attributes:
         temperature: above 0; divides the logits.
         form: see :data:`verl_troll.core.kernels.Form`.
 
     Raises:
-        ValueError: shapes or dtypes that do not match, or a temperature that is not above 0.
+        ValueError: shapes or dtypes do not match, or the temperature is not above 0.
     """
 
     hidden: Float[Tensor, "tokens units"]
@@ -72,7 +72,7 @@ class LinearHead:
 
     @property
     def builder(self) -> Callable[..., LinearHead]:
-        """Makes the same head from ``tensors``."""
+        """Builds the same head from ``tensors``."""
         return partial(LinearHead, temperature=self.temperature, form=self.form)
 
     @property
@@ -177,7 +177,7 @@ class LinearHead:
                         _add_product(grad_part, block.T, hidden[tokens])
                     elif grad_weight is not None:
                         torch.mm(block.T, hidden[tokens], out=grad_weight[vocabulary])
-                    # Before the next one is computed.
+                    # Free this block before the next one is computed.
                     del block
                 if grad_weight is not None and grad_part is not None:
                     grad_weight[vocabulary] = grad_part.to(grad_weight.dtype)
@@ -194,7 +194,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _within(ids: Tensor, vocabulary: slice, columns: int) -> Tensor:
-    """``ids`` as columns of the part ``vocabulary``, -1 outside it."""
+    """``ids`` as columns of the part ``vocabulary``; -1 outside it."""
     if vocabulary.start == 0 and vocabulary.stop >= columns:
         return ids
     return torch.where((ids >= vocabulary.start) & (ids < vocabulary.stop), ids - vocabulary.start, -1)
@@ -206,7 +206,7 @@ def _join(before: Reading, after: Reading, k: int) -> Reading:
     energies = None
     if first.energy is not None and second.energy is not None:
         energies = torch.stack([first.energy, second.energy])
-    # Equal values are in the order of ids, and a stable sort keeps it.
+    # Equal values are in id order, and a stable sort keeps it.
     top = torch.cat([before.top_values, after.top_values], dim=-1).sort(dim=-1, descending=True, stable=True)
     top_ids = torch.cat([before.top_ids, after.top_ids], dim=-1).gather(-1, top.indices[:, :k])
     return Reading(

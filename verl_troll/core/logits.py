@@ -23,7 +23,7 @@ from verl_troll.core.kernels.logits_torch import LOG_ZERO
 class Normaliser(NamedTuple):
     """Normaliser of the softmax, ``Z = sumexp * exp(max)``, and what the entropy needs.
 
-    Kept apart, the two parts lose no digits of likely log-probabilities to the size of the logits.
+    Keeping the two parts apart preserves digits of likely log-probabilities that large logits would cost.
 
     Attributes:
         max: largest logit; ``-inf`` without columns.
@@ -36,7 +36,7 @@ class Normaliser(NamedTuple):
     energy: Float[Tensor, " rows"] | None = None
 
     def log_probs(self, values: Float[Tensor, "rows ids"]) -> Float[Tensor, "rows ids"]:
-        """Log-probabilities, in nats, of logits ``values``."""
+        """Log-probabilities, in nats, of the logits ``values``."""
         return (values - self.max.unsqueeze(-1)) - self.sumexp.log().unsqueeze(-1)
 
     def entropy(self) -> Float[Tensor, " rows"]:
@@ -69,7 +69,7 @@ class Normaliser(NamedTuple):
             shift = part_max - max_logit
             sumexp += part_sumexp * shift.exp()
             if energy is not None and energies is not None:
-                # The shift of a part without columns, or without mass, is infinite.
+                # The shift of a part without columns or mass is infinite.
                 energy += (energies[part] + part_sumexp * shift.clamp_min(LOG_ZERO)) * shift.exp()
         return cls(max_logit, sumexp, energy)
 
@@ -124,12 +124,12 @@ class LogitsSource(Protocol):
 
     @property
     def builder(self) -> Callable[..., LogitsSource]:
-        """Makes the same source from ``tensors``."""
+        """Builds the same source from ``tensors``."""
         ...
 
     @property
     def form(self) -> kernels.Form:
-        """Which form of the operations is asked for."""
+        """The requested form of the operations."""
         ...
 
     @property
@@ -161,9 +161,9 @@ class DenseLogits:
     """A tensor of logits.
 
     Attributes:
-        logits: the temperature is applied.
-        reuse: write the gradient over the logits themselves, which must have no further use. autograd raises if
-            something else kept them for its own backward pass.
+        logits: temperature already applied.
+        reuse: write the gradient over the logits, which must not be used again. autograd raises if something else
+            kept them for its own backward pass.
         form: see :data:`verl_troll.core.kernels.Form`.
     """
 
@@ -183,7 +183,7 @@ class DenseLogits:
 
     @property
     def builder(self) -> Callable[..., DenseLogits]:
-        """Makes the same source from ``tensors``."""
+        """Builds the same source from ``tensors``."""
         return partial(DenseLogits, reuse=self.reuse, form=self.form)
 
     @property

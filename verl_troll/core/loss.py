@@ -2,10 +2,10 @@
 
     J = mean_t [ ratio_t A_t  -  alpha KL(p_t || stop_gradient(pi_t)) ],      ratio_t = pi(o_t) / q(o_t)
 
-Only log pi(o) carries the policy gradient; the regression term pulls the network itself into the region. Numerator
-and denominator of the ratio come from the same comparison, so that the ratio is exactly 1 where p = q.
+Only log pi(o) carries the policy gradient; the regression term pulls the network itself into the region. Both parts of
+the ratio come from the same comparison, so it is exactly 1 where p = q.
 
-:func:`policy_terms` yields what each token contributes, :func:`batch_losses` what a batch of such tokens does.
+:func:`policy_terms` yields each token's contribution, :func:`batch_losses` the loss of a batch of tokens.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def token_terms(
     projected = ~(projection.kl_before <= kl_bound)
     new = comparison.new_log_probs
     target = projection.log_probs.detach()
-    # p = pi inside the region, and unused outcomes have no mass: neither may compute -inf - (-inf).
+    # Inside the region p = pi, and unused outcomes have no mass: avoid -inf - (-inf) in both cases.
     live = projected.unsqueeze(-1) & (new.detach() > -torch.inf)
     gap = torch.where(live, new, 0.0) - torch.where(live, target, 0.0)
     regression_kl = (torch.where(live, new, -torch.inf).exp() * gap).sum(-1)
@@ -81,7 +81,7 @@ def token_terms(
 
 @dataclass(frozen=True)
 class PolicyTerms:
-    """What response tokens contribute to the loss and to the metrics; all float32, or float64 as the logits.
+    """What response tokens contribute to loss and metrics; all float32, or float64 like the logits.
 
     Attributes:
         log_ratio: log pi(o) - log q(o), differentiable down to the logits.
@@ -115,9 +115,9 @@ def policy_terms(
 ) -> PolicyTerms:
     """The whole chain of each token, from the new policy's logits to the two terms of the objective.
 
-    The same as :func:`verl_troll.core.support.compare` followed by :func:`token_terms`, which is the torch form. The
-    Triton form takes three kernels forward (``anchored``: two) and two backward, and the host waits for nothing.
-    Collectives as in :func:`~verl_troll.core.support.compare`.
+    The torch form is :func:`verl_troll.core.support.compare` followed by :func:`token_terms`; the Triton form gives the
+    same with three kernels forward (``anchored``: two) and two backward, and the host never waits. Collectives as in
+    :func:`~verl_troll.core.support.compare`.
 
     Args:
         rule, logits, old, selection, entropy: as in :func:`~verl_troll.core.support.compare`.
@@ -171,7 +171,7 @@ class _Settings(NamedTuple):
 
 
 class _PolicyTerms(torch.autograd.Function):
-    """The fields of :class:`PolicyTerms` through the Triton kernels; gradients to the tensors of the source."""
+    """The fields of :class:`PolicyTerms` through the Triton kernels; gradients to the source's tensors."""
 
     @staticmethod
     def forward(
@@ -261,9 +261,9 @@ def keep_corrective_ratios(
     projected: Tensor,
     advantages: Float[Tensor, "sequences tokens"],
 ) -> Float[Tensor, "sequences tokens"]:
-    """Log-ratios in which tokens that left the region *against* their advantage are not projected.
+    """Log-ratios, with the plain one for tokens that left the region *against* their advantage.
 
-    Other tokens pushed such a token out: its probability fell although its advantage is positive, or rose although it
+    Such a token was pushed out by others: its probability fell although its advantage is positive, or rose although it
     is negative. Its projected ratio has little or no gradient; the plain one pulls it back, as PPO's minimum of clipped
     and unclipped does. Not in the paper; for study.
 
@@ -301,7 +301,7 @@ class BatchTerms:
 
 @dataclass(frozen=True)
 class BatchLosses:
-    """The loss of a batch in its two parts, and by how much the policy moved.
+    """The loss of a batch in its two parts, and how far the policy moved.
 
     Attributes:
         policy: scalar, the policy-gradient part.
@@ -332,7 +332,7 @@ def batch_losses(
     Args:
         log_probs, old_log_probs: log p(o) and log q(o) over the full vocabulary.
         response_mask: bool or 0/1.
-        aggregate: from losses of this shape and the mask to a scalar, for example their mean.
+        aggregate: maps losses of this shape and the mask to a scalar, for example their mean.
         alpha: weight of the regression term.
         ratio: see :func:`importance_ratio`.
         one_sided: see :func:`keep_corrective_ratios`.

@@ -15,7 +15,7 @@ of KL(pi_t || q) = eps. With g the gradient to log pi, the gradient to s (equal 
 
     t (g - pi sum(g))  -  t pi (s - m) sum(g (s - m)) / v
 
-whose second term, the derivative through t, is there outside the region only.
+The second term, the derivative through t, exists outside the region only.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Selection:
 
     @property
     def mass_to_keep(self) -> float:
-        """Ids are kept as long as the mass of the more probable ones is below this."""
+        """The mass below which selection continues: an id is kept if the more probable ones have less than this."""
         return mass_to_keep(self.dropped_mass)
 
 
@@ -84,7 +84,7 @@ class SparsePolicy:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both policies over the same outcomes, and what the restriction to them left out.
+    """Both policies over the same outcomes, and what this restriction leaves out.
 
     Attributes:
         new_log_probs: normalised log p, differentiable down to the logits; ``-inf`` where unused.
@@ -95,7 +95,7 @@ class Comparison:
         support_size: int64, ids kept of the old policy.
         old_kept_mass: q of the ids kept of the old policy.
         new_kept_mass: p of the ids kept of the new policy (``union``) or of the old one (``anchored``).
-        cap_hit: the cap k ended the old policy's selection before its mass was reached.
+        cap_hit: the cap k ended the old policy's selection before it reached its mass.
         entropy: of the whole new policy, in nats, differentiable, if it was asked for.
     """
 
@@ -113,7 +113,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class NewPolicyReading:
-    """What a rule reads of the new policy, without gradient, for :func:`~.kernels.tokens_triton.terms`.
+    """What a rule reads from the new policy, without gradient, for :func:`~.kernels.tokens_triton.terms`.
 
     Attributes:
         normaliser: of the whole vocabulary, with its energy.
@@ -131,10 +131,9 @@ class SupportRule:
     """One way to put two policies on common outcomes.
 
     Attributes:
-        compare: the comparison in torch, from the new policy's logits, the old policy, the selection, and whether the
-            entropy is wanted.
-        read: what the Triton form needs of the new policy; None if the rule has no Triton form, so that GPUs run it in
-            torch.
+        compare: the comparison in torch, from the new policy's logits, the old policy, the selection, and whether to
+            return the entropy.
+        read: what the Triton form needs from the new policy; None if the rule has no Triton form and GPUs use torch.
     """
 
     compare: Callable[[VocabLogits, SparsePolicy, Selection, bool], Comparison]
@@ -155,14 +154,14 @@ def rule_named(name: str) -> SupportRule:
 def select(
     logits: VocabLogits, sampled_ids: Int[Tensor, " rows"], selection: Selection, *, entropy: bool = False
 ) -> SparsePolicy:
-    """Keep each row's most probable ids as ``selection`` says, and the sampled id.
+    """Keep each row's most probable ids according to ``selection``, and the sampled id.
 
-    Equal logits are ordered by id, so that the choice does not depend on how the row is searched or sharded. One pass
+    Equal logits are ordered by id, so the choice does not depend on how the row is searched or sharded. One pass
     over the logits, without gradient; one all-to-all and one all-gather if the vocabulary is sharded.
 
     Args:
         sampled_ids: int64 below the vocabulary size.
-        entropy: whether the entropy is wanted; it is read in the same pass.
+        entropy: whether to read the entropy too, in the same pass.
     """
     policy, normaliser = select_with_normaliser(logits, sampled_ids, selection, entropy=entropy)
     return replace(policy, entropy=normaliser.entropy()) if entropy else policy
@@ -234,8 +233,8 @@ def compare(
         rule: a key of :data:`RULES`, ``union`` (published) or ``anchored``.
         logits: of the new policy; gradients flow to them.
         old: the old policy at the same rows.
-        selection: as the old policy was selected.
-        entropy: whether the new policy's entropy is wanted.
+        selection: the one that the old policy was selected with.
+        entropy: whether to return the new policy's entropy.
 
     Raises:
         ValueError: an unknown rule.

@@ -1,8 +1,8 @@
 """Log-probabilities from logits whose vocabulary may be split over the ranks of a group.
 
 Every rank holds all tokens and the columns ``[start, stop)`` of the vocabulary. Each method of :class:`VocabLogits`
-gives every rank the same result, the one that a single process would get from all columns; backward touches the local
-columns only. Without a group nothing is sent.
+gives every rank the result that a single process would get from all columns; backward touches only the local
+columns. Without a group nothing is sent.
 
 ======================================  ==============================  =======================  ========
 call                                    forward                         message per row, bytes   backward
@@ -13,9 +13,9 @@ call                                    forward                         message 
 ======================================  ==============================  =======================  ========
 
 P is the number of ranks; the entropy adds one number per rank (4 P) or per row (4). Each rank sends and receives 2 (P -
-1) / P times the message, so that the cost per rank hardly grows with P. float64 logits send twice the bytes for each
-number that is not an id. An all-reduce replaces a gather because each id lives on one rank: all others add zero, so
-that the sum is exact.
+1) / P times the message, so the cost per rank hardly grows with P. With float64 logits every number except ids takes
+twice the bytes. An all-reduce replaces a gather because each id lives on one rank: all others add zero, so the sum is
+exact.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class VocabShard:
 
     Attributes:
         start, stop: ids of the local columns, ``[start, stop)``; they rise with the rank in ``group`` and leave no gap.
-        vocab_size: true vocabulary size; columns of ids at or above it are padding, which never counts.
+        vocab_size: true vocabulary size; columns of ids at or above it are padding and never count.
         group: ranks that hold the other columns; None if all are here.
 
     Raises:
-        ValueError: bounds that are no interval, a vocabulary without an id, or one that a lone rank does not hold.
+        ValueError: the bounds are no interval, the vocabulary is empty, or a lone rank does not hold all of it.
     """
 
     start: int
@@ -84,12 +84,12 @@ class VocabShard:
 
     @property
     def rank(self) -> int:
-        """This rank among them."""
+        """This rank's index among them."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     @property
     def columns(self) -> int:
-        """Local columns that are real; padding comes last."""
+        """Number of local columns that are real; padding comes last."""
         return max(0, min(self.stop, self.vocab_size) - self.start)
 
     def local(self, ids: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class VocabShard:
 
 
 class LogProbs(NamedTuple):
-    """Log-probabilities that are alike on every rank and differentiable in the local logits.
+    """Log-probabilities, the same on every rank, differentiable with respect to the local logits.
 
     Attributes:
         log_probs: nats, over the whole vocabulary; ``-inf`` for a negative id.
@@ -111,7 +111,7 @@ class LogProbs(NamedTuple):
 
 
 class TopLogits(NamedTuple):
-    """The most probable ids, alike on every rank.
+    """The most probable ids, the same on every rank.
 
     Attributes:
         ids: int64, by falling logit (equal ones by rising id).
@@ -127,12 +127,12 @@ class TopLogits(NamedTuple):
 
     @property
     def log_probs(self) -> Float[Tensor, "rows k"]:
-        """Of ``ids``, over the whole vocabulary, in nats; ``-inf`` for an id without mass."""
+        """Log-probabilities of ``ids`` over the whole vocabulary, in nats; ``-inf`` for an id without mass."""
         return self.normaliser.log_probs(self.values)
 
     @property
     def sampled_log_probs(self) -> Float[Tensor, " rows"]:
-        """Of the sampled ids, over the whole vocabulary, in nats."""
+        """Log-probabilities of the sampled ids over the whole vocabulary, in nats."""
         return self.normaliser.log_probs(self.sampled_values).squeeze(-1)
 
 
@@ -141,8 +141,8 @@ class VocabLogits:
     """Logits of some rows over the whole vocabulary, of which this rank holds a shard.
 
     Attributes:
-        source: the local columns of all tokens, temperature applied.
-        rows: int64 indices into the tokens, without repetition, alike on every rank.
+        source: the local columns of all tokens, temperature already applied.
+        rows: int64 indices into the tokens, without duplicates, the same on every rank.
         shard: the columns of ``source``.
 
     Raises:
@@ -179,7 +179,7 @@ class VocabLogits:
         Args:
             k: at least 1.
             sampled_ids: below the vocabulary size.
-            entropy: whether the normaliser's entropy will be asked for.
+            entropy: whether the normaliser's entropy will be needed.
         """
         shard = self.shard
         own = self._columns_of(sampled_ids.unsqueeze(-1))
@@ -191,14 +191,14 @@ class VocabLogits:
         return TopLogits(reading.top_ids, reading.top_values, reading.values, reading.normaliser)
 
     def logits_at(self, ids: Int[Tensor, "rows ids"], *, entropy: bool) -> tuple[Normaliser, Float[Tensor, "rows ids"]]:
-        """The normaliser of the whole vocabulary, and the logits at ``ids``, 0 where negative; no gradient.
+        """The normaliser of the whole vocabulary, and the logits at ``ids`` (0 where negative); no gradient.
 
-        One all-reduce, that of :meth:`log_probs_at`.
+        One all-reduce, the one of :meth:`log_probs_at`.
         """
         shard = self.shard
         normaliser, values, *_ = self.source.read(self.rows, self._columns_of(ids), shard.columns, energy=entropy)
         if shard.ranks > 1 and self.rows.shape[0] > 0:
-            # One slot per rank for its part of the normaliser, zero on all others.
+            # One slot per rank for its part of the normaliser; the other ranks' are zero.
             parts = torch.stack([part for part in normaliser if part is not None], dim=-1)
             slots = values.new_zeros(self.rows.shape[0], shard.ranks, parts.shape[-1])
             slots[:, shard.rank] = parts
@@ -215,9 +215,9 @@ class VocabLogits:
         backward pass.
 
         Args:
-            ids: int64 below the vocabulary size, alike on every rank, each once per row; negative ids give ``-inf`` and
-                no gradient.
-            entropy: whether the entropy is wanted.
+            ids: int64 below the vocabulary size, the same on every rank, each once per row; negative ids give ``-inf``
+                and no gradient.
+            entropy: whether to return the entropy.
 
         Returns:
             Values in the working dtype (at least float32).
@@ -230,14 +230,14 @@ class VocabLogits:
     def differentiable(
         self, log_probs: Float[Tensor, "rows ids"], ids: Int[Tensor, "rows ids"], normaliser: Normaliser
     ) -> LogProbs:
-        """Connect known ``log_probs`` at ``ids``, and the entropy, to the local logits that they are a function of.
+        """Make known ``log_probs`` at ``ids``, and the entropy, differentiable with respect to the local logits.
 
         Backward writes the gradient of both to the logits' columns in one pass. The loss must be the same function of
         them on every rank, as Megatron's losses are: then each rank's gradient of its own columns is complete, and
         nothing is sent.
 
         Args:
-            normaliser: of the whole vocabulary; with its energy if the entropy is wanted.
+            normaliser: of the whole vocabulary; with its energy if the entropy is requested.
         """
         entropy = None if normaliser.energy is None else normaliser.entropy()
         return LogProbs(
@@ -250,14 +250,14 @@ class VocabLogits:
         return self.source.gradients(self.rows, self.shard.columns, gradient, needed)
 
     def _columns_of(self, ids: Tensor) -> Tensor:
-        # Triton's kernels ignore columns that the logits do not have, which saves these operations.
+        # Triton's kernels ignore columns that the logits do not have, so they need no masking.
         return ids if self.shard.start == 0 and self.source.triton else self.shard.local(ids)
 
 
 def _merge(reading: Reading, shard: VocabShard) -> Reading:
     """The reading of the whole vocabulary from those of all ranks.
 
-    Each rank merges its share of the rows: an all-to-all brings it what all ranks found there, an all-gather
+    Each rank merges its share of the rows: an all-to-all brings it what every rank found there, an all-gather
     distributes the results.
     """
     normaliser, sampled, values, ids = reading
@@ -269,7 +269,7 @@ def _merge(reading: Reading, shard: VocabShard) -> Reading:
     dist.all_to_all_single(received, found, group=shard.group)
     parts, values, ids, sampled = _unpack(received.view(shard.ranks, share, -1), width, values.dtype)
 
-    # Candidates are in the order of ranks, so equal values are in the order of ids; a stable sort keeps that.
+    # Candidates are in rank order, so equal values are in id order; a stable sort keeps that.
     best = values.transpose(0, 1).flatten(1).sort(dim=-1, descending=True, stable=True)
     ids = ids.transpose(0, 1).flatten(1).gather(-1, best.indices[:, :width])
     own = _pack(Normaliser.combine(*parts), best.values[:, :width], ids, sampled.sum(0))
@@ -279,13 +279,13 @@ def _merge(reading: Reading, shard: VocabShard) -> Reading:
 
 
 def _pack(normaliser: Normaliser, values: Tensor, ids: Tensor, sampled: Tensor) -> Tensor:
-    """One int32 message per row, ``[..., words]``: k values, sampled and the normaliser bit by bit, then k ids."""
+    """One int32 message per row, ``[..., words]``: the bits of k values, sampled and the normaliser, then k ids."""
     parts = [part.unsqueeze(-1) for part in normaliser if part is not None]
     return torch.cat([torch.cat([values, sampled, *parts], dim=-1).view(torch.int32), ids.to(torch.int32)], dim=-1)
 
 
 def _unpack(message: Tensor, width: int, dtype: torch.dtype) -> tuple[Normaliser, Tensor, Tensor, Tensor]:
-    # A copy: contiguous() would keep the stride of a single row, with which it cannot be viewed as float64.
+    # Copy: contiguous() would keep a single row's stride, with which it cannot be viewed as float64.
     numbers = message[..., :-width].clone(memory_format=torch.contiguous_format).view(dtype)
     return (
         Normaliser(*numbers[..., width + 1 :].unbind(-1)),

@@ -1,8 +1,8 @@
-"""How an old policy's support travels from the old-log-prob pass to the update: 48 bits for each kept id.
+"""How an old policy's support travels from the old-log-prob pass to the update: 48 bits per kept id.
 
-An id takes 20 bits, its float32 log-probability 28. Between -128 and -2^-24 nats no bit of the log-probability is lost:
-it needs no sign, and 5 bits distinguish the 31 binades and 0. Closer to 0 it becomes 0, an error of at most 2^-24 nats;
-from -128 on down, where float32's exponential is 0, it becomes the value just above -128. NaN stays NaN.
+An id takes 20 bits, its float32 log-probability 28. Between -128 and -2^-24 nats the log-probability loses no bit: it
+needs no sign, and 5 bits distinguish the 31 binades and 0. Closer to 0 it becomes 0, an error of at most 2^-24 nats.
+From -128 down, where float32's exponential is 0, it becomes the value just above -128. NaN stays NaN.
 """
 
 from __future__ import annotations

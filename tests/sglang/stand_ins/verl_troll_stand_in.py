@@ -1,4 +1,4 @@
-"""What the stand-ins of this folder are made of: names that can be imported, and not used."""
+"""Building blocks of this folder's stand-ins: names that can be imported but not used."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def names_of(module: str) -> Callable[[str], Any]:
-    """A module's ``__getattr__`` that gives, for every name, a class whose instances cannot be made."""
+    """A module ``__getattr__`` that returns, for every name, a class that cannot be instantiated."""
 
     def find(name: str) -> Any:
         if name.startswith("__"):

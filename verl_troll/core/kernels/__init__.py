@@ -1,9 +1,9 @@
 """The heavy operations, each in two forms: torch, which runs anywhere and is the reference, and Triton for GPUs.
 
-The forms stand side by side, ``logits_torch`` beside ``logits_triton`` and ``projection_torch`` beside
-``projection_triton``; ``tokens_triton`` holds, for Triton, what :mod:`~verl_troll.core.support` and
-:mod:`~verl_troll.core.loss` do in torch for each token. The functions below choose a form for each call. Importing this
-package does not import Triton.
+Each form has a module of its own: ``logits_torch`` and ``logits_triton``, ``projection_torch`` and
+``projection_triton``. ``tokens_triton`` does for Triton what :mod:`~verl_troll.core.support` and
+:mod:`~verl_troll.core.loss` do for each token in torch. The functions below choose a form for each call. Importing
+this package does not import Triton.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from verl_troll.core.kernels import logits_torch, projection_torch
 
-# The first release with tl.topk (torch 2.8 brings it along), and the first that compiles it for AMD GPUs.
+# The first release with tl.topk (torch 2.8 ships it), and the first that compiles it for AMD GPUs.
 MINIMUM_TRITON = Version("3.4")
 MINIMUM_TRITON_ROCM = Version("3.8")
 MAX_K = 1024
@@ -42,7 +42,7 @@ def _triton_is_recent() -> bool:
 
 
 def available(device: torch.device, form: str = "auto") -> bool:
-    """Whether the Triton forms run on tensors of ``device``.
+    """Whether the Triton forms can run on tensors of ``device``.
 
     True on a GPU with Triton 3.4 (CUDA) or 3.8 (ROCm) or later, and on the CPU under Triton's interpreter
     (``TRITON_INTERPRET=1`` before Triton is first imported). The interpreter is for tests: it is slow.
@@ -54,7 +54,7 @@ def available(device: torch.device, form: str = "auto") -> bool:
 
 
 def reads_with_triton(logits: Tensor, form: str = "auto") -> bool:
-    """Whether logits like these are read by the Triton form: they are computed with in float32."""
+    """Whether the Triton form reads logits like these: those computed with in float32."""
     return available(logits.device, form) and logits_torch.working_dtype(logits) == torch.float32
 
 
@@ -89,20 +89,20 @@ def read_rows(
 ]:
     """Read the first ``columns`` columns of ``logits`` at ``rows`` once, without gradient.
 
-    The normaliser has the same bits whatever else is read, and whichever rows are read beside. In Triton, a few groups
-    of columns are read again for the ``k`` largest.
+    The normaliser has the same bits whatever else is read, and whichever rows are read with it. In Triton, finding the
+    ``k`` largest reads a few groups of columns again.
 
     Args:
         logits: float32, float64 (torch only), bfloat16 or float16; in Triton contiguous in the last dimension.
         rows: indices into the tokens.
-        ids: columns whose logits are wanted, below ``columns``; negative for none.
+        ids: columns whose logits to return, below ``columns``; negative for none.
         columns: at most the columns of ``logits``.
-        k: number of largest logits wanted; may exceed ``columns``.
-        energy: whether the entropy will be asked for.
+        k: number of largest logits to return; may exceed ``columns``.
+        energy: whether the entropy will be needed.
 
     Returns:
         max_logit, sumexp, energy: as in :class:`verl_troll.core.logits.Normaliser`, in the working dtype (float32 for
-            half precisions); energy is None where it was not wanted. In Triton, a NaN or ``+inf`` among the logits
+            half precisions); energy is None if not requested. In Triton, a NaN or ``+inf`` among the logits
             makes sumexp NaN.
         values: logits at ``ids``; 0 where the id is negative.
         top_values: the largest logits by falling value, equal ones by rising column; ``-inf`` beyond ``columns``.
@@ -134,18 +134,18 @@ def write_gradient(
     *,
     form: str = "auto",
 ) -> None:
-    """Write the gradient of everything that was read to ``out``, once.
+    """Write the gradient of everything that was read to ``out``, in one pass.
 
     At the first ``columns`` columns j of row ``rows[r]``, with ``x`` the logits::
 
         out[j] = exp(x[j] - max_logit[r]) (level[r] + slope[r] (x[j] - max_logit[r]))
                  + corrections[r, w where ids[r, w] == j]
 
-    and 0 everywhere else. A sum is rounded to the dtype of ``out`` once. A logit of ``-inf`` counts as no mass.
+    and 0 everywhere else. A sum is rounded once, to the dtype of ``out``. A logit of ``-inf`` has no mass.
 
     Args:
         out: of the dtype of ``logits``; may be ``logits`` itself, but must not overlap it otherwise.
-        rows: without repetition.
+        rows: without duplicates.
         slope: None for 0.
         ids: columns, each once per row; negative for none.
 
@@ -169,7 +169,7 @@ def project(
     *,
     form: str = "auto",
 ) -> projection_torch.Fields:
-    """The fields of :class:`verl_troll.core.projection.Projection`, differentiable in ``new``.
+    """The fields of :class:`verl_troll.core.projection.Projection`, differentiable with respect to ``new``.
 
     The Triton form does not synchronise with the host.
 

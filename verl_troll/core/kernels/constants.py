@@ -14,7 +14,7 @@ REST_FLOOR = 1e-6
 
 
 def mass_to_keep(dropped_mass: float) -> float:
-    """Ids are kept as long as the mass of the more probable ones is below this."""
+    """The mass below which selection continues: an id is kept if the more probable ones have less than this."""
     # With dropped_mass = 0, only ids of probability zero may be dropped, however float32 rounds the sum.
     return 1 - dropped_mass if dropped_mass > 0 else math.inf
 
@@ -36,7 +36,7 @@ CONVERGED, CAP_REACHED, NOT_A_DISTRIBUTION = range(3)
 
 
 class Window(NamedTuple):
-    """Values of log KL(pi || q) at which a step size is accepted, and the value aimed at."""
+    """Range of log KL(pi || q) in which a step size is accepted, and the value aimed at."""
 
     lower: float
     target: float
@@ -45,7 +45,7 @@ class Window(NamedTuple):
 
 def window(kl_bound: float, tolerance: float) -> Window:
     """The solver's window below ``kl_bound`` (nats)."""
-    # It ends short of the bound, so that rounding the result to float32 cannot carry it across.
+    # It ends just below the bound, so that rounding the result to float32 cannot cross the bound.
     upper = math.log(kl_bound) + math.log1p(-0.1 * tolerance)
     lower = math.log(kl_bound) + math.log1p(-tolerance)
     return Window(lower, 0.5 * (lower + upper), upper)

@@ -1,7 +1,7 @@
-"""Reading logits, and writing their gradient, block by block, so that no second tensor of their size is ever held.
+"""Reading logits and writing their gradient block by block, without ever holding a second tensor of their size.
 
 Much of this is tuned for CPUs, where it trains tiny models; on a GPU it is slow. See :mod:`verl_troll.core.kernels` for
-what each function takes and gives.
+the contract of each function.
 
 Shapes: N packed tokens, C columns, R rows of interest (indices into N), W ids per row.
 """
@@ -14,26 +14,26 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Logits that are worked on at a time: what a host's cache holds, and what keeps an accelerator busy.
+# Logits processed at a time: as many as a host's cache holds, or as keep an accelerator busy.
 _HOST_BLOCK = 1 << 20
 _DEVICE_BLOCK = 1 << 24
 _INT32_MAX = 2**31 - 1
-# Columns per group whose maximum is looked at first.
+# Columns per group; groups are ordered by their maxima first.
 _GROUP = 64
-# Sorting only the large candidates pays up to this many of them per wanted one. There are more where many logits are
-# equal or NaN.
+# Sorting only the large candidates pays off up to this many candidates per requested logit. Many equal or NaN logits
+# give more.
 _MAX_CANDIDATES = 4
-# Working blocks for the candidates that are sorted together.
+# Candidates that are sorted together, in working blocks.
 _SORT_SHARE = 4
 _LOG2_E = math.log2(math.e)
-# Rows from this length on are worth a call of their own.
+# Rows of at least this length get a call of their own.
 _LONG_ROW = 8192
-# Replaces the logarithm of zero sumexp: its exponential is 0 in every dtype, and so is 0 times it.
+# Replaces log(0) where sumexp is 0: its exponential is 0 in every dtype, and so is 0 times it.
 LOG_ZERO = -1e4
 
 
 def block_elements(device: torch.device) -> int:
-    """Elements of logits that are worked on at a time."""
+    """Number of logits to process at a time."""
     return _HOST_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
 
 
@@ -82,10 +82,10 @@ def _read_rows(
     ids = torch.full((rows.shape[0], k), -1, dtype=torch.int64, device=logits.device)
     own = min(k, columns)
     groups = columns // _GROUP if 0 < 4 * own <= columns // _GROUP else 0
-    # Rows whose largest logits are found together: so few that the tables of candidates stay small.
+    # Rows whose largest logits are found together: few enough that the tables of candidates stay small.
     step = _block_rows(rows, _SORT_SHARE * max(groups, own * _GROUP) if groups > 0 else columns)
     maxima = torch.empty(step, groups, dtype=dtype, device=logits.device)
-    # One buffer for all blocks: a new one costs the host a page fault for each of its pages.
+    # One buffer for all blocks: allocating a new one costs the host a page fault per page.
     buffer = torch.empty(_block_rows(rows, columns), columns, dtype=dtype, device=logits.device)
     weights = torch.empty_like(buffer) if energy else None
     for chunk in slices(rows.shape[0], step) if columns > 0 else ():
@@ -125,16 +125,16 @@ def _exp(values: Tensor, *, out: Tensor) -> Tensor:
     if values.device.type != "cpu" or values.dtype != torch.float32 or values.shape[-1] < _LONG_ROW:
         return torch.exp(values, out=out)
     # torch leaves exp to MKL, which is slow on processors that it does not know; exp2 takes a third of the time there.
-    # Rounding the product changes exp(-x) by a relative x 2^-24.
+    # Rounding the product changes exp(-x) by x 2^-24, relative.
     torch.mul(values, _LOG2_E, out=out)
-    # The tail that does not fill a vector is computed by other code. Row by row, no bit depends on the rows beside it.
+    # Elements that do not fill a vector take another code path. Row by row, no bit depends on the neighbouring rows.
     for row in out.unbind():
         row.exp2_()
     return out
 
 
 def _at_rows(logits: Tensor, rows: Tensor) -> Tensor:
-    """``logits[rows]``; on the host a view if the rows are consecutive, as those of a response are."""
+    """``logits[rows]``; on the host a view if the rows are consecutive, as a response's rows are."""
     return logits[rows] if (run := _run(logits, rows)) is None else logits[run]
 
 
@@ -193,11 +193,11 @@ def write_gradient(
 
 
 def _topk_by_groups(logits: Tensor, rows: Tensor, columns: int, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """:func:`ordered_topk` of ``logits[rows, :columns]`` that sorts little more than it returns.
+    """:func:`ordered_topk` of ``logits[rows, :columns]``, sorting little more than it returns.
 
-    Order groups of consecutive columns by their maximum. The k largest logits lie in the first k groups, since each of
-    these has a maximum that comes before every logit of a later group. No result is smaller than the smallest of these
-    k maxima, and few other logits reach it.
+    Order groups of consecutive columns by their maximum. The k largest logits lie in the first k groups: each of these
+    has a maximum that comes before every logit of a later group. No result is below the smallest of these k maxima,
+    and few other logits reach it.
 
     Args:
         maxima: ``[R, G]`` maximum of each group, G >= k. The last columns, too few to fill a group, belong to none.
@@ -206,7 +206,7 @@ def _topk_by_groups(logits: Tensor, rows: Tensor, columns: int, maxima: Tensor, 
     largest, chosen = ordered_topk(maxima, k)
     chosen = chosen.sort(dim=-1).values
     threshold = largest[:, -1:].to(logits.dtype)
-    # Columns without a group come last, so that candidates are in the order of columns.
+    # Columns without a group come last, which keeps candidates in column order.
     parts = [_runs(logits, rows, chosen * _GROUP, _GROUP), logits[rows, groups * _GROUP : columns]]
     # Not "part >= threshold": NaN must be found too, since it sorts first.
     found = [(~(part < threshold)).nonzero(as_tuple=True) for part in parts]
@@ -222,7 +222,7 @@ def _topk_by_groups(logits: Tensor, rows: Tensor, columns: int, maxima: Tensor, 
             slot = (begin - count.cumsum(0) + count)[row] + torch.arange(row.shape[0], device=logits.device)
             table[row, slot], table_indices[row, slot] = part[row, index], index + offset
             begin = begin + count
-        # Candidates are in the order of columns, and a stable sort keeps equal ones in it.
+        # Candidates are in column order, and a stable sort keeps equal ones in that order.
         best = table.sort(dim=-1, descending=True, stable=True)
         values, indices = best.values[:, :k], table_indices.gather(-1, best.indices[:, :k])
     group = chosen.gather(-1, (indices // _GROUP).clamp_max(k - 1))
@@ -232,11 +232,11 @@ def _topk_by_groups(logits: Tensor, rows: Tensor, columns: int, maxima: Tensor, 
 
 
 def _runs(logits: Tensor, rows: Tensor, starts: Tensor, width: int) -> Tensor:
-    """``[R, G * width]``: for each row, the ``width`` columns from each of ``starts [R, G]`` on."""
+    """``[R, G * width]``: for each row, ``width`` columns starting at each of ``starts [R, G]``."""
     if logits.stride(-1) != 1:
-        # Only these rows, so that no second tensor of the logits' size is made.
+        # Copy only these rows, not a second tensor of the logits' size.
         logits, rows = logits[rows].contiguous(), torch.arange(len(rows), device=rows.device)
-    # Whole runs of memory are selected from a view of all overlapping ones: an index per element costs ten times as
+    # Select whole runs of memory from a view of all overlapping ones: one index per element would cost ten times as
     # much.
     length = (logits.shape[0] - 1) * logits.stride(0) + logits.shape[1] - width + 1
     everywhere = logits.as_strided((length, width), (1, 1))
@@ -246,8 +246,8 @@ def _runs(logits: Tensor, rows: Tensor, starts: Tensor, width: int) -> Tensor:
 def ordered_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and columns ``[R, k]`` of the k largest entries of ``[R, C]``, by falling value, then rising column.
 
-    ``torch.topk`` does not say which of several equal values it returns. Here it gets integer keys, which encode value
-    and column.
+    ``torch.topk`` does not specify which of several equal values it returns. Here it sorts integer keys that encode
+    value and column.
     """
     if rows.dtype == torch.float64:
         ordered = rows.sort(dim=-1, descending=True, stable=True)

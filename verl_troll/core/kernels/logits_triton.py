@@ -2,15 +2,15 @@
 """Reading and writing ``[tokens, columns]`` logits once. See :mod:`verl_troll.core.kernels` for the contracts.
 
 **Reading.** One program per row streams its columns in tiles of ``lanes x wide``. A lane keeps its own maximum, sum and
-energy, and rescales them once per tile, so that lanes exchange nothing before the row ends. If the largest logits are
-wanted, the maximum of every group of consecutive columns is kept as well.
+energy, and rescales them once per tile, so lanes exchange nothing before the row ends. If the largest logits are
+requested, the maximum of every group of consecutive columns is stored too.
 
 **Searching.** The k largest logits, by value and then by lower column, lie in the k groups with the largest maxima. A
-second kernel finds these groups by bisection on the bits of the values, then in the same way the k largest logits in
-them: 1 to 3 % of the row is read again.
+second kernel finds these groups by bisection on the bits of the values, then the k largest logits in them in the same
+way. It reads 1 to 3 % of the row again.
 
 **Writing.** One program per row. Logits that get a correction are read before the dense pass can overwrite them,
-and stored after it; barriers inside the program order the three.
+and stored after it; barriers inside the program order the three steps.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from torch import Tensor
 
 from verl_troll.core.kernels import MAX_K
 
-# Bytes per tile, and columns per lane: 16 bytes of half precision, what a thread loads at once.
+# Bytes per tile, and columns per lane: 16 bytes of half precision, one load of a thread.
 READ_TILE_BYTES = 8192
 READ_WIDE = 8
-# Sums must have the same bits whatever else is read. With fusion, the compiler's choices would depend on it.
+# Sums must have the same bits whatever else is read; with fusion, the compiler's choices would depend on it.
 READ_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 READ_STAGES = 3
-# Columns per group for k up to a limit: fewer for a larger k, so that there are about as many groups as candidates.
+# Columns per group for k up to a limit: the larger k, the fewer, so that groups and candidates are about as many.
 GROUP_COLUMNS = ((64, 64), (256, 32), (MAX_K, 16))
 # Groups or candidates per warp of a searching program.
 SEARCHED_PER_WARP = 1024
 SEARCH_OPTIONS: dict[str, int | bool] = {"enable_fp_fusion": False}
 if torch.version.hip is None:
-    # More programs per multiprocessor are worth a few spilled registers: 7 % of the time on an H200.
+    # More programs per multiprocessor outweigh a few spilled registers: they save 7 % of the time on an H200.
     SEARCH_OPTIONS["maxnreg"] = 96
-# Columns that a writing program holds at a time, and its warps.
+# Columns that a writing program holds at a time, and its number of warps.
 WRITE_COLUMNS = 8192
 WRITE_OPTIONS = {"num_warps": 16, "enable_fp_fusion": True}
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
-# Lowest float32, the maximum of a lane that has seen nothing yet: -inf minus -inf would be NaN.
+# Lowest float32: the maximum of a lane that has seen nothing yet, because -inf minus -inf would be NaN.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 # Below this shift a weight is 0 in float32, and so is its product with the shift.
 _LEAST_SHIFT = tl.constexpr(-1e4)
-# Keys of unused lanes: below all others.
+# Key of unused lanes: below all others.
 _NO_KEY = tl.constexpr(-(2**31))
 _NO_ENTRY = tl.constexpr(-(2**63))
 # Low bits of a float32 key that are the same for all numbers of the dtype.
@@ -120,7 +120,7 @@ def read_rows(
 
 
 def group_columns(k: int) -> int:
-    """Columns per group if the ``k`` largest logits are wanted."""
+    """Columns per group when the ``k`` largest logits are requested."""
     return next(columns for most, columns in GROUP_COLUMNS if k <= most)
 
 
@@ -169,7 +169,7 @@ def write_gradient(
             BLOCK=WRITE_COLUMNS,
             **WRITE_OPTIONS,
         )
-    # autograd does not see what a kernel writes; if another backward pass needs the logits, it has to raise.
+    # autograd does not see what a kernel writes; if another backward pass needs the logits, it must raise.
     torch.autograd.graph.increment_version(out)
 
 
@@ -184,13 +184,13 @@ def _check_logits(logits: Tensor, columns: int) -> None:
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the tensor's device current, on which Triton launches."""
+    """Makes the tensor's device current, since Triton launches there."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
 @triton.jit
 def _absorb(x, max_logit, sumexp, energy):
-    """Each lane's state after one more tile ``x [lanes, wide]``, and the lane's largest entry of it."""
+    """Each lane's state after one more tile ``x [lanes, wide]``, and the tile's largest entry in each lane."""
     best = tl.max(x, 1)
     new = tl.maximum(max_logit, best)
     moved = max_logit - new
@@ -267,14 +267,14 @@ def _read(
 
 @triton.jit
 def _keys(x):
-    """int32 keys with the order of float32 ``x``; -0.0 equals 0.0, and NaN sorts first."""
+    """int32 keys in the order of float32 ``x``; -0.0 equals 0.0, and NaN sorts first."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _threshold(keys, wanted, low, high):
-    """The largest key that at least ``wanted`` of ``keys`` reach, or any that exactly ``wanted`` reach.
+    """The largest key that at least ``wanted`` of ``keys`` reach, or any key that exactly ``wanted`` reach.
 
     At least ``wanted`` keys reach ``low``, and none exceeds ``high``; both int64.
     """
@@ -323,7 +323,7 @@ def _search(
     index = tl.program_id(0).to(tl.int64)
     row = logits + tl.load(rows + index) * stride
     ids = ids_out + index * k
-    # Until the result is written, its memory holds the chosen groups, then the chosen columns.
+    # Until the result is written, its memory holds first the chosen groups, then the chosen columns.
     chosen_out = ids.to(tl.pointer_type(tl.int32), bitcast=True)
 
     group = tl.arange(0, GROUPS)
@@ -344,7 +344,7 @@ def _search(
     x = tl.load(row + column, mask=real, other=-math.inf).to(tl.float32)
     keys = tl.where(real, _keys(x) >> IDLE_BITS, _NO_KEY)
     # Each of the k groups has a logit that reaches their threshold, and few other logits do: all of these are sorted.
-    # If there is not enough room for them, the threshold is raised to that of the k-th logit.
+    # If there is no room for all, the threshold is raised to that of the k-th logit.
     found = tl.minimum(k, columns)
     lowest = tl.min(tl.where(real, keys, 0x7FFFFFFF)).to(tl.int64)
     low = tl.where(wanted == k, threshold.to(tl.int64), lowest)
@@ -363,7 +363,7 @@ def _search(
     item = tl.arange(0, 2 * K)
     column = tl.load(chosen_out + item, mask=item < taken, other=0)
     x = tl.load(row + column, mask=item < taken, other=-math.inf).to(tl.float32)
-    # An entry is its key, then its inverted column.
+    # An entry is the key, then the inverted column.
     entry = (_keys(x).to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
     best = tl.sort(tl.where(item < taken, entry, _NO_ENTRY), descending=True)
     bits = (best >> 32).to(tl.int32)

@@ -34,13 +34,13 @@ class _Tilted(NamedTuple):
 
 
 def _tilt(log_q: Tensor, s: Tensor, t: Tensor) -> _Tilted:
-    """Moments of pi_t proportional to q exp(t s), from ``log_q, s [R, n]`` and ``t [R]``."""
+    """Moments of pi_t, proportional to q exp(t s), from ``log_q, s [R, n]`` and ``t [R]``."""
     log_normaliser = torch.logsumexp(torch.addcmul(log_q, t.unsqueeze(-1), s), dim=-1)
     log_ratio = t.unsqueeze(-1) * s - log_normaliser.unsqueeze(-1)
     pi = (log_q + log_ratio).exp()
     mean = (pi * s).sum(-1)
     variance, third_moment = _central_moments(pi, s, mean)
-    # sum of pi log(pi / q) - (pi - q): no term is negative, whereas t m - A(t) cancels.
+    # sum of pi log(pi / q) - (pi - q): no term is negative, whereas t m - A(t) suffers cancellation.
     q = log_q.exp()
     gain = torch.where(log_ratio.abs() < 0.5, q * torch.expm1(log_ratio.clamp(-1.0, 1.0)), pi - q)
     kl = (pi * log_ratio - gain).clamp_min(0.0).sum(-1)
@@ -48,14 +48,14 @@ def _tilt(log_q: Tensor, s: Tensor, t: Tensor) -> _Tilted:
 
 
 def _central_moments(pi: Tensor, s: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Second and third, ``[R]``."""
+    """Second and third central moments, each ``[R]``."""
     centred = s - mean.unsqueeze(-1)
     weighted = centred.square().mul_(pi)
     return weighted.sum(-1), weighted.mul_(centred).sum(-1)
 
 
 def _safe_step_size(log_q: Tensor, s: Tensor, kl_bound: float) -> Tensor:
-    """Largest of two step sizes ``[R]`` at which KL(pi_t || q) is known not to exceed the bound.
+    """The larger of two step sizes ``[R]`` at which KL(pi_t || q) is known not to exceed the bound.
 
     By Jensen KL(t) <= t (max s - E_q[s]); by Popoviciu v <= range(s)^2 / 4, so KL(t) <= t^2 range(s)^2 / 8.
     """
@@ -65,7 +65,7 @@ def _safe_step_size(log_q: Tensor, s: Tensor, kl_bound: float) -> Tensor:
     drift = largest - (log_q.exp() * s).sum(-1)
     by_jensen = kl_bound / drift
     by_popoviciu = math.sqrt(8 * kl_bound) / (largest - smallest)
-    # A hair less, so that rounding cannot break the bound.
+    # Slightly less, so that rounding cannot break the bound.
     return torch.maximum(by_jensen, by_popoviciu).mul(1 - 1e-9).clamp(max=1.0)
 
 
@@ -74,7 +74,7 @@ def _solve(
 ) -> tuple[Tensor, _Tilted, Tensor, Tensor]:
     """Step sizes of rows whose KL exceeds the bound at t = 1 (already evaluated once).
 
-    Halley's method on log KL against log t, that is Newton's with curvature, inside a bracket that every evaluation
+    Halley's method (Newton's with curvature) on log KL against log t, inside a bracket that every evaluation
     shrinks. With ``a = t^2 v`` and the third central moment c of s under pi_t::
 
         d log KL / d log t = a / KL,      d^2 log KL / d (log t)^2 = (2 a + t^3 c) / KL - (a / KL)^2
@@ -100,7 +100,7 @@ def _solve(
         log_hi = torch.where(above & ~done, log_t, log_hi)
         log_lo = torch.where(~above & ~done, torch.maximum(log_t, log_lo), log_lo)
         curved = (2 * log_t).exp() * here.variance
-        # The second derivative over the square of the first.
+        # Second derivative over squared first derivative.
         bend = here.kl * (2 + log_t.exp() * here.third_moment / here.variance) / curved - 1
         divisor = (1 - 0.5 * residual * bend).clamp(*constants.CURVATURE_RANGE)
         halley = log_t - residual * here.kl / (curved * divisor)
@@ -110,7 +110,7 @@ def _solve(
         previous = residual.abs()
         proposal = torch.where(bisect, 0.5 * (log_lo + log_hi), halley)
         if evaluation == constants.MAX_EVALUATIONS:
-            # What has not converged by now ends on the feasible end of its bracket.
+            # A row that has not converged by now takes the feasible end of its bracket.
             proposal = log_lo
         log_t = torch.where(done, log_t, proposal)
         here = _tilt(log_q, s, log_t.exp())
@@ -125,7 +125,7 @@ def _solve(
 
 
 class Project(torch.autograd.Function):
-    """``new, old [R, n]`` to the fields of :class:`Projection`; closed-form gradient to ``new``."""
+    """Maps ``new, old [R, n]`` to the fields of :class:`Projection`; closed-form gradient to ``new``."""
 
     @staticmethod
     def forward(
@@ -139,7 +139,7 @@ class Project(torch.autograd.Function):
         escaped = (has_mass & ~outcome).any(-1)
         empty = ~outcome.any(-1)
         skipped = broken | empty
-        # Rows that cannot be solved are replaced by a harmless one, so that they do not touch their neighbours.
+        # Rows that cannot be solved are replaced by harmless ones, so that they do not affect the others.
         log_q = torch.where(skipped.unsqueeze(-1), 0.0, log_q)
         log_q = log_q - torch.logsumexp(log_q, dim=-1, keepdim=True)
         s = torch.where(has_mass, log_p - log_q, constants.LOG_RATIO_OF_ZERO)
@@ -153,7 +153,7 @@ class Project(torch.autograd.Function):
         evaluations = (~skipped).int()
 
         outside = (at_one.kl > kl_bound) & ~skipped
-        # All other rows stay as they are.
+        # All other rows stay unchanged.
         moved = (outside | (escaped & ~broken)).nonzero().squeeze(-1)
         log_probs = torch.where(broken.unsqueeze(-1), math.nan, new)
         log_q, s, on_bound = log_q[moved], s[moved], outside[moved]

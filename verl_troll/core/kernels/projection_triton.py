@@ -2,8 +2,8 @@
 """Solver and gradient of the projection in Triton: one kernel forward, one backward, one program per row.
 
 The algorithm is that of :mod:`~verl_troll.core.kernels.projection_torch`, in float64. Each row stops when it has
-converged, so that rows inside the region cost one evaluation, and the host waits for nothing. The backward pass
-recomputes log pi from the inputs and six numbers per row.
+converged, so rows inside the region cost one evaluation, and the host never waits. The backward pass recomputes log pi
+from the inputs and six numbers per row.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NOT_A_DISTRIBUTION = tl.constexpr(constants.NOT_A_DISTRIBUTION)
 
 
 class Saved(NamedTuple):
-    """What :func:`project_gradient` needs of each row besides the inputs.
+    """What :func:`project_gradient` needs for each row besides the inputs.
 
     Attributes:
         moments: ``[4, R]`` float64: step size, mean and variance of s under pi, log-normaliser of pi.
@@ -106,7 +106,7 @@ def project_gradient(grad: Tensor, new: Tensor, old: Tensor, saved: Saved, impli
 
 
 class Project(torch.autograd.Function):
-    """The same as :class:`verl_troll.core.kernels.projection_torch.Project`."""
+    """Same as :class:`verl_troll.core.kernels.projection_torch.Project`."""
 
     @staticmethod
     def forward(ctx: Any, new: Tensor, old: Tensor, kl_bound: float, tolerance: float, implicit: bool) -> Fields:
@@ -142,10 +142,10 @@ def _shape(n: int) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=16)
 def solver_limits(kl_bound: float, tolerance: float, device: torch.device) -> Tensor:
-    """The solver's numbers in float64, which Triton would round to float32 if they were passed by value."""
+    """The solver's numbers in float64; passed by value, Triton would round them to float32."""
     lower, target, upper = constants.window(kl_bound, tolerance)
     safe = kl_bound * (1 - tolerance)
-    # A KL that float32 finds below this is inside the region: the error there is less than 1e-6.
+    # A row whose float32 KL is below this is inside the region: that KL's error is less than 1e-6.
     plainly_inside = 0.99 * kl_bound - 1e-5
     numbers = (kl_bound, upper, lower, target, safe, math.sqrt(8 * safe), 1 - 1e-9, plainly_inside)
     return torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -162,7 +162,7 @@ def _read_pair(
     LOG_RATIO_OF_ZERO: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
 ):
-    """:func:`prepare_pair` of a row in memory."""
+    """:func:`prepare_pair` for a row in memory."""
     lane = tl.arange(0, WIDTH)
     here = lane < n
     log_p = tl.load(new + row * new_stride + lane, mask=here, other=-math.inf).to(tl.float64)
@@ -172,7 +172,7 @@ def _read_pair(
 
 @triton.jit
 def prepare_pair(log_p, log_q, here, LOG_RATIO_OF_ZERO: tl.constexpr):  # noqa: N803
-    """Normalised log q and ``s = log p - log q``, harmless where the row cannot be solved; what kind of row it is."""
+    """Normalised log q and ``s = log p - log q``, made harmless where the row cannot be solved; and the row's kind."""
     outcome = log_q > -math.inf
     has_mass = log_p > -math.inf
     live = outcome & has_mass
@@ -216,7 +216,7 @@ def _tilt(log_q, q, s, t):
     weighted = pi * (s - mean) * (s - mean)
     variance = tl.sum(weighted, 0)
     third_moment = tl.sum(weighted * (s - mean), 0)
-    # sum of pi log(pi / q) - (pi - q): no term is negative, whereas t m - A(t) cancels.
+    # sum of pi log(pi / q) - (pi - q): no term is negative, whereas t m - A(t) suffers cancellation.
     log_ratio = t * s - log_normaliser
     near = tl.abs(log_ratio) < 0.5
     terms = tl.where(near, q * _gain(tl.where(near, log_ratio, 0.0)), pi * log_ratio - (pi - q))
@@ -226,7 +226,7 @@ def _tilt(log_q, q, s, t):
 
 @triton.jit
 def rough_kl(log_p, log_q):
-    """KL(p || q) of float32 log-probabilities, normalised over the outcomes of q; NaN for a row of another kind."""
+    """KL(p || q) of float32 log-probabilities, normalised over the outcomes of q; NaN for any other kind of row."""
     outcome = log_q > -math.inf
     has_mass = log_p > -math.inf
     live = outcome & has_mass
@@ -262,7 +262,7 @@ def solve(
     LEAST_DIVISOR: tl.constexpr,  # noqa: N803
     LARGEST_DIVISOR: tl.constexpr,  # noqa: N803
 ):
-    """Step size of one row of :func:`prepare_pair`, the KL on both ends of the step, and the moments of s there."""
+    """Step size for one row of :func:`prepare_pair`, the KL at both ends of the step, and the moments of s there."""
     q = tl.exp(log_q)
     kl_bound = tl.load(limits)
     upper = tl.load(limits + 1)
@@ -282,7 +282,7 @@ def solve(
     smallest = tl.min(tl.where(outcome, s, math.inf), 0)
     by_jensen = tl.load(limits + 4) / (largest - tl.sum(q * s, 0))
     by_popoviciu = tl.load(limits + 5) / (largest - smallest)
-    # A hair less, so that rounding cannot break the bound.
+    # Slightly less, so that rounding cannot break the bound.
     log_lo = tl.log(tl.minimum(tl.maximum(by_jensen, by_popoviciu) * tl.load(limits + 6), 1.0))
     log_hi = zero
     log_t = zero
@@ -302,7 +302,7 @@ def solve(
         slow = (evaluations >= PATIENCE) & (tl.abs(residual) > 0.5 * previous)
         inside = (halley > log_lo) & (halley < log_hi)
         log_t = tl.where(inside & ~slow, halley, 0.5 * (log_lo + log_hi))
-        # What has not converged by now ends on the feasible end of its bracket.
+        # A row that has not converged by now takes the feasible end of its bracket.
         log_t = tl.where(evaluations == MAX_EVALUATIONS - 1, log_lo, log_t)
         previous = tl.abs(residual)
         t = tl.exp(log_t)
@@ -328,7 +328,7 @@ def pull_back(
     IMPLICIT: tl.constexpr,  # noqa: N803
     VARIANCE_FLOOR: tl.constexpr,  # noqa: N803
 ):
-    """From ``g``, the gradient to log pi of a row that was moved, to the gradient to log p."""
+    """The gradient to log p of a row that was projected, from ``g``, its gradient to log pi."""
     pi = tl.exp(log_q + t * s - log_normaliser)
     # d log pi_j / d s_i at a fixed step size.
     grad_s = t * (g - pi * tl.sum(g, 0))

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Work per token in Triton, one program each: choosing the kept ids, and the two terms with their gradient.
+"""Per-token work in Triton, one program each: choosing the kept ids, and the two terms with their gradient.
 
 The torch forms are :func:`verl_troll.core.support.keep_most_probable`, and :func:`verl_troll.core.support.compare`
 followed by :func:`verl_troll.core.loss.token_terms`.
@@ -48,7 +48,7 @@ def keep(
         ids, values: ``[R, k]`` int64 and float32, by falling value; ``-inf`` where there are fewer.
         sampled_ids, sampled_values: ``[R]`` int64 and ``[R, 1]`` float32.
         max_logit, sumexp: ``[R]`` float32, over the whole vocabulary.
-        mass_to_keep: ids are kept as long as the mass of the more probable ones is below this.
+        mass_to_keep: ids are kept while the mass of the more probable ones is below this.
 
     Returns:
         ids ``[R, k + 1]`` int64, log_probs ``[R, k + 1]`` float32, sampled ``[R]`` int64.
@@ -100,7 +100,7 @@ def terms(
         new_values: ``[R, M]`` their log-probabilities, or ``[R, W]`` logits at ``old_ids``.
         max_logit, sumexp: ``[R]`` of the new policy, over the whole vocabulary.
         kl_bound, tolerance, implicit: as in :func:`verl_troll.core.kernels.project`.
-        vocab_size, k, mass_to_keep: as the support was selected.
+        vocab_size, k, mass_to_keep: those the support was selected with.
 
     Returns:
         values: ``[3, R]`` log-ratio, regression KL, log-probability of the sampled id.
@@ -157,10 +157,10 @@ def combine(
     sumexp: Tensor,
     energy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What :func:`verl_troll.core.kernels.write_gradient` takes, from the gradients to the values of :func:`terms`.
+    """The arguments of :func:`verl_troll.core.kernels.write_gradient`, from gradients to the values of :func:`terms`.
 
     Args:
-        grads: three times ``[R]``, in the order of the values.
+        grads: three of ``[R]``, in the order of the values.
         grad_entropy: ``[R]``, or None.
         ratio_gradient, regression_gradient: as :func:`terms` returned them.
         sampled: ``[R]`` int64.
@@ -219,7 +219,7 @@ def _keep(
     log_sumexp = tl.log(tl.load(sumexp_in + row))
     log_probs = (tl.load(values + row * k + lane, mask=here, other=-math.inf) - max_logit) - log_sumexp
     has_mass = log_probs > -math.inf
-    # Columns without mass come last; their ids mean nothing.
+    # Columns without mass come last; their ids are meaningless.
     own = tl.where(has_mass, tl.load(ids + row * k + lane, mask=here, other=-1), -1)
     probs = tl.where(has_mass, tl.exp(log_probs), 0.0)
     before = tl.cumsum(probs, 0) - probs
@@ -265,9 +265,9 @@ def _on_union(
     new_width,
     LOG_MISSING: tl.constexpr,  # noqa: N803
 ):
-    """Both policies on the ids of either: the old ones first, then those of the new ones that are not among them.
+    """Both policies on the union of their ids: the old policy's first, then those only in the new one's.
 
-    ``ids`` and ``log_q`` hold the old policy's; ``old_ids`` points at them.
+    ``ids`` and ``log_q`` hold the old policy's; ``old_ids`` points to them in memory.
     """
     support = ids >= 0
     own = lane - old_width
@@ -276,7 +276,7 @@ def _on_union(
     own_ids = tl.load(new_ids + new_row + own, mask=in_new, other=-1)
     log_p = tl.load(new_log_probs + new_row + own, mask=in_new, other=-math.inf)
     new_mass = tl.sum(tl.exp(log_p), 0)
-    # Used lanes come first, except that of the sampled id, which may be the last.
+    # Used lanes come first, except the sampled id's, which may be the last.
     old_used = tl.max(tl.where(support & (lane < old_width - 1), lane + 1, 0), 0)
     known = (own_ids < 0) | (own_ids == tl.load(old_ids + old_width - 1))
     for i in range(old_used):
@@ -342,7 +342,7 @@ def _terms(
     q = tl.exp(log_q)
     old_mass = tl.sum(q, 0)
     support_size = tl.sum(support.to(tl.int32), 0)
-    # The sampled id, where it was added, comes after the k selected ones.
+    # The sampled id, if it was added, comes after the k selected ones.
     selected_mass = tl.sum(tl.where(lane < k, q, 0.0), 0)
     cap_hit = (support_size >= k) & (support_size < vocab_size) & (selected_mass < mass_to_keep)
 
@@ -404,9 +404,9 @@ def _terms(
     log_pi = log_pi + nan
     of_ratio = of_ratio + nan
     log_ratio = tl.sum(tl.where(at_sampled, log_pi - log_q, 0.0), 0)
-    # Through an integer: Triton's interpreter cannot broadcast the result of comparing two floats.
+    # Via an integer: Triton's interpreter cannot broadcast the result of comparing two floats.
     projected = ((kl_before > tl.load(limits)) | broken).to(tl.int32) > 0
-    # p = pi inside the region, and unused lanes have no mass: neither may compute -inf - (-inf).
+    # Inside the region p = pi, and unused lanes have no mass: avoid -inf - (-inf) in both cases.
     counted = projected & (log_p > -math.inf)
     p = tl.where(counted, tl.exp(log_p), 0.0)
     gap = tl.where(counted, log_p - log_pi, 0.0)
@@ -420,7 +420,7 @@ def _terms(
         of_regression = tl.where(kept, of_regression - normalised * tl.sum(of_regression, 0), 0.0)
         tl.store(ids_out + row * width + lane, tl.where(kept, ids, -1), mask=lane < width)
     else:
-        # d log(1 - sum p) / d log p_i, 0 where the floor holds.
+        # d log(1 - sum p) / d log p_i; 0 where the floor applies.
         outer = 1.0 - new_mass
         weight = tl.where(has_rest & (outer >= REST_FLOOR), p_ids / tl.maximum(outer, REST_FLOOR), 0.0)
         of_ratio = of_ratio - weight * tl.sum(tl.where(at_rest, of_ratio, 0.0), 0)

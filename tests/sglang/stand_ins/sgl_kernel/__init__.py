@@ -1,1 +1,1 @@
-"""Stand-in for SGLang's CUDA kernels: SGLang imports some by name on a CPU too, and calls none there."""
+"""Stand-in for SGLang's CUDA kernels: SGLang imports some by name even on a CPU, but calls none there."""

@@ -1,4 +1,4 @@
-"""Stand-in: transfers between the caches of host and accelerator."""
+"""Stand-in: transfers between the host's and the accelerator's cache."""
 
 from verl_troll_stand_in import names_of
 

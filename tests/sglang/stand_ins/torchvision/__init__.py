@@ -1,4 +1,4 @@
-"""Stand-in for torchvision, whose wheels are built for torch with CUDA: names that SGLang and transformers import.
+"""Stand-in for torchvision, whose wheels need torch with CUDA: the names that SGLang and transformers import.
 
-Nothing of it works; no test processes images.
+None of it works; no test processes images.
 """

@@ -8,7 +8,7 @@ from verl_troll_stand_in import names_of
 
 
 class InterpolationMode(Enum):
-    """Names of torchvision's interpolations, which transformers puts into a table at its import."""
+    """Names of torchvision's interpolations, which transformers puts into a table when imported."""
 
     NEAREST = "nearest"
     NEAREST_EXACT = "nearest-exact"
