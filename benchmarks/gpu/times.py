@@ -125,7 +125,7 @@ def _logits(session: Session, tag: str) -> None:
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """The entropy as verl computes it by default: a softmax of all logits beside their log-sum-exp."""
+    """The entropy as verl computes it by default: a softmax of all logits, and their log-sum-exp."""
     probs = torch.softmax(logits, dim=-1)
     return torch.logsumexp(logits, dim=-1) - (probs * logits).sum(-1)
 

@@ -28,7 +28,7 @@ class Normaliser(NamedTuple):
     Attributes:
         max: largest logit; ``-inf`` without columns.
         sumexp: ``sum exp(logit - max)``; 0 without columns.
-        energy: ``sum exp(logit - max) (logit - max)``, or None if it was not asked for.
+        energy: ``sum exp(logit - max) (logit - max)``, or None if not requested.
     """
 
     max: Float[Tensor, " rows"]
@@ -79,7 +79,7 @@ class Reading(NamedTuple):
 
     Attributes:
         normaliser: over the columns read.
-        values: logits at the ids asked for, 0 where the id is negative.
+        values: logits at the requested ids, 0 where the id is negative.
         top_values: the largest logits, by falling value, equal ones by rising column; ``-inf`` beyond the columns.
         top_ids: int64, their columns; -1 beyond the columns.
     """
@@ -119,7 +119,7 @@ class LogitsSource(Protocol):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What gradients flow to."""
+        """The tensors that gradients flow to."""
         ...
 
     @property

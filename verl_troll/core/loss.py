@@ -87,7 +87,7 @@ class PolicyTerms:
         log_ratio: log pi(o) - log q(o), differentiable down to the logits.
         regression_kl: KL(p || stop_gradient(pi)) in nats, differentiable; 0 inside the region.
         sampled_log_probs: log p(o) over the full vocabulary, differentiable.
-        entropy: of the whole new policy in nats, differentiable, if it was asked for.
+        entropy: of the whole new policy in nats, differentiable, if requested.
         statistics: the rows are those of :data:`STATISTICS`.
     """
 

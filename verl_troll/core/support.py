@@ -63,7 +63,7 @@ class SparsePolicy:
             for unused.
         log_probs: log-probabilities over the full vocabulary, ``-inf`` where unused.
         sampled: int64, index of the sampled id in ``ids``.
-        entropy: of the whole policy, in nats, if it was asked for.
+        entropy: of the whole policy, in nats, if requested.
     """
 
     ids: Int[Tensor, "rows ids"]
@@ -96,7 +96,7 @@ class Comparison:
         old_kept_mass: q of the ids kept of the old policy.
         new_kept_mass: p of the ids kept of the new policy (``union``) or of the old one (``anchored``).
         cap_hit: the cap k ended the old policy's selection before it reached its mass.
-        entropy: of the whole new policy, in nats, differentiable, if it was asked for.
+        entropy: of the whole new policy, in nats, differentiable, if requested.
     """
 
     new_log_probs: Float[Tensor, "rows outcomes"]

@@ -103,7 +103,7 @@ class LogProbs(NamedTuple):
 
     Attributes:
         log_probs: nats, over the whole vocabulary; ``-inf`` for a negative id.
-        entropy: nats, if it was asked for.
+        entropy: nats, if requested.
     """
 
     log_probs: Float[Tensor, "rows ids"]

@@ -23,7 +23,7 @@ _GROUP = 64
 # Sorting only the large candidates pays off up to this many candidates per requested logit. Many equal or NaN logits
 # give more.
 _MAX_CANDIDATES = 4
-# Candidates that are sorted together, in working blocks.
+# Candidates that are sorted together fill at most a working block divided by this.
 _SORT_SHARE = 4
 _LOG2_E = math.log2(math.e)
 # Rows of at least this length get a call of their own.

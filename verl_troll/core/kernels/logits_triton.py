@@ -31,7 +31,7 @@ READ_WIDE = 8
 # Sums must have the same bits whatever else is read; with fusion, the compiler's choices would depend on it.
 READ_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 READ_STAGES = 3
-# Columns per group for k up to a limit: the larger k, the fewer, so that groups and candidates are about as many.
+# Columns per group for k up to a limit: fewer for larger k, to get about as many groups as candidates.
 GROUP_COLUMNS = ((64, 64), (256, 32), (MAX_K, 16))
 # Groups or candidates per warp of a searching program.
 SEARCHED_PER_WARP = 1024

@@ -142,7 +142,7 @@ def _shape(n: int) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=16)
 def solver_limits(kl_bound: float, tolerance: float, device: torch.device) -> Tensor:
-    """The solver's numbers in float64; passed by value, Triton would round them to float32."""
+    """The solver's numbers as a float64 tensor: Triton would round them to float32 if passed by value."""
     lower, target, upper = constants.window(kl_bound, tolerance)
     safe = kl_bound * (1 - tolerance)
     # A row whose float32 KL is below this is inside the region: that KL's error is less than 1e-6.
