@@ -6,7 +6,7 @@
 #   bash tests/run.sh tests/core/test_support.py -k ties    only pytest, with these arguments
 #   bash tests/run.sh --vllm          only the tests on vLLM; also takes arguments for pytest
 #   bash tests/run.sh --sglang        only the tests on SGLang
-# Variables pass through; with other instructions for vectors than the processor has to offer:
+# Environment variables pass through, for example to use older vector instructions than the processor offers:
 #   ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 bash tests/run.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,7 +23,7 @@ environment() {
     "$python" -m venv "$1"
 }
 
-# Makes the environment $1 and runs the command $3... on it, unless it was run before on the same files $2.
+# Creates the environment $1 and runs the command $3... on it, unless that was done with the same files $2.
 installed() {
     local folder=$1 state
     # shellcheck disable=SC2086  # a list of names
@@ -57,7 +57,7 @@ with_verl() { (
     python -m pytest "$@"
 ); }
 
-# The kernels once more on the Triton of torch 2.11, which verl comes with; its interpreter wants an older NumPy.
+# The kernels once more on the Triton of torch 2.11, verl's version; its interpreter needs an older NumPy.
 with_verls_triton() { (
     # shellcheck source=/dev/null
     . .venv-test/bin/activate
@@ -90,7 +90,7 @@ checks() { (
     git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
 ); }
 
-# Runs a part of the whole ($1) in the background, as a process group: its number is $job.
+# Runs the part $1 in the background, as the process group $job.
 beside() {
     set -m
     nice bash tests/run.sh "$1" >"$logs/$1" 2>&1 &
@@ -98,7 +98,7 @@ beside() {
     job=$!
 }
 
-# Waits for $job, and prints what the part $1 said.
+# Waits for $job and prints the output of the part $1.
 finish() {
     local status=0
     wait "$job" || status=$?
@@ -122,7 +122,7 @@ everything() {
     checks
     with_verl --numprocesses 2 --dist loadscope "$@"
     finish --install-vllm
-    # Compilers and the interpreter work while engines take their time to start.
+    # Compilers and the interpreter work while engines are slow to start.
     beside --triton
     with_vllm "$@"
     finish --triton
@@ -133,7 +133,7 @@ case "${1:-}" in
     '' | --all) everything "$@" ;;
     --vllm) with_vllm "${@:2}" ;;
     --sglang) with_sglang "${@:2}" ;;
-    # Parts of the whole, which it runs beside others.
+    # Parts that a whole run starts in the background.
     --install-vllm) install_vllm ;;
     --triton) with_verls_triton ;;
     *) with_verl "$@" ;;

@@ -92,7 +92,7 @@ def test_old_pass_gives_verls_log_probs_and_entropy(
     for sample, mask in enumerate(batch["response_mask"].unbind()):
         window = slice(-len(mask) - 1, -1)
         for name in ("log_probs", "entropy"):
-            # Log-probabilities reach -12; the normaliser is rounded, and the difference to it.
+            # Log-probabilities reach -12; both the normaliser and the difference to it are rounded.
             own, expected = ours[sample][name][window], stock[sample][name][window]
             torch.testing.assert_close(own, expected, rtol=0, atol=2 * last_place(8.0), msg=f"{sample} {name}")
         counts = ours[sample]["troll_old_counts"].long()
