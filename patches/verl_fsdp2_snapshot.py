@@ -1,8 +1,8 @@
-"""Patch: a snapshot of FSDP2 weights is a copy, also where the weights are in host memory.
+"""Patch: make a snapshot of FSDP2 weights a copy even if the weights are in host memory.
 
 verl's asynchronous trainer saves the policy at the start of a step and restores it to compute old log-probs in later
-mini-batches. For FSDP2 it saves with ``Tensor.cpu()``, which is the parameter itself when that is on the CPU already
-(``param_offload``, or CPU mode): the "old" policy is then the new one, every ratio is 1 and no token is ever projected.
+mini-batches. For FSDP2 it saves with ``Tensor.cpu()``, which does not copy a parameter that is already on the CPU
+(``param_offload``, or CPU mode). The "old" policy is then the new one, every ratio is 1 and no token is projected.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Patch: run verl's Megatron engine with the CPU as Megatron's accelerator.
 
-Applied in CPU mode only, and only where an engine configuration asks for it
+Applied in CPU mode only, and only if an engine configuration asks for it
 (``verl_troll.cpu.megatron.config.CpuMcoreEngineConfig``).
 """
 
