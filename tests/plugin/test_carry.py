@@ -1,4 +1,4 @@
-"""The old policy's support as 48 bits per kept id: what is exact, what is not, and by how much."""
+"""The old policy's support in 48 bits per kept id: what is exact, and how large the error is elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from verl_troll.plugin import carry
 INF = math.inf
 SMALLEST = 2.0**-24
 ids = st.integers(0, 2**20 - 1)
-# The last float above -128 stands for NaN.
+# The last float above -128 encodes NaN.
 LOWEST = -128 + 2.0**-16
 exact = st.floats(min_value=LOWEST, max_value=-SMALLEST, width=32)
 
@@ -79,7 +79,7 @@ def test_what_lies_below_becomes_the_lowest(i: int, value: float) -> None:
     decoded, log_probs = there_and_back([(i, value)])
     assert decoded == [i]
     assert log_probs[0] == LOWEST
-    # As far as float32 can tell, both are no probability at all.
+    # In float32 both are probability 0.
     assert math.exp(log_probs[0]) < torch.finfo(torch.float32).smallest_normal
 
 
@@ -91,7 +91,7 @@ def test_rounding_above_0_becomes_0() -> None:
 
 
 def old_policy(tokens: carry.ResponseTokens, k: int, columns: int = VOCAB) -> SparsePolicy:
-    """A policy at the tokens whose mask is set."""
+    """A policy at the unmasked tokens."""
     generator = torch.Generator().manual_seed(1)
     count = int(tokens.mask.sum())
     logits = 3 * torch.randn(count, columns, generator=generator)
@@ -99,7 +99,7 @@ def old_policy(tokens: carry.ResponseTokens, k: int, columns: int = VOCAB) -> Sp
 
 
 def everywhere(values: Tensor, tokens: carry.ResponseTokens) -> Tensor:
-    """``values [M, W]`` at the tokens whose mask is set, something at the others."""
+    """``values [M, W]`` at the unmasked tokens, arbitrary values elsewhere."""
     result = torch.ones(tokens.mask.shape[0], values.shape[1], dtype=values.dtype)
     result[tokens.mask] = values
     return result

@@ -1,4 +1,4 @@
-"""What an engine says of the kernels at its start, before anything is trained on a GPU."""
+"""What an engine checks and warns about its kernels at start-up, before any training on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows of the logits are which tokens: packed, padded, and shared out over ranks."""
+"""Mapping from tokens to rows of logits: packed, padded, and split over ranks."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ BITS = torch.tensor([-1.5, 0.25, -0.0, -3e38]).view(torch.int32)
 
 
 def share(positions: list[int]) -> dict[str, list[object]]:
-    """What one rank finds of ``positions``, and what all of them have gathered in the end."""
+    """The positions that one rank finds, and what the ranks gather."""
     layout = TokenLayout(torch.tensor(SHARED[dist.get_rank()]), (1, 4), dist.group.WORLD)
     here, rows = layout.local(torch.tensor(positions, dtype=torch.int64))
-    # Bits of floats, as the old pass gathers them: most are negative as integers.
+    # Float bits, which the old pass gathers; most are negative as integers.
     whole = torch.stack([10 * torch.tensor(positions, dtype=torch.int32), BITS[: len(positions)]], dim=-1)
     gathered: Tensor = layout.gather(here, whole[here], len(positions))
     assert torch.equal(gathered, whole)

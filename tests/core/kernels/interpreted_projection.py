@@ -38,7 +38,7 @@ def run(form: Form, new: Tensor, old: Tensor, bound: float, implicit: bool, grad
 
 
 def assert_agree(new: Tensor, old: Tensor, bound: float = BOUND, implicit: bool = True) -> Fields:
-    """The same fields and gradient as the torch form, to rounding; the step sizes' search is the same one."""
+    """The torch form's fields and gradient, up to rounding; both search step sizes in the same way."""
     grad = torch.randn(new.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(new.dtype)
     fields, gradient = run(kernels.project, new, old, bound, implicit, grad)
     expected, expected_gradient = run(reference, new, old, bound, implicit, grad)
