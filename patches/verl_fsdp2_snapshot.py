@@ -36,7 +36,7 @@ PATCH = Patch(
     name="verl-fsdp2-snapshot",
     host="verl",
     versions=TESTED_VERL,
-    why="verl's FSDP2 snapshot is not a copy of weights that are in host memory, so that the old policy moves along.",
+    why="verl's FSDP2 snapshot does not copy weights in host memory, so the old policy changes with the new one.",
     upstream="verl/utils/fsdp_utils.py, fsdp2_sharded_save_to_cpu: .to('cpu', copy=True), as in its FSDP1 twin",
     install=_install,
     replaces={"verl.utils.fsdp_utils:fsdp2_sharded_save_to_cpu": "5e1356156fc38b8b"},

@@ -55,7 +55,7 @@ PATCH = Patch(
     name="verl-fused-head",
     host="verl",
     versions=TESTED_VERL,
-    why="verl's fused kernels return log-probs and entropy of the sampled tokens, and offer no place to read more.",
+    why="verl's fused kernels return log-probs and entropy of the sampled tokens, with no hook to read more.",
     upstream="verl/models/transformers/dense_common.py and verl/models/mcore/model_forward_fused.py: a head function "
     "that the engine hands over, as logits_processor_func is on the other path",
     install=_install,

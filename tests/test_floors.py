@@ -83,7 +83,7 @@ def test_forbidden_import_is_named(copy: Path, contract: str, file: str, code: s
     assert f"{importer} -> {code.split()[-1]} (l." in done.stdout
 
 
-def test_room_without_a_place_is_named(copy: Path) -> None:
+def test_room_missing_from_the_contract_is_named(copy: Path) -> None:
     (copy / "verl_troll/attic.py").touch()
     done = lint(copy, "rooms")
     assert done.returncode != 0

@@ -22,8 +22,8 @@ PATCH = Patch(
     name="verl-megatron-engine",
     host="verl",
     versions=TESTED_VERL,
-    why="megatron-core names CUDA as its device. The class itself is changed, since other engines derive from it, and "
-    "since a torch function mode belongs to a thread and has to be entered in that of each call.",
+    why="megatron-core hard-codes CUDA as its device. The class itself is changed, because other engines derive from "
+    "it and a torch function mode belongs to a thread, so each call must enter it in its own.",
     upstream="megatron-core: one function that names the device, as parallel_state does for the process groups",
     install=_install,
     replaces={

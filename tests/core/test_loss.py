@@ -113,7 +113,7 @@ def test_lower_precisions_are_read_as_float32(dtype: torch.dtype) -> None:
     )
 
 
-def test_what_comes_back_to_unused_places_is_ignored() -> None:
+def test_gradients_of_unused_entries_are_ignored() -> None:
     ours, theirs = (normal(7, 11, seed=7).requires_grad_() for _ in range(2))
     weight = normal(4, 3, seed=8)
     torch.autograd.backward(log_probs(ours, ROWS, IDS, 11), weight)

@@ -371,7 +371,7 @@ def test_outcomes_with_tiny_old_mass_are_solved() -> None:
 
 
 @pytest.mark.parametrize("shift", [0.05, 2.0])
-def test_what_is_no_outcome_of_the_old_policy_gets_no_mass(shift: float) -> None:
+def test_outcomes_impossible_under_the_old_policy_get_no_mass(shift: float) -> None:
     log_p, log_q = pair(16, 12, seed=18, shift=shift)
     log_q = log_q.clone()
     log_q[:, [2, 9]] = -INF

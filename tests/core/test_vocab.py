@@ -104,7 +104,7 @@ def test_the_normaliser_does_not_depend_on_the_block(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 4), (5, 4), (-3, -1)])
-def test_bounds_that_are_no_interval_are_refused(start: int, stop: int) -> None:
+def test_invalid_bounds_are_refused(start: int, stop: int) -> None:
     with pytest.raises(ValueError, match="0 <= start <= stop"):
         VocabShard(start, stop, 4)
 

@@ -49,7 +49,7 @@ def test_ids_and_log_probabilities_come_back_bit_for_bit(pairs: list[tuple[int, 
     assert [bits(x) for x in log_probs] == [bits(x) for _, x in pairs]
 
 
-def test_every_binade_to_both_of_its_ends() -> None:
+def test_both_ends_of_every_binade() -> None:
     values = [-(2.0**exponent) for exponent in range(-24, 7)]
     values += [float(torch.nextafter(torch.tensor(value), torch.tensor(-INF))) for value in values]
     values += [float(torch.nextafter(torch.tensor(2 * value), torch.tensor(0.0))) for value in values[:30]]
@@ -69,13 +69,13 @@ def test_nan_stays_nan() -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(ids, st.floats(min_value=-SMALLEST, max_value=0.0, width=32, exclude_min=True))
-def test_what_is_closer_to_0_becomes_0(i: int, value: float) -> None:
+def test_values_close_to_0_become_0(i: int, value: float) -> None:
     assert there_and_back([(i, value)]) == ([i], [0.0])
 
 
 @settings(deadline=None, max_examples=200)
 @given(ids, st.floats(max_value=-128.0, width=32, allow_nan=False))
-def test_what_lies_below_becomes_the_lowest(i: int, value: float) -> None:
+def test_values_below_the_lowest_become_the_lowest(i: int, value: float) -> None:
     decoded, log_probs = there_and_back([(i, value)])
     assert decoded == [i]
     assert log_probs[0] == LOWEST

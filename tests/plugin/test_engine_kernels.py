@@ -18,7 +18,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, serves: bool) -> None:
     monkeypatch.setattr(kernels, "_triton_is_recent", lambda: serves)
 
 
-def test_the_default_says_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_default_does_not_warn(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     serve(monkeypatch, True)
     check_kernels(TrollConfig(), GPU)
     serve(monkeypatch, False)

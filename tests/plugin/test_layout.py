@@ -26,7 +26,7 @@ def test_where_one_rank_has_all_tokens_every_position_is_local(layout: TokenLayo
 
 
 @by_layout
-def test_no_position_is_no_row(layout: TokenLayout) -> None:
+def test_no_positions_give_no_rows(layout: TokenLayout) -> None:
     here, rows = layout.local(torch.empty(0, dtype=torch.int64))
     assert here.shape == rows.shape == (0,)
     assert not bool(layout.spread(rows, torch.empty(0)).any())
@@ -39,7 +39,7 @@ def test_values_are_spread_over_the_shape_of_the_logits_with_zeros_between() -> 
 
 
 @by_layout
-def test_each_value_gets_the_gradient_of_its_own_place(layout: TokenLayout) -> None:
+def test_each_value_gets_the_gradient_of_its_own_position(layout: TokenLayout) -> None:
     _, rows = layout.local(torch.tensor([4, 0, 3]))
     values = torch.tensor([4.0, 1.0, 3.0], requires_grad=True)
     weights = torch.arange(float(layout.shape[0] * layout.shape[1])).view(layout.shape)

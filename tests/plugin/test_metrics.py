@@ -114,7 +114,7 @@ def test_a_violation_is_the_excess_over_the_bound(excess: float, expected: float
     assert values_of(statistics, 5)["troll/violation_max"] == pytest.approx(expected, abs=1e-12)
 
 
-def test_what_is_not_a_number_stays_visible() -> None:
+def test_nan_stays_visible() -> None:
     statistics = statistics_of(5)
     statistics[[KL_BEFORE, KL_AFTER], 3] = math.nan
     seen = metrics_of(statistics, 10)

@@ -74,7 +74,7 @@ def test_missing_verl_is_explained_and_the_package_still_imports(tmp_path: Path)
     assert done.stdout.strip() == "project"
 
 
-def test_untested_version_fails_with_its_mend_and_can_be_allowed(tmp_path: Path) -> None:
+def test_untested_version_fails_with_a_hint_and_can_be_allowed(tmp_path: Path) -> None:
     pretend_verl_version(tmp_path, "0.8.0")
     done = run(["-m", "verl_troll", "doctor"], tmp_path)
     assert done.returncode == 1

@@ -568,9 +568,7 @@ def plan(capsys: pytest.CaptureFixture[str], arguments: str) -> tuple[int, str]:
         (f"{SIZES} {STEP} --latency -1", "--latency must be finite and at least 0"),
     ],
 )
-def test_what_describes_no_run_is_refused_by_name(
-    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_options_are_refused_by_name(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", *shlex.split(arguments)]) == 2
     output = capsys.readouterr().err
     assert output.startswith("verl-troll plan: --")

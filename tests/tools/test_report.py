@@ -110,7 +110,7 @@ class TestStatistics:
             assert min(values) - slack <= found.low <= found.high <= max(values) + slack
 
     def test_coverage_is_what_the_page_says(self) -> None:
-        # About 83 % is expected for five normal values; over 300 repetitions one standard error is 2.2 %.
+        # The page says about 83 % for five normal values; over 300 repetitions one standard error is 2.2 %.
         rng = random.Random(0)
         covered = 0
         for _ in range(300):
@@ -389,7 +389,7 @@ class TestReading:
         with pytest.raises(ReportError, match="'gone' does not exist"):
             read_runs(["mine=gone"], refuse_to_warn)
 
-    def test_of_two_equal_descriptions_the_later_counts(self, tmp_path: Path) -> None:
+    def test_the_later_of_two_equal_descriptions_counts(self, tmp_path: Path) -> None:
         first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
         first.write_text(collected("union", 0, (0.1,)) + "\n" + collected("union", 0, (0.3,), lr=1.0) + "\n")
         second.write_text(
@@ -625,7 +625,7 @@ class TestPage:
         assert cli.main(["report", "study.jsonl", "--out", "page.html", "--threshold", "0.5"]) == 0
         assert Path("page.html").read_text(encoding="utf-8") == text
 
-    def test_page_needs_nothing_beside_it(self, tmp_path: Path) -> None:
+    def test_page_is_self_contained(self, tmp_path: Path) -> None:
         out = tmp_path / "report.html"
         assert cli.main(["report", str(study(tmp_path, ["vanilla", "union"])), "--out", str(out)]) == 0
         text = out.read_text(encoding="utf-8")

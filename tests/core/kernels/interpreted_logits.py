@@ -90,7 +90,7 @@ def test_numbers_of_entries(k: int) -> None:
 
 
 @by_dtype
-def test_what_is_read_along_changes_no_bit(dtype: torch.dtype) -> None:
+def test_reading_more_changes_no_bit(dtype: torch.dtype) -> None:
     logits, rows = normal(4, 45).to(dtype), torch.arange(4)
     everything = read(logits, rows, 45, 3)
     for k in (0, 1, 5):
@@ -127,7 +127,7 @@ def test_logits_without_mass(dtype: torch.dtype) -> None:
     assert_reads(logits.to(dtype), torch.arange(5), 60, 4)
 
 
-def test_the_least_number_is_not_nothing() -> None:
+def test_the_smallest_float_is_a_logit() -> None:
     assert_reads(torch.full((1, 60), torch.finfo(torch.float32).min), torch.arange(1), 60, 4)
 
 
@@ -287,7 +287,7 @@ def test_writing_no_rows() -> None:
     assert bool((case.logits == 0).all())
 
 
-def test_what_was_written_over_is_known_to_autograd() -> None:
+def test_autograd_notices_overwritten_logits() -> None:
     case = Case(torch.float32)
     leaf = torch.ones((), requires_grad=True)
     kept = (leaf * case.logits.masked_fill(case.logits == -INF, 0.0)).exp()

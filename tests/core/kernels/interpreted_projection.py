@@ -148,7 +148,7 @@ def test_no_rows() -> None:
     assert none.grad is not None and none.grad.shape == (0, 5)
 
 
-def test_the_gradient_has_none_of_its_own() -> None:
+def test_the_gradient_is_not_differentiable() -> None:
     log_p, log_q = (x[:1, :8].log_softmax(-1) for x in draw(FAMILIES[7]))
     new = log_p.clone().requires_grad_()
     squares = kernels.project(new, log_q, BOUND, 1e-3, True)[0].square().sum()
