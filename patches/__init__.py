@@ -1,4 +1,4 @@
-"""Changes to host packages that a subclass or a registry could not make; see ``registry.Patch``.
+"""Changes to host packages that no subclass or registry can make; see ``registry.Patch``.
 
-Those for CPU mode alone are in :mod:`verl_troll.patches.cpu`.
+Patches for CPU mode only are in :mod:`verl_troll.patches.cpu`.
 """

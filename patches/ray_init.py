@@ -1,6 +1,6 @@
-"""Patch: ask the nodes of the Ray cluster for their versions as soon as the driver has connected to it.
+"""Patch: check the versions of all nodes of the Ray cluster as soon as the driver connects.
 
-A node without verl_troll would otherwise show itself in whatever process lands there first, in that process's trace.
+Otherwise a node without verl_troll fails only when a process lands on it, with that process's traceback.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _install(check_cluster: Callable[[], None]) -> None:
 PATCH = Patch(
     name="ray-init",
     host="ray",
-    # verl's own range: nothing is assumed but that ray.init returns when the driver is connected.
+    # verl's own range: the patch assumes only that ray.init returns once the driver is connected.
     versions=">=2.41",
     why="A node without this package, or with another version of it or of verl, is refused by name before verl starts "
     "anything there.",

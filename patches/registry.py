@@ -1,9 +1,9 @@
-"""How a host package is patched: declared, version-gated, idempotent, and tied to the source that was read.
+"""How to patch a host package: declared, version-gated, idempotent, and tied to the source it was written for.
 
-Each module in this folder holds one :class:`Patch` as ``PATCH``. A patch imports no other room of this package: whoever
-applies it hands it what it calls (:func:`apply`). ``replaces`` names every host definition that the patch stands in
-for, with the fingerprint of the source it was written against; ``tests/patches/test_patches.py`` fails when an
-installed host no longer matches, so that no patch outlives the code it was made for.
+Each module in this folder holds one :class:`Patch` as ``PATCH``. A patch imports no other room of this package: its
+caller passes in what it needs (:func:`apply`). ``replaces`` lists every host definition that the patch depends on, with
+the fingerprint of the source it was written for. ``tests/patches/test_patches.py`` fails if an installed host no longer
+matches, so no patch outlives the code it was made for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ P = ParamSpec("P")
 
 
 class PatchError(RuntimeError):
-    """A patch was asked for on a host version that it was not written for."""
+    """A patch does not support the installed host version."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Patch(Generic[P]):
 
     Attributes:
         name: short identifier, printed by ``verl-troll doctor``.
-        host: distribution that is patched, for example ``verl``.
-        versions: PEP 440 specifier of the host versions that the patch was tested on.
-        why: one sentence, for a reader who wonders whether the patch is still needed.
-        upstream: where the host could make it unnecessary (issue, pull request, or the file and line to change).
-        install: makes the change, with what the patch is handed; called at most once per process.
-        replaces: ``"module:qualified.name" -> fingerprint`` of each host definition that the change stands in for.
+        host: the patched distribution, for example ``verl``.
+        versions: PEP 440 specifier of the host versions the patch was tested on.
+        why: one sentence on what makes the patch necessary.
+        upstream: what would make it unnecessary (issue, pull request, or the file and line to change).
+        install: makes the change, with the arguments of :func:`apply`; called at most once per process.
+        replaces: ``"module:qualified.name" -> fingerprint`` of each host definition that the patch depends on.
     """
 
     name: str
@@ -55,15 +55,15 @@ _applied: dict[str, Patch[...]] = {}
 
 
 def applied() -> tuple[Patch[...], ...]:
-    """Patches that are in force in this process, in the order in which they were applied."""
+    """Patches in force in this process, in the order of application."""
     return tuple(_applied.values())
 
 
 def apply(patch: Patch[P], *args: P.args, **kwargs: P.kwargs) -> None:
-    """Install ``patch`` once, with these arguments; what a later call hands over is not used.
+    """Install ``patch`` once, with these arguments; later calls do nothing.
 
     Raises:
-        PatchError: the installed host version is outside ``patch.versions``, and untested versions are not allowed.
+        PatchError: the installed host version is outside ``patch.versions``, and the user did not allow it.
     """
     if patch.name in _applied:
         return
@@ -89,12 +89,12 @@ def source_fingerprint(target: str) -> str:
         LookupError: the module or the definition does not exist.
     """
     module, _, name = target.partition(":")
-    # Only the top-level package is imported: importing a submodule could pull in an accelerator stack.
+    # Import only the top-level package: a submodule could pull in an accelerator stack.
     root, *rest = module.split(".")
     spec = importlib.util.find_spec(root)
     if spec is None or not spec.submodule_search_locations:
         raise LookupError(f"{root} is not installed")
-    # A namespace package, as megatron is, has no file of its own and may have several folders.
+    # A namespace package (megatron) has no file of its own and may have several folders.
     bases = [Path(folder).joinpath(*rest) for folder in spec.submodule_search_locations]
     files = [file for base in bases for file in (base.with_suffix(".py"), base / "__init__.py") if file.exists()]
     if not files:

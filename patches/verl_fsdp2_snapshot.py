@@ -1,8 +1,8 @@
-"""Patch: a snapshot of FSDP2 weights is a copy, also where the weights are in host memory.
+"""Patch: make a snapshot of FSDP2 weights a copy even if the weights are in host memory.
 
 verl's asynchronous trainer saves the policy at the start of a step and restores it to compute old log-probs in later
-mini-batches. For FSDP2 it saves with ``Tensor.cpu()``, which is the parameter itself when that is on the CPU already
-(``param_offload``, or CPU mode): the "old" policy is then the new one, every ratio is 1 and no token is ever projected.
+mini-batches. For FSDP2 it saves with ``Tensor.cpu()``, which does not copy a parameter that is already on the CPU
+(``param_offload``, or CPU mode). The "old" policy is then the new one, every ratio is 1 and no token is projected.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PATCH = Patch(
     name="verl-fsdp2-snapshot",
     host="verl",
     versions=TESTED_VERL,
-    why="verl's FSDP2 snapshot is not a copy of weights that are in host memory, so that the old policy moves along.",
+    why="verl's FSDP2 snapshot does not copy weights in host memory, so the old policy changes with the new one.",
     upstream="verl/utils/fsdp_utils.py, fsdp2_sharded_save_to_cpu: .to('cpu', copy=True), as in its FSDP1 twin",
     install=_install,
     replaces={"verl.utils.fsdp_utils:fsdp2_sharded_save_to_cpu": "5e1356156fc38b8b"},

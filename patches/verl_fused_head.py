@@ -1,7 +1,7 @@
-"""Patch: let a reader have the hidden states where verl's fused kernels compute log-probs from them.
+"""Patch: let a reader take the hidden states from which verl's fused kernels compute log-probs.
 
-With ``use_fused_kernels`` verl's models never form logits: they hand the hidden states and the head's weight to one of
-two functions. While there is a reader these two hand them to it; at any other time they are verl's own.
+With ``use_fused_kernels`` verl's models never form logits: they pass the hidden states and the head's weight to one of
+two functions. While a reader is set, both functions call it; otherwise they are verl's own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from verl_troll.patches.registry import Patch
 from verl_troll.versions import TESTED_VERL
 
 HeadReader = Callable[[Tensor, Tensor, float], Tensor]
-"""From hidden states, the head's weight and the temperature to what takes the place of verl's log-probs."""
+"""Maps hidden states, the head's weight and the temperature to the replacement of verl's log-probs."""
 
 
 def _install(current_reader: Callable[[], HeadReader | None]) -> None:
@@ -45,7 +45,7 @@ def _install(current_reader: Callable[[], HeadReader | None]) -> None:
 
     torch_functional.FusedLinearForPPO.forward = forward
     kernel.linear_cross_entropy = linear_cross_entropy
-    # FSDP models import the name at each call, Megatron's once.
+    # FSDP models import the name at each call, Megatron models once.
     megatron: Any = sys.modules.get("verl.models.mcore.model_forward_fused")
     if megatron is not None:
         megatron.linear_cross_entropy = linear_cross_entropy
@@ -55,7 +55,7 @@ PATCH = Patch(
     name="verl-fused-head",
     host="verl",
     versions=TESTED_VERL,
-    why="verl's fused kernels return log-probs and entropy of the sampled tokens, and offer no place to read more.",
+    why="verl's fused kernels return log-probs and entropy of the sampled tokens, with no hook to read more.",
     upstream="verl/models/transformers/dense_common.py and verl/models/mcore/model_forward_fused.py: a head function "
     "that the engine hands over, as logits_processor_func is on the other path",
     install=_install,

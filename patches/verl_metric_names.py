@@ -1,4 +1,4 @@
-"""verl's trainer prefixes every metric of the actor with ``actor/``; metrics under ``troll/`` keep their name."""
+"""Patch: keep the names of metrics under ``troll/``, which verl's trainer would prefix with ``actor/``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _install() -> None:
         return {**renamed, **{key: value for key, value in data.items() if key.startswith(NAMESPACE)}}
 
     py_functional.rename_dict = rename_dict
-    # The trainer may have imported the name already.
+    # The trainer may already have imported the name.
     trainer = sys.modules.get("verl.trainer.ppo.v1.trainer_base")
     if trainer is not None:
         trainer.rename_dict = rename_dict  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""Patch: make verl find a training-side class under a rollout name of ours.
+"""Patch: make verl find our training-side class by the name of its rollout.
 
-The serving side has a public registry (``RolloutReplicaRegistry``); the training side has only a private table.
-Applied by ``verl_troll.embedded`` only, which CPU mode includes.
+The serving side has a public registry (``RolloutReplicaRegistry``), the training side only a private table.
+Only ``verl_troll.embedded`` applies it, which is part of CPU mode.
 """
 
 from __future__ import annotations

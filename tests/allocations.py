@@ -1,4 +1,4 @@
-"""Watches how much memory the operations of a block of code ask for."""
+"""Watches how much memory operations in a block of code allocate."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_iter
 
 
 class Allocations(TorchDispatchMode):
-    """Sizes of the storages that operations make while it is active; views and in-place operations make none.
+    """While active, records storages that operations allocate; views and in-place operations allocate none.
 
     Attributes:
-        largest: elements of the largest storage made, counted in the dtype of the tensor that came with it.
+        largest: elements of the largest storage, in the dtype of the tensor it was allocated for.
     """
 
     def __init__(self) -> None:

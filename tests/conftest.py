@@ -1,4 +1,4 @@
-"""The whole suite runs in CPU mode unless tests.device says otherwise, without hubs, one thread per process."""
+"""Runs the suite in CPU mode unless tests.device says otherwise, offline, with one thread per process."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from beartype import beartype
 from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook, jaxtyped
 
-# Every call of the core is checked against its types, shapes included. Not the modules of Triton kernels, whose source
-# Triton reads itself.
+# Checks every call of the core against its types, shapes included, except in modules of Triton kernels, whose source
+# Triton parses itself.
 CORE = ("logits", "lm_head", "vocab", "support", "projection", "loss", "wire")
 with install_import_hook([f"verl_troll.core.{module}" for module in CORE], "beartype.beartype"):
     from verl_troll.core import kernels, loss, wire  # noqa: F401
@@ -81,7 +81,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """For tests of the core's own errors: wrong types and shapes get past the check above."""
+    """Lets wrong types and shapes past the check above, for tests of the core's own errors."""
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)

@@ -1,4 +1,4 @@
-"""The device that the tests' engines and trainers run on: the CPU, or with TROLL_TEST_DEVICE=cuda a GPU."""
+"""The device for the tests' engines and trainers: the CPU, or a GPU with TROLL_TEST_DEVICE=cuda."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ if DEVICE not in ("cpu", "cuda"):
 
 
 def environment(device: str = DEVICE) -> dict[str, str]:
-    """Variables with which verl runs on ``device`` and knows the rollout ``hf``."""
+    """Environment variables that make verl run on ``device`` and register the rollout ``hf``."""
     if device == "cpu":
         return {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "verl_troll.cpu"}
     return {"VERL_USE_EXTERNAL_MODULES": "verl_troll.embedded"}
 
 
 def backend(device: str = DEVICE) -> str:
-    """What torch.distributed is started with, as verl does it."""
+    """torch.distributed's backend, as verl chooses it."""
     return "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"

@@ -17,7 +17,7 @@ KINDS = ("flat", "peaked", "defaults")
 
 @dataclass(frozen=True)
 class Family:
-    """New logits are the old ones plus N(0, shift); ``defaults`` gives ids of one side 1e-12 on the other."""
+    """New logits are the old ones plus N(0, shift). ``defaults`` gives ids kept by one side 1e-12 on the other."""
 
     kind: str
     shift: float

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that verl is used with, saved with a tokenizer as verl loads them."""
+"""Tiny random models of the families used with verl, saved with a tokenizer in the form that verl loads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 VOCAB = 128
 
-# With heads of four, the frequency that is scaled is one that a few tokens show.
+# With head size 4, the scaled frequency already shows over a few tokens.
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -20,7 +20,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
-# What tells a family from the others, by transformers' model type. Output weights are tied in some, as in small models.
+# What distinguishes each family, by transformers' model type. Some tie their output weights, as small models do.
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "qwen3": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
@@ -42,7 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def write_family(folder: Path, family: str, **others: Any) -> str:
-    """A random model of one of :data:`FAMILIES`, two layers, with ``others`` in its configuration; the path."""
+    """Write a random two-layer model of :data:`FAMILIES`, with ``others`` in its configuration; return the path."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def write_family(folder: Path, family: str, **others: Any) -> str:
 
 
 def save(model: PreTrainedModel, folder: Path) -> str:
-    """Give ``model`` random weights with peaked outputs, and write it with a tokenizer; the path."""
+    """Give ``model`` random weights with peaked outputs and write it with a tokenizer; return the path."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -107,7 +107,7 @@ MERGE = 2
 
 
 def write_vision(folder: Path, family: str) -> str:
-    """A random model of one of :data:`VISION`, two layers of text and of vision; the path."""
+    """Write a random model of :data:`VISION` with two text and two vision layers; return the path."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     torch.manual_seed(0)
@@ -145,14 +145,14 @@ def write_vision(folder: Path, family: str) -> str:
 
 
 def with_images(batch: TensorDict, path: str, sizes: dict[int, list[tuple[int, int]]]) -> TensorDict:
-    """``batch`` with random images in the prompts, as verl's agent loop hands them to an engine.
+    """``batch`` with random images in the prompts, as verl's agent loop passes them to an engine.
 
-    verl's processor would need torchvision for its videos; what it does to images and positions is done here, by
-    transformers' image processor and by the model's own ``get_rope_index``.
+    verl's processor needs torchvision for videos. Here transformers' image processor and the model's own
+    ``get_rope_index`` prepare images and positions in the same way.
 
     Args:
         path: the model that the batch is for.
-        sizes: height and width in pixels of the images of a sample, by index in the batch; other samples have none.
+        sizes: height and width in pixels of a sample's images, by index in the batch; other samples have none.
     """
     import numpy as np
     from PIL import Image

@@ -1,6 +1,6 @@
 """Dense float64 reference for the projection, the support rules and the objective.
 
-Written from the formulas alone and meant to be slow and plain: the multiplier by bisection over the whole vocabulary,
+Written from the formulas alone, slow and plain on purpose: the multiplier by bisection over the whole vocabulary,
 supports by Python loops, gradients by autograd through one implicit correction step.
 
 Shapes: R rows, n outcomes, V vocabulary, B sequences of T tokens.
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Probability, on the other side, of an id that only one policy keeps (the published rule).
+# Probability under the other policy of an id that only one policy keeps (the published rule).
 MISSING = 1e-12
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """``[...]`` KL(a || b) over the last dimension; outcomes without mass under a count nothing."""
+    """``[...]`` KL(a || b) over the last dimension; outcomes without mass under a contribute 0."""
     live = log_a > -math.inf
     gap = torch.where(live, log_a, 0.0) - torch.where(live, log_b, 0.0)
     return torch.where(live, log_a.exp() * gap, 0.0).sum(-1)
@@ -31,7 +31,7 @@ def entropy(log_a: Tensor) -> Tensor:
 
 
 def interpolate(log_p: Tensor, log_q: Tensor, eta: Tensor) -> Tensor:
-    """``[R, n]`` log pi, pi proportional to ``exp((eta log q + log p) / (eta + 1))``; no mass where either has none."""
+    """``[R, n]`` log pi, pi proportional to ``exp((eta log q + log p) / (eta + 1))``; 0 where p or q is 0."""
     live = (log_p > -math.inf) & (log_q > -math.inf)
     eta = eta.unsqueeze(-1)
     mixed = (eta * torch.where(live, log_q, 0.0) + torch.where(live, log_p, 0.0)) / (eta + 1)
@@ -40,7 +40,7 @@ def interpolate(log_p: Tensor, log_q: Tensor, eta: Tensor) -> Tensor:
 
 
 def multiplier(log_p: Tensor, log_q: Tensor, bound: float) -> Tensor:
-    """``[R]`` eta with KL(pi || q) = bound by bisection to 1e-12 (relative above 1), 0 where KL(p || q) <= bound."""
+    """``[R]`` eta with KL(pi || q) = bound, by bisection to 1e-12 (relative above 1); 0 if KL(p || q) <= bound."""
     log_p, log_q = log_p.detach().double(), log_q.detach().double()
     low = torch.zeros(log_p.shape[0], dtype=torch.float64)
     high = torch.ones_like(low)
@@ -63,7 +63,7 @@ def multiplier(log_p: Tensor, log_q: Tensor, bound: float) -> Tensor:
 
 
 def project(log_p: Tensor, log_q: Tensor, bound: float, *, implicit: bool = True) -> Tensor:
-    """``[R, n]`` log pi for float64 rows; differentiable in ``log_p``, through the multiplier where ``implicit``."""
+    """``[R, n]`` log pi for float64 rows; differentiable in ``log_p``, through the multiplier if ``implicit``."""
     eta = multiplier(log_p, log_q, bound)
     active = eta > 0
     if implicit and log_p.requires_grad and bool(active.any()):
@@ -77,10 +77,10 @@ def project(log_p: Tensor, log_q: Tensor, bound: float, *, implicit: bool = True
 
 @dataclass(frozen=True)
 class Kept:
-    """Ids of one row by falling probability, the sampled one last where it was not selected.
+    """Ids of one row in descending probability; the sampled id is last if it was not selected.
 
-    ``selected`` counts the ids before the sampled one was added; ``edge_gap`` is the least distance of any partial
-    mass from the mass that ends the selection; ``capped`` tells that the cap ended it first.
+    ``selected`` counts the ids before the sampled one was added. ``edge_gap`` is the minimum distance of any partial
+    mass from the mass that ends the selection. ``capped``: the cap ended it first.
     """
 
     ids: list[int]
@@ -90,7 +90,7 @@ class Kept:
 
 
 def keep(logits: Tensor, sampled: int, *, k: int, dropped_mass: float, vocab_size: int) -> Kept:
-    """The most probable ids of one row ``[V]`` until their mass reaches ``1 - dropped_mass``, at most k, and o."""
+    """The most probable ids of one row ``[V]``, up to mass ``1 - dropped_mass`` and at most k, plus o."""
     values = [float(x) for x in logits[:vocab_size].double()]
     top = max(values)
     weights = [math.exp(x - top) for x in values]
@@ -117,9 +117,9 @@ def keep(logits: Tensor, sampled: int, *, k: int, dropped_mass: float, vocab_siz
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Both policies of one row over common outcomes: ``log_p, log_q [n]``, the ids in order and the sampled place.
+    """Both policies of one row over common outcomes: ``log_p, log_q [n]``, their ids, and the sampled id's index.
 
-    Under ``anchored`` the last outcome is ``rest`` and has id -1, where any id is left for it.
+    Under ``anchored`` the last outcome is ``rest`` with id -1, if any ids are left for it.
     """
 
     log_p: Tensor
@@ -133,7 +133,7 @@ class Outcomes:
 def outcomes(
     rule: str, new: Tensor, old: Tensor, sampled: int, *, k: int, dropped_mass: float, vocab_size: int
 ) -> Outcomes:
-    """One row's comparison from the logits ``new, old [V]``; differentiable in ``new``."""
+    """Compare one row's logits ``new, old [V]``; differentiable in ``new``."""
     log_p = torch.log_softmax(new[:vocab_size].double(), -1)
     log_q = torch.log_softmax(old[:vocab_size].detach().double(), -1)
     kept_old = keep(old, sampled, k=k, dropped_mass=dropped_mass, vocab_size=vocab_size)
@@ -160,7 +160,7 @@ def outcomes(
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything but the data that the objective depends on."""
+    """All parameters of the objective."""
 
     rule: str
     k: int

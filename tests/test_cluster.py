@@ -1,4 +1,4 @@
-"""The launchers for clusters: real Ray on loopback, stand-ins for Slurm's commands, schemas for the rest."""
+"""The cluster launchers: real Ray on loopback, stand-ins for Slurm's commands, schemas for the rest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLUSTER = ROOT / "examples" / "cluster"
 VARIABLES = {
     name for script in SCRIPTS for name in re.findall(r"\$\{([A-Z_]+):-", (ROOT / "examples" / script).read_text())
 }
-# In the place of a run script: shows what it was given, and what Ray has.
+# Replaces a run script: prints its arguments and Ray's resources.
 REPORT = """\
 set -eu
 python3 - "$@" <<'PYTHON'
@@ -46,7 +46,7 @@ print("REPORT", json.dumps({
 PYTHON
 exit "${STATUS:-0}"
 """
-# Stands in for Slurm's srun: runs the command here, once for each node of the list.
+# Stands in for Slurm's srun: runs the command locally, once per listed node.
 SRUN = f"""#!{sys.executable} -S
 import signal, subprocess, sys
 
@@ -92,14 +92,14 @@ def executable(path: Path, text: str) -> None:
 
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
-    """For Ray's sockets, whose paths may have 107 characters."""
+    """For Ray's sockets, whose paths are limited to 107 characters."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def slurm(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, list[int]]:
-    """Exit code of ``slurm.sh`` in an allocation of two nodes of one GPU, its output, and the processes it left."""
+    """Exit code, output and leftover processes of ``slurm.sh`` in an allocation of two one-GPU nodes."""
     bin_folder = folder / "bin"
     bin_folder.mkdir()
     executable(bin_folder / "srun", SRUN)
@@ -116,7 +116,7 @@ def slurm(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, li
         "RAY_TMPDIR": str(folder),
         **variables,
     }
-    # What the script leaves must be seen before the tree is ended with its command: that waits for a line of input.
+    # The command waits for a line of input, so leftovers are seen before the tree is killed with it.
     command = ["bash", "-c", '(bash "$@"); echo $? >code; read', "-", str(CLUSTER / "slurm.sh"), *arguments]
     with (
         (folder / "log").open("w") as log,
@@ -126,7 +126,7 @@ def slurm(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, li
         while not (code := (folder / "code").read_text() if (folder / "code").exists() else ""):
             progress.check()
             time.sleep(0.1)
-        # Ray's helpers notice the end of their raylet within seconds.
+        # Ray's helpers notice that their raylet has ended within seconds.
         for _ in range(20):
             left = tree.processes()[1:]
             if not left:
@@ -148,7 +148,7 @@ def test_slurm_runs_the_script_on_ray_of_all_nodes_and_clears_up(short_folder: P
         "GPUS_PER_NODE": "1",
     }
     assert (seen["nodes"], seen["gpus"]) == (2, 2)
-    # The run script's own exit code, so that Slurm counts the job as failed.
+    # The run script's exit code, so that Slurm counts the job as failed.
     assert code == 7
     assert left == []
 
@@ -172,7 +172,7 @@ def test_slurm_gives_up_when_ray_does_not_start(short_folder: Path) -> None:
     (short_folder / "run.sh").write_text("echo started\n")
     tools = short_folder / "tools"
     tools.mkdir()
-    # A stand-in for a Ray that fails.
+    # Stands in for a Ray that fails.
     executable(tools / "ray", "#!/bin/sh\necho ray is broken\nexit 1\n")
     path = f"{short_folder}/bin:{tools}:{os.environ['PATH']}"
     code, output, left = slurm(short_folder, "run.sh", PATH=path)
@@ -217,7 +217,7 @@ def test_ray_job_takes_script_arguments_and_variables_to_the_cluster(short_folde
         seen = report(done.stdout)
         assert done.returncode == 0
         assert seen["arguments"] == ["a=1", "b=two words"]
-        # Only what is named goes along.
+        # Only named variables are passed on.
         assert seen["variables"] == {
             "LOSS": "vanilla",
             "NNODES": "3",
@@ -288,7 +288,7 @@ def test_skypilot_runs_the_script_on_the_first_node(sky_task: Any, tmp_path: Pat
     (tmp_path / "verl_troll" / "bin").mkdir(parents=True)
     (tmp_path / "verl_troll" / "bin" / "activate").touch()
     (tmp_path / "sky_templates" / "ray").mkdir(parents=True)
-    # A stand-in for SkyPilot's script of that name.
+    # Stands in for SkyPilot's script of that name.
     executable(tmp_path / "sky_templates" / "ray" / "start_cluster", "#!/bin/sh\necho ray started\n")
     (tmp_path / "run.sh").write_text('echo "ran: $* $NNODES $GPUS_PER_NODE $LOSS $RAY_ADDRESS"\n')
     variables = {"SKYPILOT_NODE_RANK": rank, "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
@@ -313,7 +313,7 @@ def test_skypilot_runs_the_script_on_the_first_node(sky_task: Any, tmp_path: Pat
 
 @pytest.mark.parametrize("part", ["setup", "run"])
 def test_skypilot_shell_is_clean(sky_task: Any, part: str) -> None:
-    # SETTINGS is split into words on purpose; the environment does not exist here.
+    # SETTINGS is word-split on purpose; the environment does not exist here.
     done = subprocess.run(
         ["shellcheck", "--shell=bash", "--exclude=SC2086,SC1090,SC1091", "-"],
         input=sky_task[part],
@@ -326,7 +326,7 @@ def test_skypilot_shell_is_clean(sky_task: Any, part: str) -> None:
 
 @pytest.mark.slow
 def test_skypilot_reads_its_task(tmp_path: Path) -> None:
-    # In an environment of its own: SkyPilot brings forty packages.
+    # In its own environment, because SkyPilot brings forty packages.
     python = tmp_path / "venv" / "bin" / "python"
     for command in (
         [sys.executable, "-m", "venv", str(tmp_path / "venv")],

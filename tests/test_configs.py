@@ -1,4 +1,4 @@
-"""The layers of a run compose against verl's real Hydra configuration, into settings that verl itself accepts."""
+"""The configuration layers compose with verl's real Hydra configuration into settings that verl accepts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ACTOR = "actor_rollout_ref.actor"
 
 @dataclass(frozen=True)
 class Estimator:
-    """What ``+estimator=`` sets, and the losses that belong to it."""
+    """What ``+estimator=`` sets, and the losses it is used with."""
 
     adv_estimator: str
     sets: dict[str, Any]
@@ -74,7 +74,7 @@ ESTIMATORS = {
         },
     ),
 }
-# What `+baseline=` sets beside loss_mode, under the actor.
+# What `+baseline=` sets under the actor besides loss_mode.
 RIVALS: dict[str, dict[str, Any]] = {
     "vanilla": {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0},
     "gspo": {"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4, "loss_agg_mode": "seq-mean-token-mean"},
@@ -120,7 +120,7 @@ def verl_config() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a configuration and a tokenizer: verl reads both to build a critic's settings."""
+    """A folder with a configuration and a tokenizer, which verl reads to build a critic's settings."""
     from tests.trainer.run import make_assets
 
     folder = tmp_path_factory.mktemp("assets")
@@ -136,7 +136,7 @@ def checked(config: Any) -> Any:
     """The actor's settings, after verl's own check of the whole run.
 
     Raises:
-        Exception: whatever verl says of a configuration that it does not accept.
+        Exception: whatever verl raises for a configuration it does not accept.
     """
     validate_config(config, need_reference_policy(config), need_critic(config))
     omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
@@ -150,7 +150,7 @@ def test_tables_here_name_every_file() -> None:
     assert options("inference") == sorted(INFERENCE)
 
 
-# The engine, and what a run needs beside it. Without `+fsdp` or `+megatron` verl's defaults, as in a user's own script.
+# The engine and what a run needs besides. Without `+fsdp` or `+megatron`: verl's defaults, as in a user's own script.
 BARE: tuple[str, ...] = (
     f"{ACTOR}.ppo_micro_batch_size_per_gpu=4",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
@@ -168,7 +168,7 @@ HOSTS = {
 
 
 def in_ci(host: str, loss: str) -> bool:
-    """TROLL on both engines, every other loss on one."""
+    """TROLL on both engines, other losses on one."""
     return host == "fsdp" or (host == "megatron" and loss.startswith("troll="))
 
 
@@ -207,7 +207,7 @@ def test_every_estimator_and_loss_sets_what_it_names(host: str, estimator: str, 
 
 
 def all_pairs(axes: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Few rows, one value of each axis in a row, such that any two values of two axes meet in one of them."""
+    """Few rows with one value per axis, in which every pair of values of two axes occurs."""
     places = list(itertools.combinations(range(len(axes)), 2))
     missing = {(i, a, j, b) for i, j in places for a in axes[i] for b in axes[j]}
 
@@ -244,10 +244,10 @@ def check_layers(engine: str, size: str, inference: str, method: str, task: str,
     assert actor.engine.param_offload == actor.engine.optimizer_offload == offload
     assert actor.use_dynamic_bsz
     assert actor.ppo_max_token_len_per_gpu == rollout.log_prob_max_token_len_per_gpu
-    # verl raises in the first step where a sequence does not fit.
+    # verl raises in the first step if a sequence does not fit.
     assert actor.ppo_max_token_len_per_gpu >= config.data.max_prompt_length + config.data.max_response_length
     assert (rollout.name, rollout.tensor_model_parallel_size) == (inference, rollout_parallel)
-    # The old policy that the trust region is drawn around is the one that sampled.
+    # The trust region is around the policy that sampled.
     assert (rollout.temperature, rollout.top_p, rollout.top_k) == (1.0, 1, -1)
     assert actor.policy_loss.loss_mode == ("troll" if loss.startswith("troll") else loss.partition("=")[2])
     if engine == "fsdp=default":

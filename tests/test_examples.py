@@ -1,4 +1,4 @@
-"""The scripts for real models give verl a command line that it accepts, whatever their variables choose."""
+"""The scripts for real models give verl a command line that it accepts, for any values of their variables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.processes import run
 from tests.test_configs import ESTIMATORS, INFERENCE, RIVALS, checked, options
 
 ROOT = Path(__file__).resolve().parents[1]
-# Script: engine, model, and the parallel sizes of a Megatron actor: tensor, pipeline, context, expert.
+# By script: engine, model, and a Megatron actor's parallel sizes (tensor, pipeline, context, expert).
 SCRIPTS: dict[str, tuple[str, str, tuple[int, int, int, int]]] = {
     "run_qwen3_0_6b_fsdp.sh": ("fsdp2", "Qwen/Qwen3-0.6B", (1, 1, 1, 1)),
     "run_qwen3_1_7b_fsdp.sh": ("fsdp2", "Qwen/Qwen3-1.7B", (1, 1, 1, 1)),
@@ -38,7 +38,7 @@ SCRIPTS: dict[str, tuple[str, str, tuple[int, int, int, int]]] = {
 
 @pytest.fixture(scope="module")
 def path_with_stand_in(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A ``PATH`` whose ``python3`` is a stand-in that prints its arguments as JSON."""
+    """A ``PATH`` whose ``python3`` prints its arguments as JSON."""
     folder = tmp_path_factory.mktemp("stand-in")
     stand_in = folder / "python3"
     stand_in.write_text(f"#!{sys.executable} -S\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
@@ -53,7 +53,7 @@ def verl_config() -> Iterator[None]:
 
 
 def command(script: str, path: str, *arguments: str, **variables: str) -> list[str]:
-    """The overrides that a script gives verl."""
+    """The overrides that a script passes to verl."""
     done = run(
         ["bash", str(ROOT / "examples" / script), *arguments],
         env={"PATH": path, "HOME": os.environ["HOME"], **variables},

@@ -1,4 +1,4 @@
-"""The rooms import one another only as setup.cfg says, and ``lint-imports`` would notice if they did not."""
+"""The rooms import one another only as setup.cfg allows, and ``lint-imports`` catches violations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def lint(folder: Path, contract: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The package with its links, to be spoilt."""
+    """A copy of the package with its links, for tests to break."""
     for name in ("verl_troll", "patches", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "setup.cfg", tmp_path)
@@ -83,7 +83,7 @@ def test_forbidden_import_is_named(copy: Path, contract: str, file: str, code: s
     assert f"{importer} -> {code.split()[-1]} (l." in done.stdout
 
 
-def test_room_without_a_place_is_named(copy: Path) -> None:
+def test_room_missing_from_the_contract_is_named(copy: Path) -> None:
     (copy / "verl_troll/attic.py").touch()
     done = lint(copy, "rooms")
     assert done.returncode != 0

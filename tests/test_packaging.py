@@ -1,4 +1,4 @@
-"""What `pip install .` brings along."""
+"""What `pip install .` installs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_wheel_holds_the_package_its_patches_and_its_configurations(tmp_path: Path) -> None:
-    # Built from a copy: a build leaves its folder in the tree.
+    # Built from a copy, because a build leaves its folder in the tree.
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv*", "build", "runs"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]

@@ -1,4 +1,4 @@
-"""One verl version for all: ``verl_troll/versions.py`` has it, and what cannot read it there agrees with it."""
+"""One verl version everywhere: files that cannot read ``verl_troll/versions.py`` agree with it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from verl_troll.patches.registry import Patch
 from verl_troll.versions import TESTED_VERL, VERL, is_tested
 
 ROOT = Path(__file__).resolve().parents[1]
-# They say what was once measured or changed, with the version of that day.
+# They record past measurements and changes, with the version of that time.
 RECORDS = {"CHANGELOG.md", "docs/report.md", "docs/study.md"}
 VERSION_OF_VERL = re.compile(r"\bverl(?:\[\w+\])?(?: |==)(\d+(?:\.\d+)+)")
 
 
 def tracked(*patterns: str) -> dict[str, str]:
-    """Text of the files that git knows, by name."""
+    """Text of the files tracked by git, by name."""
     command = ["git", "ls-files", *patterns]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     return {name: (ROOT / name).read_text(encoding="utf-8") for name in names if (ROOT / name).is_file()}

@@ -1,4 +1,4 @@
-"""The random Qwen2 that tests share: two layers, small enough for a forward pass in milliseconds."""
+"""The random Qwen2 shared by tests: two layers, with a forward pass in milliseconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 def tiny_qwen2(
     vocab_size: int, *, pad: int = 0, end: int = 1, initializer_range: float = 0.02, hidden_size: int = 32
 ) -> Qwen2ForCausalLM:
-    """A model in float32 with weights that depend on the arguments alone."""
+    """A float32 model whose weights depend only on the arguments."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocab_size,

@@ -1,4 +1,4 @@
-"""The verl versions that this package was tested with, and the one way past them. Everything else reads them here."""
+"""The tested verl versions and the one way to override them. All other files read them from here."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from packaging.specifiers import SpecifierSet
 VERL = "0.9.1"
 """The version to install."""
 TESTED_VERL = f">={VERL},<0.9.2"
-"""PEP 440 specifier of the tested versions; the patches of verl are for these."""
+"""PEP 440 specifier of the tested versions, for which the patches of verl are written."""
 OVERRIDE_VARIABLE = "VERL_TROLL_ALLOW_UNTESTED"
 
 
 class UntestedVersionError(RuntimeError):
-    """The installed verl is not one that this plugin was run against."""
+    """This plugin was not tested with the installed verl."""
 
 
 def installed_verl() -> str:
@@ -34,12 +34,12 @@ def installed_verl() -> str:
 
 
 def is_tested(version: str) -> bool:
-    """Whether ``version`` of verl lies in the tested range."""
+    """Whether verl ``version`` is in the tested range."""
     return SpecifierSet(TESTED_VERL).contains(version, prereleases=True)
 
 
 def goes_on_untested(message: str) -> bool:
-    """Whether the user allowed untested versions; if so, ``message`` becomes a warning."""
+    """Whether the user allows untested versions; if so, warn with ``message``."""
     if os.environ.get(OVERRIDE_VARIABLE) != "1":
         return False
     warnings.warn(f"{message} Going on because {OVERRIDE_VARIABLE}=1.", stacklevel=3)
@@ -47,7 +47,7 @@ def goes_on_untested(message: str) -> bool:
 
 
 def check_verl_version() -> None:
-    """Refuse an untested verl, unless ``VERL_TROLL_ALLOW_UNTESTED=1`` turns the refusal into a warning.
+    """Refuse an untested verl; with ``VERL_TROLL_ALLOW_UNTESTED=1`` only warn.
 
     Raises:
         UntestedVersionError: verl is missing, or its version is outside the tested range.

@@ -1,1 +1,1 @@
-"""Patches for CPU mode (:mod:`verl_troll.cpu`) alone: a run on GPUs applies none of these."""
+"""Patches for CPU mode (:mod:`verl_troll.cpu`) only; a run on GPUs applies none of them."""

@@ -1,4 +1,4 @@
-"""Patch: do not pin host memory for FSDP2's CPU offload where there is no accelerator to copy to.
+"""Patch: do not pin host memory for FSDP2's CPU offload if there is no accelerator to copy to.
 
 verl gives every forward-only engine (the reference policy) ``CPUOffloadPolicy(pin_memory=True)``; pinning needs an
 accelerator. Applied in CPU mode only (``verl_troll.cpu``).
@@ -11,7 +11,7 @@ import sys
 from verl_troll.patches.registry import Patch
 from verl_troll.versions import TESTED_VERL
 
-# Both modules hold the class under its own name once they are imported.
+# Once imported, both modules hold the class under its own name.
 _VERL_USERS = ("verl.utils.fsdp_utils", "verl.workers.engine.fsdp.transformer_impl")
 
 
@@ -19,13 +19,13 @@ def _install() -> None:
     import torch.distributed.fsdp as fsdp
 
     class UnpinnedCPUOffloadPolicy(fsdp.CPUOffloadPolicy):
-        """``CPUOffloadPolicy`` that never pins, whatever it is asked for."""
+        """``CPUOffloadPolicy`` that ignores ``pin_memory``."""
 
         def __init__(self, pin_memory: bool = True) -> None:
             super().__init__(pin_memory=False)
 
-    # verl imports the class by name from this namespace. Importing verl's own modules here instead would add more
-    # than a second to the start of every process, and most of them build no engine.
+    # verl imports the class by name from this namespace. Importing verl's modules here would add more than a second
+    # to the start of every process, most of which build no engine.
     fsdp.CPUOffloadPolicy = UnpinnedCPUOffloadPolicy  # type: ignore[misc]
     for name in _VERL_USERS:
         if name in sys.modules:

@@ -1,6 +1,6 @@
 """Patch: name the CPU's communication backend once when verl builds its process group.
 
-verl joins ``cpu:gloo`` with ``<device>:<backend>``; where the device is the CPU the result names it twice, which
+verl joins ``cpu:gloo`` with ``<device>:<backend>``. If the device is the CPU, it appears twice, which
 ``torch.distributed`` refuses. Applied in CPU mode only (``verl_troll.cpu``).
 """
 

@@ -1,6 +1,6 @@
 """Patch: run verl's Megatron engine with the CPU as Megatron's accelerator.
 
-Applied in CPU mode only, and only where an engine configuration asks for it
+Applied in CPU mode only, and only if an engine configuration asks for it
 (``verl_troll.cpu.megatron.config.CpuMcoreEngineConfig``).
 """
 
@@ -22,8 +22,8 @@ PATCH = Patch(
     name="verl-megatron-engine",
     host="verl",
     versions=TESTED_VERL,
-    why="megatron-core names CUDA as its device. The class itself is changed, since other engines derive from it, and "
-    "since a torch function mode belongs to a thread and has to be entered in that of each call.",
+    why="megatron-core hard-codes CUDA as its device. The class itself is changed, because other engines derive from "
+    "it and a torch function mode belongs to a thread, so each call must enter it in its own.",
     upstream="megatron-core: one function that names the device, as parallel_state does for the process groups",
     install=_install,
     replaces={

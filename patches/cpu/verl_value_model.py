@@ -1,7 +1,7 @@
-"""Patch: build a critic's model with the attention that its configuration names.
+"""Patch: build the critic's model with the attention from its configuration.
 
-verl asks transformers for ``flash_attention_2`` by name, which exists on accelerators only. Applied in CPU mode, in
-processes that hold a critic (:mod:`verl_troll.cpu.critic`).
+verl hard-codes ``flash_attention_2``, which needs an accelerator. Applied in CPU mode, in processes that hold a critic
+(:mod:`verl_troll.cpu.critic`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def _install() -> None:
     from verl.utils import model
 
     def load_valuehead_model(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
-        """verl's first choice: a token classifier with one label. verl imports this at each call."""
+        """verl's first choice: a token classifier with one label. verl imports this function at each call."""
         return AutoModelForTokenClassification.from_pretrained(
             local_path,
             dtype=torch_dtype,

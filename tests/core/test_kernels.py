@@ -1,7 +1,7 @@
-"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled ahead of time for four GPUs.
+"""The Triton kernels without a GPU: run in Triton's interpreter, and compiled ahead of time for four GPUs.
 
-The interpreter is chosen when Triton is imported, so its tests (``tests/core/kernels``) run in a process of their own.
-It forgives what the compiler refuses: the launches that the package really makes are compiled here.
+Triton chooses the interpreter at import, so its tests (``tests/core/kernels``) run in their own process. It accepts
+code that the compiler refuses, so the package's real launches are compiled here.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 by_target = pytest.mark.parametrize("target", TARGETS)
-# What the host launches; all other functions of these modules are called from kernels.
+# Launched by the host; kernels call all other functions of these modules.
 ENTRIES = {
     "verl_troll.core.kernels.logits_triton": ("_read", "_search", "_write"),
     "verl_troll.core.kernels.tokens_triton": ("_keep", "_terms", "_combine"),
@@ -58,8 +58,8 @@ UPDATES = {
     "anchored": ["_read", "_terms", "_combine", "_write"],
     "union": ["_read", "_search", "_keep", "_terms", "_combine", "_write"],
 }
-# Instructions per logit in the loops that stream them on sm_90, in bfloat16 with 16 columns per thread and tile for
-# what is written and 32 for what is read, and registers; more of either and the card's memory waits.
+# Maximum registers, and instructions per logit in the streaming loops on sm_90, in bfloat16 with 16 columns per thread
+# and tile for writing and 32 for reading. Above either limit, the memory waits.
 READ_INSTRUCTIONS = {"anchored": 13, "union": 14}
 WRITE_INSTRUCTIONS = {False: 10.5, True: 12.5}
 REGISTERS = {"_read": 64, "_search": 96, "_write": 48, "_keep": 64, "_terms": 176, "_combine": 64}
@@ -91,13 +91,13 @@ def test_in_the_interpreter(name: str) -> None:
 
 @dataclass
 class Launch:
-    """A launch that did not happen: the kernel, and the arguments it was given."""
+    """A recorded launch that did not run: the kernel and its arguments."""
 
     kernel: Any
     arguments: dict[str, Any]
 
     def compile(self, target: str) -> Any:
-        """As Triton would at this launch: it specialises on integers of 1, and on what 16 divides."""
+        """As Triton would at this launch: it specialises on integers equal to 1 or divisible by 16."""
         signature, constants, attributes = {}, {}, {}
         for place, parameter in enumerate(self.kernel.params):
             value = self.arguments[parameter.name]
@@ -109,7 +109,7 @@ class Launch:
                 signature[parameter.name] = "*" + TRITON_NAMES[value.dtype]
                 divisible = value.data_ptr() % 16 == 0
             elif isinstance(value, float):
-                # Triton rounds it to float32, which everything else must not depend on.
+                # Triton rounds it to float32; nothing else may depend on that.
                 assert parameter.name == "mass_to_keep"
                 signature[parameter.name] = "fp32"
                 continue
@@ -125,13 +125,13 @@ class Launch:
 
 
 class Recorder:
-    """Stands in for a kernel and keeps its launches."""
+    """Stands in for a kernel and records its launches."""
 
     def __init__(self, kernel: Any, made: list[Launch]) -> None:
         self.kernel, self.made = kernel, made
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        # Only the first dimension of a grid may be large.
+        # Only a grid's first dimension may be large.
         assert all(x > 0 for x in grid) and all(x < 2**16 for x in grid[1:])
         return self.record
 
@@ -142,7 +142,7 @@ class Recorder:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Launch]:
-    """The launches that the package makes from here on. Nothing runs, and nothing compiled before is reused."""
+    """Launches that the package makes from here on. Nothing runs, and no earlier compilation is reused."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     made: list[Launch] = []
     for module_name, names in ENTRIES.items():
@@ -155,7 +155,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Launch]:
 def step(
     rule: str, dtype: torch.dtype = torch.bfloat16, *, columns: int = 151936, k: int = 64, entropy: bool = False
 ) -> None:
-    """An old pass and an update with its backward pass, on tensors that no kernel has filled."""
+    """An old pass and an update with its backward pass, on tensors that no kernel fills."""
     logits, rows = torch.empty(3, columns, dtype=dtype), torch.arange(2)
     with mock.patch.object(kernels, "available", return_value=True):
         select(VocabLogits.of(logits, rows), rows, Selection(k, 1e-5), entropy=True)
@@ -178,7 +178,7 @@ def test_what_a_training_step_launches_compiles(target: str, rule: str, launches
     names = [launch.kernel.fn.__name__ for launch in launches]
     assert names == [*OLD_PASS, *UPDATES[rule], "_project", "_project_gradient"]
     compiled = [launch.compile(target) for launch in launches]
-    # The old and the new pass must get the same bits from the same logits: their sums are over the same threads.
+    # Old and new pass must get the same bits from the same logits, so both must sum over the same threads.
     old, new = (
         layouts_of_sums(code.asm["ttgir"], launch.arguments["LANES"], launch.arguments["WIDE"])
         for launch, code in zip(launches, compiled, strict=True)
@@ -187,7 +187,7 @@ def test_what_a_training_step_launches_compiles(target: str, rule: str, launches
     assert old == new
     (writing,) = [x for name, x in zip(names, compiled, strict=True) if name == "_write"]
     if "ptx" in writing.asm:
-        # To the nearest bfloat16; the interpreter cannot show it.
+        # Rounds to the nearest bfloat16, which the interpreter cannot show.
         assert set(re.findall(r"cvt\.(\w+)\.bf16(?:x2)?\.f32", writing.asm["ptx"])) == {"rn"}
 
 
@@ -196,12 +196,12 @@ def test_what_a_training_step_launches_compiles(target: str, rule: str, launches
 def test_what_a_step_costs_on_sm_90(rule: str, entropy: bool, launches: list[Launch], tmp_path: Path) -> None:
     step(rule, entropy=entropy)
     machine_code = [(launch, MachineCode(launch.compile("sm_90"), tmp_path)) for launch in launches]
-    # Few variants, so that little is compiled before a run begins.
+    # Few variants, so that little is compiled at the start of a run.
     assert len({(launch.kernel.fn.__name__, code.text) for launch, code in machine_code}) <= 7
     for launch, code in machine_code:
         name = launch.kernel.fn.__name__
         assert code.registers <= REGISTERS[name], name
-        # The search spills some, on purpose.
+        # The search spills some registers, on purpose.
         assert code.stack_bytes <= (300 if name == "_search" else 0), name
         per_thread = 32 * launch.arguments["num_warps"]
         if name == "_read":
@@ -212,10 +212,10 @@ def test_what_a_step_costs_on_sm_90(rule: str, entropy: bool, launches: list[Lau
 
 
 class MachineCode:
-    """What a compiled kernel is on an NVIDIA GPU.
+    """A compiled kernel on an NVIDIA GPU.
 
     Attributes:
-        registers, stack_bytes: of a thread.
+        registers, stack_bytes: per thread.
         loops: instructions of each loop.
     """
 
@@ -242,7 +242,7 @@ class MachineCode:
 
 
 def layouts_of_sums(intermediate: str, lanes: int, wide: int) -> set[str]:
-    """How a tile and the lanes are laid out over the threads where they are reduced."""
+    """Thread layouts of the tile and of the lanes in their reductions."""
     found = set()
     for shape, layout in re.findall(r"\}\) : \(tensor<([\dx]+)xf32, ([^)]*)>\) -> ", intermediate):
         if shape in (f"{lanes}x{wide}", f"{lanes}"):
@@ -257,7 +257,7 @@ def layouts_of_sums(intermediate: str, lanes: int, wide: int) -> set[str]:
 @by_target
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_every_variant_compiles(target: str, dtype: torch.dtype, launches: list[Launch]) -> None:
-    # Columns of 1, and numbers of columns that nothing divides, are compiled on their own.
+    # Triton compiles a column count of 1, or one not divisible by 16, separately.
     for columns in (1, 50257, 151936):
         for rule in UPDATES:
             step(rule, dtype, columns=columns, entropy=True)

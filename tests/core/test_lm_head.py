@@ -1,4 +1,4 @@
-"""The fused head: what it reads and its gradients, against dense float64 logits, and that it never holds them."""
+"""The fused head against dense float64 logits: what it reads, its gradients, and that it never holds the logits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from verl_troll.core.vocab import VocabLogits, VocabShard
 INF = math.inf
 TOKENS, UNITS, COLUMNS, VOCAB = 11, 6, 40, 37
 OPTIONS: dict[str, Any] = {"k": 8, "dropped_mass": 1e-3}
-# Weights of the sampled log-probabilities (compared outcomes, whole vocabulary), the KL and the entropy in the loss.
+# Loss weights of the sampled log-probabilities (compared outcomes, whole vocabulary), the KL and the entropy.
 PARTS = (0.7, -1.0, 0.4, 0.6)
 ROWS = {"run": [3, 4, 5, 6, 7], "any": [9, 0, 10, 4, 5, 2], "one": [10], "all": list(range(TOKENS))}
 by_rule = pytest.mark.parametrize("rule", ["union", "anchored"])
@@ -28,7 +28,7 @@ by_rows = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}
-# Elements of a block of logits, tokens read at once, tokens whose gradient is worked on at once.
+# Elements per block of logits, tokens per read, tokens per gradient block.
 BLOCKS = {"all at once": (1 << 20, 128, 1024), "single": (1, 1, 1), "uneven": (50, 4, 5), "narrow": (7, 3, 128)}
 
 
@@ -44,7 +44,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, blocks: tuple[int, int, int]) -> None:
 
 
 def problem(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, weight, and the old policy's logits in float64: near the head's own, padded columns poisoned."""
+    """Hidden states, weight, and float64 logits of an old policy near the head's; padded columns are poisoned."""
     hidden, weight = normal(TOKENS, UNITS, seed=seed, dtype=dtype), normal(COLUMNS, UNITS, seed=seed + 1, dtype=dtype)
     weight[VOCAB:] = 100
     old = hidden.double() @ weight.double().T + 0.4 * normal(TOKENS, COLUMNS, seed=seed + 2)
@@ -52,7 +52,7 @@ def problem(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dense_logits(hidden: Tensor, weight: Tensor, temperature: float, rounded: torch.dtype) -> Tensor:
-    """Float64 logits whose values are rounded to ``rounded``, differentiable as if they were not."""
+    """Float64 logits, rounded to ``rounded``; gradients ignore the rounding."""
     exact = hidden.double() @ weight.double().T / temperature
     coarse = ((hidden @ weight.T).to(rounded) / temperature).to(rounded).double()
     return exact if rounded == torch.float64 else exact + (coarse - exact).detach()
@@ -82,7 +82,7 @@ def loss_of(comparison: Comparison) -> Tensor:
 
 
 def old_policy(old: Tensor, rows: list[int], dtype: torch.dtype) -> tuple[SparsePolicy, Tensor]:
-    """The old policy from the loops of the oracle, in the layout of :func:`select`, and the ids sampled from it."""
+    """The oracle's old policy in the layout of :func:`select`, and the ids sampled from it."""
     generator = torch.Generator().manual_seed(3)
     ids, log_probs, places, sampled = [], [], [], []
     for row in rows:
@@ -100,7 +100,7 @@ def old_policy(old: Tensor, rows: list[int], dtype: torch.dtype) -> tuple[Sparse
 
 
 def assert_close(actual: Tensor | None, expected: Tensor, tolerance: float) -> None:
-    """Relative to the largest entry."""
+    """Compare relative to the largest entry."""
     assert actual is not None
     largest = max(float(expected.abs().max()), 1e-3)
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance * largest)
@@ -124,7 +124,7 @@ def test_select_finds_what_dense_logits_say(
     hidden, weight, _ = problem(dtype)
     logits = dense_logits(hidden, weight, temperature, dtype)[:, :VOCAB]
     if dtype != torch.float64:
-        # Products of other shapes may round another way, and equal logits change places with it.
+        # Products of other shapes may round differently, which can reorder equal logits.
         hidden, weight = (8 * hidden).round() / 8, (8 * weight).round() / 8
         logits = dense_logits(hidden, weight, temperature, dtype)[:, :VOCAB]
     chosen = torch.tensor(rows)
@@ -267,7 +267,7 @@ def test_no_rows(rule: str) -> None:
 
 @by_rule
 def test_a_second_backward_pass_agrees(rule: str) -> None:
-    """Nothing of the head is written over."""
+    """The head's tensors are not overwritten."""
     hidden, weight, old = problem(torch.float64)
     policy, _ = old_policy(old, ROWS["run"], torch.float64)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
@@ -287,7 +287,7 @@ def test_a_second_backward_pass_agrees(rule: str) -> None:
 
 @by_rule
 def test_autocast_changes_nothing(rule: str) -> None:
-    """The caller has chosen the precision of the product by that of the hidden states."""
+    """The hidden states' dtype sets the precision of the product."""
     hidden, weight, old = problem(torch.float32)
     policy, _ = old_policy(old, ROWS["any"], torch.float32)
     results = []
@@ -354,7 +354,7 @@ def test_logits_are_never_held(monkeypatch: pytest.MonkeyPatch, dtype: torch.dty
             rule, VocabLogits.of(LinearHead(*leaves, 0.7), rows), old, Selection(**OPTIONS), entropy=True
         )
         torch.autograd.backward(loss_of(comparison))
-    # The weight's gradient is the largest of what must be there.
+    # The weight's gradient is the largest tensor that must exist.
     assert vocabulary * units <= allocations.largest <= tokens * vocabulary // 32
 
 
@@ -363,7 +363,7 @@ def test_logits_are_never_held(monkeypatch: pytest.MonkeyPatch, dtype: torch.dty
 def test_equal_policies_have_ratio_one_however_the_tokens_are_cut(
     monkeypatch: pytest.MonkeyPatch, rule: str, blocks: tuple[int, int]
 ) -> None:
-    """Whole numbers of few bits: products are exact in any order, so that a difference would be the reading's own."""
+    """Small integers: products are exact in any order, so any difference comes from the reading."""
     monkeypatch.setattr(head_module, "_READ_BLOCK", {"cpu": blocks})
     tokens, vocab, units = 133, 3000, 16
     generator = torch.Generator().manual_seed(30)
@@ -371,7 +371,7 @@ def test_equal_policies_have_ratio_one_however_the_tokens_are_cut(
     weight = torch.randint(-3, 4, (vocab, units), generator=generator).float() / 8
     rows, sampled = torch.arange(tokens), torch.randint(vocab, (tokens,), generator=generator)
     old = select(VocabLogits.of(LinearHead(hidden, weight), rows), sampled, Selection(8, 1e-5))
-    # Other tokens, and so other blocks: some are masked in the update.
+    # The update masks some tokens, so its blocks hold others.
     some = rows[rows % 50 != 7]
     part = SparsePolicy(old.ids[some], old.log_probs[some], old.sampled[some])
     result = compare(rule, VocabLogits.of(LinearHead(hidden, weight), some), part, Selection(8, 1e-5))

@@ -22,7 +22,7 @@ INF = math.inf
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 by_rule = pytest.mark.parametrize("rule", ["union", "anchored"])
-# A run, a run backwards, gaps, any order, one, none.
+# A run, a reversed run, gaps, any order, one, none.
 ROWS = {
     "run": [3, 4, 5, 6, 7],
     "backwards": [7, 6, 5, 4, 3],
@@ -47,7 +47,7 @@ def no_ids(rows: Tensor) -> Tensor:
 
 
 def assert_top(logits: Tensor, k: int, columns: int | None = None) -> None:
-    """Values and columns of the k largest entries of every row, as sorting a list of pairs finds them."""
+    """Values and columns of each row's k largest entries, against sorting a list of pairs."""
     columns = logits.shape[1] if columns is None else columns
     rows = torch.arange(logits.shape[0])
     top = read_dense(logits, rows, no_ids(rows), columns, k=k)
@@ -61,7 +61,7 @@ def assert_top(logits: Tensor, k: int, columns: int | None = None) -> None:
     assert top.top_values.dtype == torch.promote_types(logits.dtype, torch.float32)
 
 
-# -0 and 0 are one value: neither stands before the other.
+# -0 and 0 are equal: neither sorts before the other.
 LEVELS = (-INF, -3.5, -0.0, 0.0, 0.25, 2.0, 1e-30, -1e-30, 6e4)
 
 
@@ -91,7 +91,7 @@ def test_the_largest_entries_come_by_value_then_by_column(row: Tensor, k: int, g
 def test_ties_across_groups_and_their_remainder_are_ordered(
     k: int, beyond: int, levels: int, seed: int, dtype: torch.dtype, holes: float
 ) -> None:
-    """Widths from just below ``4 k`` groups on, where the search by groups begins."""
+    """Widths around ``4 k`` groups, where the search by groups begins."""
     columns = 4 * k * logits_module._GROUP + beyond
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, levels, (2, columns), generator=generator).to(dtype)
@@ -136,7 +136,7 @@ def test_the_largest_entries_of_any_layout_in_memory(layout: str, dtype: torch.d
 @by_dtype
 @pytest.mark.parametrize("equal", [7, 8, 9, 300], ids=lambda equal: f"{equal} equal")
 def test_few_and_many_equal_entries_at_the_last_place(equal: int, dtype: torch.dtype) -> None:
-    """Two wanted entries: up to 8 candidates are sorted alone, more where there are."""
+    """Ties for k = 2: alternate columns at the start of one row, a run at the end of the other."""
     logits = torch.zeros(2, 9 * logits_module._GROUP + 5, dtype=dtype)
     logits[0, 1 : 2 * equal : 2] = 1
     logits[1, -equal:] = 1
@@ -147,7 +147,7 @@ def test_few_and_many_equal_entries_at_the_last_place(equal: int, dtype: torch.d
 
 
 def assert_reading(reading: Reading, logits: Tensor, rows: Tensor, ids: Tensor, columns: int, atol: float) -> None:
-    """Normaliser, entropy, values and largest entries against dense float64 rows."""
+    """Check normaliser, entropy, values and largest entries against dense float64 rows."""
     dense = logits[rows, :columns].double()
     peak, mass, energy = reading.normaliser
     assert energy is not None
@@ -194,7 +194,7 @@ def test_blocks_of_any_size_read_rows_in_any_order(
 @pytest.mark.parametrize("energy", [False, True], ids=["plain", "energy"])
 def test_a_row_is_read_alike_whatever_is_read_beside_it(energy: bool, columns: int, dtype: torch.dtype) -> None:
     logits = normal(64, columns, seed=9, dtype=dtype)
-    # Nearly all mass where a row ends: what fills no vector may be computed in another way.
+    # Nearly all mass at the row's end: the elements after the last full vector may be computed differently.
     logits[:, -3:] += 16
     whole = read_dense(logits, torch.arange(64), no_ids(torch.arange(64)), columns, energy=energy).normaliser
     for rows in (*([row] for row in range(64)), [8, 3], [5, 6, 7]):
@@ -219,7 +219,7 @@ def test_lower_precisions_are_read_as_float32_bit_for_bit(dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_entropy_of_rows_at_the_edges(dtype: torch.dtype) -> None:
-    """Impossible ids, one possible id, equal ids, logits of any size, a nearly certain id."""
+    """Impossible ids, a single possible id, equal ids, logits of any size, a nearly certain id."""
     logits = torch.full((8, 40), -INF, dtype=torch.float64)
     logits[0, 7] = 3.0
     logits[1, :5] = torch.tensor([1.0, 2.0, -1.0, 2.0, 0.0])
@@ -261,7 +261,7 @@ def test_one_column_and_none() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_the_entropy_of_parts_is_the_entropy_of_the_whole(dtype: torch.dtype) -> None:
-    """Also of parts without a column, without mass, and far below the others."""
+    """Includes parts without columns, without mass, and far below the others."""
     logits = normal(6, 60, seed=11, scale=3.0, dtype=dtype)
     logits[1, :20] = -INF
     logits[2, 20:] = -INF
@@ -299,7 +299,7 @@ def dense_functions(logits: Tensor, rows: Tensor, ids: Tensor, columns: int) -> 
 
 
 def some_ids(rows: int, columns: int, width: int, seed: int) -> Tensor:
-    """Different ids in each row, some of them negative."""
+    """Distinct ids per row, some negative."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.stack([torch.randperm(columns, generator=generator)[:width] for _ in range(rows)])
     return torch.where(torch.rand(ids.shape, generator=generator) < 0.25, -1, ids)
@@ -331,7 +331,7 @@ def test_gradcheck_of_the_entropy_and_of_log_probs_beside_it(
 def test_gradient_of_log_probs_and_entropy(
     monkeypatch: pytest.MonkeyPatch, weights: tuple[float, float], dtype: torch.dtype, rows: list[int]
 ) -> None:
-    """Padded columns and other rows get exact zeros, whatever stands there."""
+    """Padded columns and other rows get exact zeros, whatever their values."""
     monkeypatch.setattr(logits_module, "_HOST_BLOCK", 60)
     logits = normal(11, 33, seed=15, scale=2.0, dtype=dtype)
     logits[:, 5] = -INF
@@ -363,13 +363,13 @@ def test_gradient_of_log_probs_and_entropy(
     assert bool((gradient[:, 30:] == 0).all())
 
 
-# --- the gradient in the place of the logits --------------------------------------------------------------------------
+# --- the gradient written over the logits -----------------------------------------------------------------------------
 
 
 def update(
     rule: str, logits: Tensor, rows: Tensor, *, reuse: bool, columns: int | None = None, k: int = 6
 ) -> tuple[Tensor, Comparison]:
-    """A loss that uses everything that :func:`compare` gives, for an old policy near the new one."""
+    """A loss of all outputs of :func:`compare`, for an old policy near the new one."""
     generator = torch.Generator().manual_seed(19)
     selection, shard = Selection(k, 1e-3), VocabShard.whole(logits.shape[1], columns)
     near = logits.detach() + 0.5 * torch.randn(logits.shape, generator=generator).to(logits.dtype)
@@ -409,7 +409,7 @@ def test_reuse_writes_the_same_gradient_over_the_logits(rule: str, dtype: torch.
 
 
 def test_reuse_reaches_through_a_view_of_the_logits() -> None:
-    """verl hands over ``[1, N, V]`` and a division in place before it."""
+    """verl passes ``[1, N, V]`` after an in-place division."""
     base = normal(11, 40, seed=21).requires_grad_()
     logits = (base * 1.0).unsqueeze(0)
     logits.div_(0.8)
@@ -425,7 +425,7 @@ def test_reuse_reaches_through_a_view_of_the_logits() -> None:
 
 @by_rule
 def test_logits_that_another_operation_kept_make_autograd_raise(rule: str) -> None:
-    """An operation from before the comparison runs its backward after it, on what were its inputs."""
+    """An operation before the comparison runs its backward after it, on overwritten inputs."""
     logits = normal(6, 30, seed=22).requires_grad_() * 1.0
     other = logits.square().sum()
     loss, _ = update(rule, logits, torch.arange(6), reuse=True)
@@ -440,7 +440,7 @@ def test_a_later_operation_on_the_logits_gets_its_gradient(rule: str) -> None:
         base = normal(6, 30, seed=23).requires_grad_()
         logits = base * 1.0
         loss, _ = update(rule, logits, torch.arange(6), reuse=reuse)
-        # Later operations run their backward first, while the logits are still there.
+        # Later operations run their backward first, while the logits still exist.
         torch.autograd.backward(loss + logits.square().sum())
         assert base.grad is not None
         gradients.append(base.grad)

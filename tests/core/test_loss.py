@@ -1,4 +1,4 @@
-"""Log-probabilities at a few ids, the terms of the objective and the whole loss, down to the logits."""
+"""Log-probabilities at given ids, the terms of the objective, and the whole loss from the logits."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_lower_precisions_are_read_as_float32(dtype: torch.dtype) -> None:
     ours, theirs = logits.clone().requires_grad_(), logits.float().requires_grad_()
     mine, dense = log_probs(ours, ROWS, IDS, 11), gathered(theirs, ROWS, IDS, 11)
     assert mine.dtype == torch.float32
-    # Both round their normaliser, and the difference to it.
+    # Both round the normaliser and the subtraction of it.
     torch.testing.assert_close(mine, dense, rtol=0, atol=2 * last_place(dense[IDS >= 0]))
     for values in (mine, dense):
         torch.autograd.backward(values[IDS >= 0].sum())
@@ -113,7 +113,7 @@ def test_lower_precisions_are_read_as_float32(dtype: torch.dtype) -> None:
     )
 
 
-def test_what_comes_back_to_unused_places_is_ignored() -> None:
+def test_gradients_of_unused_entries_are_ignored() -> None:
     ours, theirs = (normal(7, 11, seed=7).requires_grad_() for _ in range(2))
     weight = normal(4, 3, seed=8)
     torch.autograd.backward(log_probs(ours, ROWS, IDS, 11), weight)
@@ -257,7 +257,7 @@ MASK = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1
 
 
 def masked_log_ratios() -> Tensor:
-    """Values under the mask, poison elsewhere."""
+    """Values where the mask is set, poison elsewhere."""
     poison = torch.tensor([INF, math.nan, -INF, 1e30, math.nan], dtype=DOUBLE)
     return torch.where(MASK.bool(), normal(4, 5, seed=20, scale=0.5), poison)
 
@@ -288,7 +288,7 @@ def test_the_sequence_ratio_is_the_mean_with_a_token_gradient(as_bool: bool) -> 
         expected = math.exp(float(values.sum()) / max(len(values), 1))
         torch.testing.assert_close(ratio[b][live[b]], torch.full_like(values, expected), rtol=1e-13, atol=0)
     assert bool((ratio[~live] == 1).all())
-    # Each token's ratio moves with that token alone, at the rate of the sequence's ratio.
+    # Each token's ratio depends on that token only; its derivative is the sequence's ratio.
     weight = normal(4, 5, seed=22)
     torch.autograd.backward((ratio * weight).sum())
     torch.testing.assert_close(gradient_of(leaf)[live], (ratio * weight)[live].detach(), rtol=1e-12, atol=0)
@@ -334,7 +334,7 @@ BATCH, LENGTH, VOCAB, COLUMNS = 3, 4, 24, 26
 
 
 def problem(*, seed: int = 30, dtype: torch.dtype = DOUBLE, weighted: bool = True) -> oracle.Batch:
-    """Logits whose order is settled: neighbours in rank lie far apart, so that small steps change no selection."""
+    """Logits whose neighbours in rank lie far apart, so small steps change no selection."""
     shape = (BATCH, LENGTH)
     ranks = torch.rand(*shape, VOCAB, generator=generator(seed)).argsort(-1).to(DOUBLE)
     old = 0.35 * ranks + 0.05 * torch.rand(*shape, VOCAB, generator=generator(seed + 1), dtype=DOUBLE)
@@ -351,7 +351,7 @@ def problem(*, seed: int = 30, dtype: torch.dtype = DOUBLE, weighted: bool = Tru
 
 
 def library_terms(new: Tensor, batch: oracle.Batch, config: oracle.Settings) -> tuple[TokenTerms, SparsePolicy]:
-    """Terms of the response tokens, packed."""
+    """Packed terms of the response tokens."""
     rows = batch.mask.reshape(-1).nonzero().squeeze(-1)
     old = batch.old.reshape(-1, COLUMNS)
     shard, selection = VocabShard.whole(COLUMNS, config.vocab_size), Selection(config.k, config.dropped_mass)
@@ -408,7 +408,7 @@ def test_the_float32_loss_is_near_the_oracle(rule: str) -> None:
     ours, theirs = batch.new.clone().requires_grad_(), double.new.clone().requires_grad_()
     mine = library_loss(ours, batch, config)
     reference = oracle.loss(dataclasses.replace(double, new=theirs), config)
-    # The step size is accepted up to a thousandth of the bound below it.
+    # A step size is accepted if its KL is at most a thousandth below the bound.
     torch.testing.assert_close(mine.double(), reference, rtol=0, atol=1e-3)
     torch.autograd.backward(mine)
     torch.autograd.backward(reference)
@@ -416,9 +416,9 @@ def test_the_float32_loss_is_near_the_oracle(rule: str) -> None:
 
 
 def frozen_losses(new: Tensor, base: Tensor, batch: oracle.Batch, config: oracle.Settings) -> Tensor:
-    """``[B, T]`` losses at ``new`` with everything under a stop-gradient held at its value at ``base``.
+    """``[B, T]`` losses at ``new``, with everything under a stop-gradient fixed at its value at ``base``.
 
-    So held, no token's loss depends on another token's logits.
+    Then no token's loss depends on another token's logits.
     """
     fixed, _ = library_terms(base, batch, config)
     terms, _ = library_terms(new, batch, config)
@@ -427,7 +427,7 @@ def frozen_losses(new: Tensor, base: Tensor, batch: oracle.Batch, config: oracle
     shard, selection = VocabShard.whole(COLUMNS, config.vocab_size), Selection(config.k, config.dropped_mass)
     policy = select(VocabLogits.of(old, rows, shard), batch.sampled.reshape(-1)[rows], selection)
     log_p = compare(config.rule, VocabLogits.of(new.reshape(-1, COLUMNS), rows, shard), policy, selection).new_log_probs
-    # Inside the region pi is p itself and the term is 0, whatever p.
+    # Inside the region pi is p, so the term is 0 for any p.
     regression = torch.where(fixed.projected, oracle.kl(log_p, fixed.projection.log_probs), 0.0)
     log_ratio, at_base = (scattered(x.log_ratio, batch.mask) for x in (terms, fixed))
     if config.ratio == "sequence":
@@ -455,7 +455,7 @@ def test_the_gradient_is_the_finite_difference_of_the_loss_with_its_targets_held
             kept = oracle.keep(
                 side[tuple(row)], int(batch.sampled[tuple(row)]), k=6, dropped_mass=1e-3, vocab_size=VOCAB
             )
-            # No selection may change within the step: neither by rank at its end nor by mass.
+            # The step may change no selection, neither by rank nor by mass.
             assert float(ranked[kept.selected - 1] - ranked[kept.selected]) > 2e-4
             assert kept.edge_gap > 2e-5
     leaf = base.clone().requires_grad_()
@@ -482,7 +482,7 @@ def test_masked_tokens_and_padding_columns_get_no_gradient(rule: str, ratio: str
     assert bool((gradient[~batch.mask] == 0).all())
     assert bool((gradient[..., VOCAB:] == 0).all())
     assert bool((gradient[batch.mask].abs().sum(-1) > 0).all())
-    # Softmax gradients: shifting a row of logits changes nothing.
+    # A shift of a row of logits changes nothing, so its gradients sum to 0.
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(BATCH, LENGTH, dtype=DOUBLE), rtol=0, atol=1e-9)
 
 
@@ -493,7 +493,7 @@ def test_alpha_changes_nothing_while_all_tokens_are_inside(rule: str) -> None:
     results = []
     for alpha in (0.0, 5.0):
         leaf = batch.new.clone().requires_grad_()
-        # The whole vocabulary, so that neither rule sees ids come and go.
+        # The whole vocabulary, so that no id enters or leaves under either rule.
         loss = library_loss(leaf, batch, settings_of(rule, alpha=alpha, k=VOCAB, dropped_mass=0.0))
         torch.autograd.backward(loss)
         results.append((loss.detach(), gradient_of(leaf)))

@@ -18,7 +18,7 @@ from verl_troll.core.projection import Projection, StepSizeGradient, project
 
 INF = math.inf
 BOUND = 0.05
-# Relative slack below the bound at which float32 and float64 step sizes are accepted by default.
+# Default relative slack below the bound for accepting float32 and float64 step sizes.
 SLACK = {torch.float32: 1e-3, torch.float64: 1e-10}
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 MODES: tuple[StepSizeGradient, ...] = ("implicit", "detached")
@@ -45,7 +45,7 @@ def normalised(x: Tensor) -> Tensor:
 
 
 def rounding_allowance(log_pi: Tensor, log_q: Tensor, dtype: torch.dtype) -> Tensor:
-    """First-order change of KL(pi || q) when every log-probability is off by half a unit in its last place."""
+    """First-order change of KL(pi || q) if every log-probability is off by half a unit in the last place."""
     pi = log_pi.exp()
     half_ulp = torch.finfo(dtype).eps * torch.where(pi > 0, log_pi, 0.0).abs()
     log_ratio = torch.where(pi > 0, log_pi - log_q, 0.0)
@@ -54,7 +54,7 @@ def rounding_allowance(log_pi: Tensor, log_q: Tensor, dtype: torch.dtype) -> Ten
 
 
 def assert_feasible(result: Projection, log_q: Tensor, bound: float) -> None:
-    """KL(pi || q) <= bound, as reported and as recomputed from what was returned."""
+    """KL(pi || q) <= bound, both as reported and as recomputed from the result."""
     dtype = result.log_probs.dtype
     assert bool((result.kl <= bound * (1 + 1e-5)).all())
     log_pi, log_q = normalised(result.log_probs), normalised(log_q)
@@ -84,7 +84,7 @@ def test_families_agree_with_the_oracle(family: Family, dtype: torch.dtype) -> N
     pi, s = expected.exp(), log_p - log_q
     mean = (pi * s).sum(-1)
     variance = (pi * (s - mean.unsqueeze(-1)).square()).sum(-1)
-    # What the accepted slack below the bound may do: dt = dKL / (t v), and sum |d pi| <= sqrt(v) dt.
+    # Effect of the accepted slack below the bound: dt = dKL / (t v), and sum |d pi| <= sqrt(v) dt.
     slack = torch.where(active, 1.1 * SLACK[dtype] * family.bound, 0.0)
     rounding = 2e-6 if dtype == torch.float32 else 1e-12
     distance = (result.log_probs.double().exp() - pi).abs().sum(-1)
@@ -147,7 +147,7 @@ logits_of = st.floats(-12, 12, allow_nan=False, width=32)
 
 @st.composite
 def pairs(draw_from: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """Unequal ``log p, log q [rows, n]`` in float32, some outcomes of either with hardly any mass."""
+    """Unequal ``log p, log q [rows, n]`` in float32; either may have outcomes with almost no mass."""
     n = draw_from(st.integers(1, 12))
     rows = draw_from(st.integers(1, 4))
     values = draw_from(st.lists(logits_of, min_size=2 * rows * n, max_size=2 * rows * n))
@@ -234,7 +234,7 @@ def test_a_tighter_tolerance_ends_nearer_the_bound() -> None:
 @by_dtype
 def test_rows_inside_the_region_come_back_bit_for_bit(dtype: torch.dtype) -> None:
     log_p, log_q = (x.to(dtype) for x in pair(64, 20, seed=7, shift=0.1))
-    # Not quite normalised, as float32 log-probabilities are: returned as they came all the same.
+    # Not quite normalised, like float32 log-probabilities, yet returned unchanged.
     log_p = log_p + 1e-6 * torch.randn(64, 1, generator=generator(8)).to(dtype)
     given_rows = log_p.clone().requires_grad_()
     result = project(given_rows, log_q, BOUND)
@@ -301,7 +301,7 @@ def test_a_policy_just_outside_the_region_hardly_moves() -> None:
 @pytest.mark.parametrize("bound", [1e-6, 1e-9, 1e-12])
 def test_a_tiny_bound_returns_nearly_the_old_policy(bound: float) -> None:
     log_p, log_q = pair(32, 20, seed=14, shift=3.0)
-    # Float64 does not resolve the default tolerance in a KL of 1e-12.
+    # Float64 cannot resolve the default tolerance in a KL of 1e-12.
     result = project(log_p, log_q, bound, tolerance=1e-3)
     assert bool(result.converged.all())
     # By Pinsker |pi - q|_1 <= sqrt(2 KL).
@@ -325,7 +325,7 @@ def test_a_vanishing_bound_gives_finite_values_and_gradients(bound: float) -> No
 @by_dtype
 def test_an_outcome_the_new_policy_dropped_keeps_no_mass(dtype: torch.dtype) -> None:
     log_p, log_q = pair(16, 12, seed=16)
-    # A little old mass on what is dropped, so that the bound can be met.
+    # Little old mass on the dropped outcomes, so the bound can be met.
     log_q = torch.cat([log_q[:, :-1], torch.full((16, 1), -8.0, dtype=torch.float64)], dim=-1).log_softmax(-1)
     log_p = torch.cat([log_p[:, :-1], torch.full((16, 1), -INF, dtype=torch.float64)], dim=-1).log_softmax(-1)
     result = project(log_p.to(dtype), log_q.to(dtype), BOUND)
@@ -350,7 +350,7 @@ def test_dropping_most_of_the_old_mass_stays_feasible_with_finite_gradients() ->
 
 @pytest.mark.parametrize("bound", [0.01, 1e-3, 3e-4, 1e-4, 1e-5])
 def test_two_evenly_split_outcomes_converge_as_fast_as_others(bound: float) -> None:
-    # KL(t) <= t^2 range(s)^2 / 8 is all but an equality here.
+    # KL(t) <= t^2 range(s)^2 / 8 is nearly an equality here.
     log_q = torch.tensor([[0.5, 0.5]]).log()
     result = project(torch.tensor([[0.95, 0.05]]).log(), log_q, bound)
     assert bool(result.converged.all())
@@ -371,7 +371,7 @@ def test_outcomes_with_tiny_old_mass_are_solved() -> None:
 
 
 @pytest.mark.parametrize("shift", [0.05, 2.0])
-def test_what_is_no_outcome_of_the_old_policy_gets_no_mass(shift: float) -> None:
+def test_outcomes_impossible_under_the_old_policy_get_no_mass(shift: float) -> None:
     log_p, log_q = pair(16, 12, seed=18, shift=shift)
     log_q = log_q.clone()
     log_q[:, [2, 9]] = -INF
@@ -577,7 +577,7 @@ def test_the_inputs_are_not_written_to() -> None:
 
 
 def mixed_rows() -> tuple[Tensor, Tensor]:
-    """Three rows well outside the region, three well inside."""
+    """Three rows far outside the region, three well inside."""
     far_p, far_q = pair(3, 6, seed=30, shift=2.0)
     near_p, near_q = pair(3, 6, seed=32, shift=0.1)
     log_p, log_q = torch.cat([far_p, near_p]), torch.cat([far_q, near_q])

@@ -1,4 +1,4 @@
-"""Supports: which ids are kept, what the two rules compare, and what they guarantee on the whole vocabulary."""
+"""Supports: which ids are kept, what the two rules compare, and their guarantees on the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def used(policy: SparsePolicy, row: int) -> list[int]:
 def assert_select_matches(
     logits: Tensor, sampled: Tensor, *, k: int, dropped_mass: float, vocab_size: int | None = None
 ) -> SparsePolicy:
-    """Every field of :func:`select` against the loops of the oracle, at every row."""
+    """Check every field of :func:`select` against the oracle, row by row."""
     rows = torch.arange(logits.shape[0])
     shard = VocabShard.whole(logits.shape[-1], vocab_size)
     policy = select(VocabLogits.of(logits, rows, shard), sampled, Selection(k, dropped_mass))
@@ -87,7 +87,7 @@ def test_select_matches_the_reference(k: int, dropped_mass: float, dtype: torch.
 @pytest.mark.parametrize("vocab", [90, 5000])
 def test_ties_go_to_the_lower_id(levels: int, dtype: torch.dtype, vocab: int) -> None:
     logits = integers(levels, (6, vocab), 3).to(dtype)
-    # A few ids above the ties, so that the cap cuts through the equal ones.
+    # A few ids above the ties, so that the cap falls among the equal ids.
     logits[:, vocab // 2 : vocab // 2 + 5] += 2
     logits[3:, vocab - 3 :] += 3
     assert_select_matches(logits, integers(vocab, (6,), 4), k=64, dropped_mass=1e-5)
@@ -139,7 +139,7 @@ def test_the_id_that_reaches_the_mass_is_the_last_one_kept() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_mass_that_reaches_the_edge_exactly_ends_the_selection(dtype: torch.dtype) -> None:
     logits = torch.zeros(1, 2, dtype=dtype)
-    # Two equal ids: the first has mass 1/2, which float32 and float64 hold exactly.
+    # Two equal ids: the first has mass 1/2, exact in float32 and float64.
     assert float(logits.log_softmax(-1).exp()[0, 0]) == 0.5
     policy = select(VocabLogits.of(logits, torch.tensor([0])), torch.tensor([0]), Selection(2, 0.5))
     assert used(policy, 0) == [0]
@@ -184,7 +184,7 @@ def test_padding_columns_are_never_selected_and_never_counted(rule: str) -> None
         clean = select(VocabLogits.of(plain, rows), sampled, Selection(k, dropped_mass))
         padded = assert_select_matches(poisoned, sampled, k=k, dropped_mass=dropped_mass, vocab_size=60)
         assert torch.equal(padded.ids, clean.ids)
-        # Sums over other numbers of columns: the normaliser is rounded in another way, and the difference to it.
+        # Sums over different column counts round the normaliser, and its subtraction, differently.
         rounding = 2 * last_place(clean.log_probs[clean.ids >= 0])
         torch.testing.assert_close(padded.log_probs, clean.log_probs, rtol=0, atol=rounding)
         leaf = poisoned_new.clone().requires_grad_()
@@ -293,13 +293,13 @@ def test_compare_matches_the_oracle(rule: str, dtype: torch.dtype, k: int, dropp
         place = int(result.sampled[row])
         torch.testing.assert_close(mine_p[place], expected.log_p[expected.place], rtol=0, atol=atol)
         torch.testing.assert_close(mine_q[place], expected.log_q[expected.place], rtol=0, atol=atol)
-        # The same outcomes, whatever their order: compared as pairs sorted by the old probability, then the new.
+        # The same outcomes in any order: compare pairs sorted by old, then new probability.
         ours = sorted(zip(mine_q[live].tolist(), mine_p[live].tolist(), strict=True))
         theirs = sorted(zip(expected.log_q.tolist(), expected.log_p.tolist(), strict=True))
         if rule == "anchored":
             rest = float(expected.log_p[-1].exp().minimum(expected.log_q[-1].exp()))
             assert expected.ids[-1] >= 0 or rest > 10 * REST_FLOOR
-            # The rest comes from a difference, so its rounding is absolute in the mass.
+            # The rest is a difference, so its rounding error is absolute in the mass.
             loose = atol if expected.ids[-1] >= 0 else atol + 2e-6 / rest * (dtype == torch.float32)
         else:
             loose = atol
@@ -392,7 +392,7 @@ def test_the_gradient_under_union_reaches_the_kept_logits_only() -> None:
     old, new, sampled = old_and_new(6, 60, seed=27)
     leaf = new.clone().requires_grad_()
     comparison = both("union", old, leaf, sampled, k=8, dropped_mass=1e-5)
-    # Of the ids that the new policy kept: a weight on a defaulted one would act on the kept mass as a whole.
+    # Only ids that the new policy kept: a weight on a defaulted id would act on the whole kept mass.
     held = comparison.new_log_probs > math.log(1e-10)
     weight = normal(*comparison.new_log_probs.shape, seed=28)
     torch.autograd.backward((torch.where(held, comparison.new_log_probs, 0.0) * weight).sum())
@@ -411,7 +411,7 @@ def test_ids_only_one_side_keeps_have_the_default_on_the_other() -> None:
     live = result.old_log_probs[0] > -INF
     log_q, log_p = result.old_log_probs[0][live], result.new_log_probs[0][live]
     top = 1 / (1 + math.exp(-1.0))
-    # Normalised over the whole row, the two kept ids hold this much; the default is put beside it, then renormalised.
+    # Mass of the two kept ids over the whole row; the default is added, then both renormalised.
     mass = float(old.softmax(-1)[0, :2].sum())
     total = mass + 1e-12
     expected_q = torch.tensor([top * mass, (1 - top) * mass, 1e-12], dtype=torch.float64).div(total).log()
@@ -428,7 +428,7 @@ def test_the_sampled_id_outside_both_selections_is_compared(rule: str) -> None:
     p, q = (x.gather(-1, place).squeeze(-1) for x in (result.new_log_probs, result.old_log_probs))
     truth = (new.log_softmax(-1) - old.log_softmax(-1)).gather(-1, sampled.unsqueeze(-1)).squeeze(-1)
     if rule == "union":
-        # Each side is renormalised over its own kept mass.
+        # Each policy is renormalised over its own kept mass.
         truth = truth - result.new_kept_mass.log() + result.old_kept_mass.log()
     torch.testing.assert_close(p - q, truth, rtol=0, atol=1e-8)
 
@@ -452,7 +452,7 @@ def test_the_anchored_divergence_never_exceeds_the_true_one(
     old, new, sampled = rows
     result = both("anchored", old, new, torch.tensor([sampled]), k=k, dropped_mass=dropped_mass)
     coarse = project(result.new_log_probs, result.old_log_probs, BOUND).kl_before
-    # The floor of the rest may add its own mass times the log-ratio there.
+    # The floor of the rest may add its mass times the log-ratio there.
     assert float(coarse) <= float(oracle.kl(new.log_softmax(-1), old.log_softmax(-1))) + 20 * REST_FLOOR
 
 
@@ -462,7 +462,7 @@ def test_the_floor_keeps_a_vanishing_rest_finite() -> None:
     result = both("anchored", old, new, torch.tensor([0]), k=1, dropped_mass=1e-5)
     terms = token_terms(result, BOUND)
     torch.autograd.backward((terms.log_ratio + terms.regression_kl).sum())
-    # Mass that flows to ids never kept still counts.
+    # Mass that moves to ids never kept still counts.
     assert bool(terms.projected.all())
     assert float(result.old_log_probs[0, -1].detach().exp()) == pytest.approx(REST_FLOOR, rel=1e-4)
     assert new.grad is not None
@@ -471,7 +471,7 @@ def test_the_floor_keeps_a_vanishing_rest_finite() -> None:
 
 
 def lifted(log_pi: Tensor, ids: list[int], log_p: Tensor) -> Tensor:
-    """``[V]`` the projected coarse policy, with the new policy's conditional distribution inside the rest."""
+    """``[V]`` projected coarse policy, with the new policy's conditional distribution inside the rest."""
     full = log_p.clone()
     outside = [i for i in range(log_p.shape[0]) if i not in ids]
     full[outside] = log_pi[-1] + log_p[outside] - log_p[outside].logsumexp(-1)
@@ -530,7 +530,7 @@ TOKENS = 200
 
 
 def zipf_like(entropy: float, seed: int) -> Tensor:
-    """``[200, 50000]`` log q: a power law of the rank with uneven gaps, its exponent chosen for the mean entropy."""
+    """``[200, 50000]`` log q: a power law in the rank with uneven gaps; the exponent sets the mean entropy."""
     noise = 0.3 * torch.randn(TOKENS, VOCAB, generator=generator(seed))
     log_rank = torch.arange(1, VOCAB + 1).double().log()
     low, high = 0.5, 4.0
@@ -564,7 +564,7 @@ def test_false_violations_of_the_published_rule_are_not_shared_by_the_anchored_o
     for rule in ("union", "anchored"):
         comparison = compare(rule, VocabLogits.of(new, rows), policy, Selection(64, 1e-5))
         shares[rule] = float(token_terms(comparison, BOUND).projected.float().mean())
-    # 200 tokens: one standard error is 0.035 at a share of one half, 0.008 at 0.014.
+    # With 200 tokens one standard error is 0.035 at a share of one half, 0.008 at 0.014.
     assert mass == pytest.approx(kept_mass, abs=0.015)
     assert truth == pytest.approx(true_share, abs=0.025)
     assert shares["anchored"] == pytest.approx(truth, abs=0.02)
@@ -575,7 +575,7 @@ def test_false_violations_of_the_published_rule_are_not_shared_by_the_anchored_o
 
 
 def on_sampled_id(logits: VocabLogits, old: SparsePolicy, selection: Selection, entropy: bool) -> Comparison:
-    """Made up: the sampled id, and everything else."""
+    """Made up: the sampled id and everything else."""
     narrow = SparsePolicy(old.sampled_ids.unsqueeze(-1), old.sampled_log_probs.unsqueeze(-1), old.sampled * 0)
     return compare("anchored", logits, narrow, selection, entropy=entropy)
 

@@ -1,4 +1,4 @@
-"""Log-probabilities in a single process: the normaliser's accuracy, and the bounds a shard refuses."""
+"""Log-probabilities in a single process: the normaliser's accuracy, and the bounds that a shard refuses."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def test_likely_ids_lose_no_digits_to_the_size_of_the_logits(offset: float) -> N
     log_probs = local_normaliser(logits, rows, 500).log_probs(logits)
     expected = logits.double().log_softmax(-1)
     likely = expected > -8
-    # The logarithm of the mass, and the difference to it, are rounded.
+    # Both the logarithm of the mass and its subtraction are rounded.
     torch.testing.assert_close(log_probs[likely].double(), expected[likely], rtol=0, atol=2 * last_place(8.0))
-    # One that is nearly certain: its log-probability is far below the spacing of floats around the logits.
+    # A nearly certain id: its log-probability is far below the float spacing around the logits.
     logits[:, 7] = logits.amax(-1) + 12
     log_probs = local_normaliser(logits, rows, 500).log_probs(logits[:, 7:8])
     expected = logits.double().log_softmax(-1)[:, 7:8]
     assert float(expected.abs().max()) < 1e-3
-    # The mass, a little above 1, is summed and rounded.
+    # The mass, slightly above 1, is summed and rounded.
     torch.testing.assert_close(log_probs.double(), expected, rtol=0, atol=2 * last_place(1.0))
 
 
@@ -55,7 +55,7 @@ def test_the_normaliser_of_parts_is_the_normaliser_of_the_whole(dtype: torch.dty
     logits = (normal(9, 60, seed=2, scale=4.0) + torch.linspace(-60, 60, 60)).to(dtype)
     logits[4, :30] = -INF
     rows = torch.tensor([8, 4, 0, 3])
-    # Parts of unlike size, one without a column, of very unlike peaks.
+    # Parts of unequal size, one without columns, with very different maxima.
     parts = [local_normaliser(part, rows, part.shape[1]) for part in logits.split([7, 0, 23, 30], dim=-1)]
     combined = Normaliser.combine(torch.stack([p.max for p in parts]), torch.stack([p.sumexp for p in parts]))
     whole = local_normaliser(logits, rows, 60)
@@ -80,7 +80,7 @@ def test_parts_without_mass_have_none() -> None:
 
 @pytest.mark.parametrize("parts", [2, 3, 4, 5, 8, 16])
 def test_combining_parts_gives_the_same_bits_wherever_they_lie(parts: int) -> None:
-    # A ratio of exactly 1 needs the same bits from an all-reduce's message as from an all-gather's.
+    # A ratio of exactly 1 needs the same bits from an all-reduce as from an all-gather.
     peaks, masses = normal(parts, 64, seed=3).float(), normal(parts, 64, seed=4).exp().float()
     combined = Normaliser.combine(peaks, masses)
     slots = torch.stack([peaks.T, masses.T], dim=-1)
@@ -104,7 +104,7 @@ def test_the_normaliser_does_not_depend_on_the_block(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 4), (5, 4), (-3, -1)])
-def test_bounds_that_are_no_interval_are_refused(start: int, stop: int) -> None:
+def test_invalid_bounds_are_refused(start: int, stop: int) -> None:
     with pytest.raises(ValueError, match="0 <= start <= stop"):
         VocabShard(start, stop, 4)
 

@@ -1,4 +1,4 @@
-"""Patches: tied to the host source they were written for, gated by version, applied once."""
+"""Patches match the host source they were written for, check the version, and apply once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _installed(host: str) -> bool:
     return any(True for _ in importlib.metadata.distributions(name=host))
 
 
-# A patch is checked where its host is: tests/run.sh runs this file beside vLLM too.
+# A patch is checked if its host is installed; tests/run.sh also runs this file next to vLLM.
 HERE = [patch for patch in PATCHES if _installed(patch.host)]
 
 

@@ -1,4 +1,4 @@
-"""A backend is one entry of the table: everything that knows backends reads it from there."""
+"""A backend is one entry of the table, which everything that handles backends reads."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NAME = "made_up"
 
 
 class MadeUpEngine(TrollFSDPEngine):
-    """An engine that verl does not have."""
+    """An engine unknown to verl."""
 
 
 @dataclass
 class MadeUpActorConfig(TrollFSDPActorConfig):
-    """An actor configuration of its own."""
+    """Its actor configuration."""
 
 
 def settings() -> dict[str, object]:
@@ -38,7 +38,7 @@ def settings() -> dict[str, object]:
 
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The entry, and verl's registry as it was afterwards."""
+    """Add the entry; restore verl's registry afterwards."""
     monkeypatch.setitem(
         backends.BACKENDS, NAME, Backend(MadeUpEngine, (("cuda", "generic"), ("made", "up")), MadeUpActorConfig)
     )

@@ -1,4 +1,4 @@
-"""The old policy's support as 48 bits per kept id: what is exact, what is not, and by how much."""
+"""The old policy's support in 48 bits per kept id: what is exact, and how large the error is elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from verl_troll.plugin import carry
 INF = math.inf
 SMALLEST = 2.0**-24
 ids = st.integers(0, 2**20 - 1)
-# The last float above -128 stands for NaN.
+# The last float above -128 encodes NaN.
 LOWEST = -128 + 2.0**-16
 exact = st.floats(min_value=LOWEST, max_value=-SMALLEST, width=32)
 
@@ -49,7 +49,7 @@ def test_ids_and_log_probabilities_come_back_bit_for_bit(pairs: list[tuple[int, 
     assert [bits(x) for x in log_probs] == [bits(x) for _, x in pairs]
 
 
-def test_every_binade_to_both_of_its_ends() -> None:
+def test_both_ends_of_every_binade() -> None:
     values = [-(2.0**exponent) for exponent in range(-24, 7)]
     values += [float(torch.nextafter(torch.tensor(value), torch.tensor(-INF))) for value in values]
     values += [float(torch.nextafter(torch.tensor(2 * value), torch.tensor(0.0))) for value in values[:30]]
@@ -69,17 +69,17 @@ def test_nan_stays_nan() -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(ids, st.floats(min_value=-SMALLEST, max_value=0.0, width=32, exclude_min=True))
-def test_what_is_closer_to_0_becomes_0(i: int, value: float) -> None:
+def test_values_close_to_0_become_0(i: int, value: float) -> None:
     assert there_and_back([(i, value)]) == ([i], [0.0])
 
 
 @settings(deadline=None, max_examples=200)
 @given(ids, st.floats(max_value=-128.0, width=32, allow_nan=False))
-def test_what_lies_below_becomes_the_lowest(i: int, value: float) -> None:
+def test_values_below_the_lowest_become_the_lowest(i: int, value: float) -> None:
     decoded, log_probs = there_and_back([(i, value)])
     assert decoded == [i]
     assert log_probs[0] == LOWEST
-    # As far as float32 can tell, both are no probability at all.
+    # In float32 both are probability 0.
     assert math.exp(log_probs[0]) < torch.finfo(torch.float32).smallest_normal
 
 
@@ -91,7 +91,7 @@ def test_rounding_above_0_becomes_0() -> None:
 
 
 def old_policy(tokens: carry.ResponseTokens, k: int, columns: int = VOCAB) -> SparsePolicy:
-    """A policy at the tokens whose mask is set."""
+    """A policy at the unmasked tokens."""
     generator = torch.Generator().manual_seed(1)
     count = int(tokens.mask.sum())
     logits = 3 * torch.randn(count, columns, generator=generator)
@@ -99,7 +99,7 @@ def old_policy(tokens: carry.ResponseTokens, k: int, columns: int = VOCAB) -> Sp
 
 
 def everywhere(values: Tensor, tokens: carry.ResponseTokens) -> Tensor:
-    """``values [M, W]`` at the tokens whose mask is set, something at the others."""
+    """``values [M, W]`` at the unmasked tokens, arbitrary values elsewhere."""
     result = torch.ones(tokens.mask.shape[0], values.shape[1], dtype=values.dtype)
     result[tokens.mask] = values
     return result

@@ -1,4 +1,4 @@
-"""The question to every node of a Ray cluster, put to a stand-in; ``trainer/test_two_nodes.py`` puts it to Ray."""
+"""The version check of a Ray cluster's nodes, on a fake Ray; ``trainer/test_two_nodes.py`` uses a real one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HERE = {"verl_troll": verl_troll.__version__, "verl": importlib.metadata.version
 
 
 class FakeRay:
-    """Stands in for Ray: nodes by id, and what each of them answers; the driver runs on the first."""
+    """Stands in for Ray: answers by node id; the driver runs on the first node."""
 
     def __init__(self, answers: dict[str, dict[str, str]], idle: tuple[dict[str, Any], ...] = ()) -> None:
         self.answers = answers
@@ -45,7 +45,7 @@ class FakeRay:
 
         def wrap(question: Callable[[], dict[str, str]]) -> Any:
             assert question() == HERE
-            # What travels is the function's code: nothing of this package is needed to run it.
+            # Ray sends the function's code, so running it needs nothing from this package.
             assert question.__qualname__.endswith("<locals>.versions") and question.__closure__ is None
             return SimpleNamespace(options=self.options)
 
@@ -62,7 +62,7 @@ class FakeRay:
 
 
 def check(monkeypatch: pytest.MonkeyPatch, fake: FakeRay) -> list[str]:
-    """The nodes that were asked."""
+    """Run the check; the nodes that were asked."""
     monkeypatch.setattr(cluster_check, "ray", fake)
     check_cluster()
     return fake.asked
@@ -103,7 +103,7 @@ def test_every_node_that_differs_is_named_with_what_to_install(monkeypatch: pyte
 
 
 def test_a_node_alone_that_is_not_the_drivers_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver is connected from elsewhere."""
+    """The driver connects from outside the cluster."""
     fake = FakeRay({A: {**HERE, "verl": "0.1"}})
     monkeypatch.setattr(fake, "get_node_id", lambda: D)
     with pytest.raises(ClusterError, match="1 of 1 nodes"):

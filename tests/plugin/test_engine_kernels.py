@@ -1,4 +1,4 @@
-"""What an engine says of the kernels at its start, before anything is trained on a GPU."""
+"""What an engine checks and warns about its kernels at start-up, before any training on a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, serves: bool) -> None:
     monkeypatch.setattr(kernels, "_triton_is_recent", lambda: serves)
 
 
-def test_the_default_says_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_default_does_not_warn(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     serve(monkeypatch, True)
     check_kernels(TrollConfig(), GPU)
     serve(monkeypatch, False)

@@ -1,4 +1,4 @@
-"""Which rows of the logits are which tokens: packed, padded, and shared out over ranks."""
+"""Mapping from tokens to rows of logits: packed, padded, and split over ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_where_one_rank_has_all_tokens_every_position_is_local(layout: TokenLayo
 
 
 @by_layout
-def test_no_position_is_no_row(layout: TokenLayout) -> None:
+def test_no_positions_give_no_rows(layout: TokenLayout) -> None:
     here, rows = layout.local(torch.empty(0, dtype=torch.int64))
     assert here.shape == rows.shape == (0,)
     assert not bool(layout.spread(rows, torch.empty(0)).any())
@@ -39,7 +39,7 @@ def test_values_are_spread_over_the_shape_of_the_logits_with_zeros_between() -> 
 
 
 @by_layout
-def test_each_value_gets_the_gradient_of_its_own_place(layout: TokenLayout) -> None:
+def test_each_value_gets_the_gradient_of_its_own_position(layout: TokenLayout) -> None:
     _, rows = layout.local(torch.tensor([4, 0, 3]))
     values = torch.tensor([4.0, 1.0, 3.0], requires_grad=True)
     weights = torch.arange(float(layout.shape[0] * layout.shape[1])).view(layout.shape)
@@ -59,10 +59,10 @@ BITS = torch.tensor([-1.5, 0.25, -0.0, -3e38]).view(torch.int32)
 
 
 def share(positions: list[int]) -> dict[str, list[object]]:
-    """What one rank finds of ``positions``, and what all of them have gathered in the end."""
+    """The positions that one rank finds, and what the ranks gather."""
     layout = TokenLayout(torch.tensor(SHARED[dist.get_rank()]), (1, 4), dist.group.WORLD)
     here, rows = layout.local(torch.tensor(positions, dtype=torch.int64))
-    # Bits of floats, as the old pass gathers them: most are negative as integers.
+    # Float bits, which the old pass gathers; most are negative as integers.
     whole = torch.stack([10 * torch.tensor(positions, dtype=torch.int32), BITS[: len(positions)]], dim=-1)
     gathered: Tensor = layout.gather(here, whole[here], len(positions))
     assert torch.equal(gathered, whole)

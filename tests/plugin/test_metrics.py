@@ -1,4 +1,4 @@
-"""Metrics against sums and maxima taken directly, and how micro-batches and ranks add up."""
+"""Metrics against direct sums and maxima, and their aggregation over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNCONVERGED = STATISTICS.index("unconverged")
 
 
 def statistics_of(tokens: int, seed: int = 0) -> Tensor:
-    """``[12, tokens]``, what the policy terms would hold."""
+    """``[12, tokens]``, as in the policy terms."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand(len(STATISTICS), tokens, generator=generator, dtype=torch.float64)
     values[KL_AFTER] *= BOUND
@@ -45,7 +45,7 @@ def values_of(statistics: Tensor, batch_num_tokens: int) -> dict[str, float]:
 
 
 def direct(statistics: Tensor) -> dict[str, float]:
-    """All metrics of all tokens at once, by loops."""
+    """All metrics over all tokens, by loops."""
     rows = dict(zip(STATISTICS, statistics.tolist(), strict=True))
     means = {f"troll/{name}": math.fsum(row) / len(row) for name, row in rows.items()}
     return {
@@ -114,7 +114,7 @@ def test_a_violation_is_the_excess_over_the_bound(excess: float, expected: float
     assert values_of(statistics, 5)["troll/violation_max"] == pytest.approx(expected, abs=1e-12)
 
 
-def test_what_is_not_a_number_stays_visible() -> None:
+def test_nan_stays_visible() -> None:
     statistics = statistics_of(5)
     statistics[[KL_BEFORE, KL_AFTER], 3] = math.nan
     seen = metrics_of(statistics, 10)

@@ -1,4 +1,4 @@
-"""Old pass and update on a few logits, against dense float64 loops; no engine and no model."""
+"""Old pass and update on a few logits, against dense float64 loops, without engine or model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ by_rule = pytest.mark.parametrize("rule", ["union", "anchored"])
 
 @dataclass
 class Owner:
-    """Stands in for an engine that holds a vocabulary of ``columns`` ids."""
+    """Stands in for an engine with a vocabulary of ``columns`` ids."""
 
     layout: TokenLayout
     columns: int = VOCAB
@@ -53,7 +53,7 @@ class Owner:
 
 
 def batch_of() -> TensorDict:
-    """Eight samples, cut as verl cuts a micro-batch, with what its workers add."""
+    """Eight samples as a verl micro-batch, with the fields that its workers add."""
     batch = tu.index_select_tensor_dict(make_batch().exclude("ref_log_prob"), list(range(8)))
     tokens = int(batch["response_mask"].values().sum())
     tu.assign_non_tensor(batch, dp_size=1, batch_num_tokens=tokens, global_batch_size=8)
@@ -61,10 +61,10 @@ def batch_of() -> TensorDict:
 
 
 def logits_of(batch: TensorDict) -> tuple[Tensor, Tensor]:
-    """``[N, V]`` of the old and of the new policy; some tokens leave the region and some do not."""
+    """``[N, V]`` of the old and the new policy; some tokens leave the region, some do not."""
     tokens = batch["input_ids"].values().shape[0]
     generator = torch.Generator().manual_seed(3)
-    # Neighbours in rank lie far apart, so that rounding changes no selection.
+    # Neighbours in rank lie far apart, so rounding changes no selection.
     old = 0.35 * torch.rand(tokens, VOCAB, generator=generator).argsort(-1).to(DOUBLE)
     far = torch.rand(tokens, 1, generator=generator) < 0.5
     return old, old + torch.where(far, 1.0, 0.05) * torch.randn(tokens, VOCAB, generator=generator, dtype=DOUBLE)
@@ -82,13 +82,13 @@ def layout_of(batch: TensorDict, padded: bool) -> TokenLayout:
 
 
 def show(packed: Tensor, layout: TokenLayout) -> Tensor:
-    """``[b, s, V]``, the packed logits where the layout says; poison at the padding."""
+    """``[b, s, V]``: the packed logits in the layout, poison in the padding."""
     flat = packed.new_full((layout.shape[0] * layout.shape[1], packed.shape[-1]), 77.0)
     return flat.index_copy(0, layout.row_of, packed).view(*layout.shape, -1)
 
 
 def stored(tensors: dict[str, Tensor], layout: TokenLayout, batch: TensorDict) -> dict[str, Tensor]:
-    """What verl makes of per-token tensors ``[b, s]`` before it calls the loss."""
+    """Per-token tensors ``[b, s]`` as verl passes them to the loss."""
     offsets = batch["input_ids"].offsets()
     return {
         name: torch.nested.nested_tensor_from_jagged(values.flatten(0, 1)[layout.row_of], offsets)
@@ -97,7 +97,7 @@ def stored(tensors: dict[str, Tensor], layout: TokenLayout, batch: TensorDict) -
 
 
 def of_responses(packed: Tensor, batch: TensorDict) -> list[Tensor]:
-    """Values of the packed tokens, one before each response token, by sample."""
+    """Values at the positions that predict response tokens, by sample."""
     offsets = batch["input_ids"].offsets().tolist()
     lengths = batch["responses"].offsets().diff().tolist()
     return [packed[stop - length - 1 : stop - 1] for stop, length in zip(offsets[1:], lengths, strict=True)]
@@ -106,7 +106,7 @@ def of_responses(packed: Tensor, batch: TensorDict) -> list[Tensor]:
 def old_pass(
     batch: TensorDict, logits: Tensor, layout: TokenLayout, settings: TrollConfig = SETTINGS
 ) -> dict[str, Tensor]:
-    """Model outputs of the old pass: nested, by name."""
+    """Nested model outputs of the old pass, by name."""
     reader = OldPolicyPass(settings, Owner(layout), entropy=True)
     output = stored(reader(data=batch, student_logits=show(logits, layout)), layout, batch)
     loss, metrics = reader(model_output=output, data=batch)
@@ -122,7 +122,7 @@ def actor() -> ActorConfig:
 def update(
     batch: TensorDict, logits: Tensor, layout: TokenLayout, settings: TrollConfig = SETTINGS
 ) -> tuple[Tensor, dict[str, float], dict[str, Tensor]]:
-    """Loss, metrics and the per-token tensors of the update, through verl's own loss function."""
+    """Loss, metrics and per-token tensors of the update, through verl's own loss function."""
     writer = UpdatePass(settings, Owner(layout), functools.partial(ppo_loss, config=actor()), entropy=False)
     output = stored(writer(data=batch, student_logits=show(logits, layout)), layout, batch)
     seen = dict(output)
@@ -139,7 +139,7 @@ def test_log_probs_and_entropy_are_those_of_the_dense_softmax_at_every_response_
     logits, _ = logits_of(batch)
     output = old_pass(batch, logits, layout_of(batch, padded))
     dense = logits.log_softmax(-1)
-    # The masked tokens as well: verl logs both.
+    # Masked tokens too, because verl logs both.
     for name, reference in (
         ("log_probs", [x.gather(-1, ids[:, None])[:, 0] for x, ids in pairs(dense, batch)]),
         ("entropy", [-(x.exp() * x).sum(-1) for x, _ in pairs(dense, batch)]),
@@ -173,7 +173,7 @@ def test_the_support_is_that_of_the_loops_for_tokens_that_take_part(padded: bool
         assert ids.tolist() == [i for x in kept for i in x]
         (own,) = (x for j, (x, _) in enumerate(pairs(dense, batch)) if j == sample)
         expected = [own[t, i] for t, x in enumerate(kept) for i in x]
-        # float32 on the way.
+        # Passed through float32.
         torch.testing.assert_close(log_probs, torch.stack(expected) if expected else own[:0, 0], rtol=2e-7, atol=0)
         sizes |= set(counts[sample].tolist())
     assert {0, K + 1} < sizes
@@ -238,7 +238,7 @@ def test_loss_and_gradient_are_those_of_the_objective(rule: str, padded: bool, r
     expected = oracle.loss(
         oracle_batch(batch, theirs, old), oracle.Settings(rule, K, DROPPED_MASS, VOCAB, BOUND, ALPHA, ratio)
     )
-    # The old policy travels in float32.
+    # The old policy is carried in float32.
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
     (gradient,), (reference,) = torch.autograd.grad(loss, ours), torch.autograd.grad(expected, theirs)
     torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-7)
@@ -314,15 +314,15 @@ def test_the_update_leaves_verls_log_probs_and_entropy_unprojected() -> None:
         assert not bool(own[~mask].any())
 
 
-# --- tokens shared out over ranks -------------------------------------------------------------------------------------
+# --- tokens split over ranks ------------------------------------------------------------------------------------------
 
 
 def shared(old: Tensor, new: Tensor) -> tuple[dict[str, Tensor], dict[str, float], Tensor]:
-    """Old pass and update of a rank that sees every other token; what verl gathers is added up over the ranks."""
+    """Old pass and update of a rank with every other token; sums over ranks what verl gathers."""
     batch, rank = batch_of(), dist.get_rank()
     total = old.shape[0]
     own = torch.arange(total) % 2 == rank
-    # A row of padding ends each rank's logits.
+    # Each rank's logits end with a row of padding.
     rows = int(own.sum()) + 1
     place = torch.where(own, torch.arange(total) // 2, -1)
     layout = TokenLayout(place, (1, rows), dist.group.WORLD)
@@ -367,7 +367,7 @@ def test_ranks_that_share_the_tokens_find_what_one_rank_finds() -> None:
 
 
 def test_a_head_in_the_place_of_logits_gives_the_same() -> None:
-    """Its tensors travel stacked in the place of verl's log-probs."""
+    """Its tensors are returned stacked, in place of verl's log-probs."""
     batch = batch_of()
     layout = layout_of(batch, False)
     generator = torch.Generator().manual_seed(5)
@@ -397,7 +397,7 @@ def test_a_head_in_the_place_of_logits_gives_the_same() -> None:
 
 
 def test_an_engine_that_never_shows_its_logits_is_refused() -> None:
-    """In either pass, and again after a micro-batch in which it did."""
+    """In either pass, also after a micro-batch in which it did show them."""
     batch = batch_of()
     old, new = logits_of(batch)
     layout = layout_of(batch, False)

@@ -1,4 +1,4 @@
-"""The registered loss against the objective written out token by token, in float64."""
+"""The registered loss against the objective written token by token in float64."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from verl_troll.plugin.policy_loss import ProjectedTerms, projected_terms, regis
 from verl_troll.plugin.settings import TrollConfig
 
 DOUBLE = torch.float64
-# One response with a masked turn inside, one masked as a whole.
+# One response with a masked turn, one fully masked.
 MASK = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 0]])
 LIVE = MASK.bool()
-# The mini-batch has more tokens and sequences than this micro-batch, on two data-parallel ranks.
+# The mini-batch, on two data-parallel ranks, has more tokens and sequences than this micro-batch.
 MINI_BATCH = {"dp_size": 2, "batch_num_tokens": 23, "global_batch_size": 10, "loss_scale_factor": 7}
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 ALPHA = 0.3
@@ -35,7 +35,7 @@ def losses_of(terms: ProjectedTerms) -> BatchLosses:
 
 
 class Inputs:
-    """What verl and the update hand to the loss; masked places hold what must not be read."""
+    """Arguments of the loss from verl and the update; masked positions hold poison."""
 
     def __init__(self, **settings: Any) -> None:
         poison = torch.tensor([math.nan, math.inf, -math.inf, 1e30, math.nan], dtype=DOUBLE)
@@ -63,7 +63,7 @@ class Inputs:
         mask: Tensor = MASK,
         batch: dict[str, int] = MINI_BATCH,
     ) -> tuple[Tensor, ProjectedTerms]:
-        """The loss as verl calls it."""
+        """Call the loss as verl does."""
         config = ActorConfig(strategy="fsdp2", rollout_n=1, use_dynamic_bsz=True)
         config.global_batch_info.update(batch)
         terms = self.terms()
@@ -82,7 +82,7 @@ class Inputs:
 
 
 def aggregated(mode: str, losses: list[list[Tensor]]) -> Tensor:
-    """Losses of the tokens that take part, by sequence, as verl documents its modes."""
+    """Aggregate the unmasked tokens' losses, by sequence, as verl documents its modes."""
     sums = [torch.stack(row).sum() for row in losses if row]
     ranks = MINI_BATCH["dp_size"]
     if mode == "token-mean":
@@ -146,7 +146,7 @@ def test_some_tokens_left_against_their_advantage_and_some_did_not() -> None:
 
 
 def test_the_regression_is_weighted_by_alpha_alone() -> None:
-    """Neither advantages nor rollout weights touch it."""
+    """Advantages and rollout weights do not affect it."""
     plain, weighted = (losses_of(Inputs().loss(weighted=value)[1]).regression for value in (False, True))
     expected = ALPHA * Inputs().regression_kl[LIVE].sum() * 2 / 23
     assert plain.item() == weighted.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -188,7 +188,7 @@ def test_equal_policies_have_the_plain_policy_gradient() -> None:
     assert loss.item() == pytest.approx(-inputs.advantages[LIVE].sum().item() * 2 / 23, rel=1e-12)
 
 
-# --- the way to the loss ----------------------------------------------------------------------------------------------
+# --- the path to the loss ---------------------------------------------------------------------------------------------
 
 
 def call(inputs: Inputs, config: ActorConfig | None) -> None:

@@ -1,4 +1,4 @@
-"""The old policy's support on its way from the rollout engine to the sample's fields."""
+"""The old policy's support, from the rollout engine to the sample's fields."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def policy(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def support_of(logits: torch.Tensor, ids: torch.Tensor) -> TokenSupport:
-    """As an engine gives it: its top log-probabilities and the sampled token's own."""
+    """As an engine returns it: top log-probabilities and the sampled token's own."""
     log_probs = logits.log_softmax(-1)
     top, top_ids = log_probs.topk(K, dim=-1)
     own = log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
@@ -48,7 +48,7 @@ def test_selection_is_that_of_the_old_log_prob_pass() -> None:
     assert (used.sum(-1) == K + 1).any(), "the sampled id comes on top at some tokens"
     assert mine.counts.tolist() == used.sum(-1).tolist()
     assert mine.ids.tolist() == dense.ids[used].tolist()
-    # Two ways to a log-probability; each rounds the normaliser, and the difference to it.
+    # Two ways to compute a log-probability; each rounds the normaliser and its subtraction.
     rounding = 2 * last_place(logits)
     torch.testing.assert_close(torch.tensor(mine.log_probs), dense.log_probs[used], rtol=0, atol=rounding)
 
@@ -96,7 +96,7 @@ def test_request_needs_the_configuration_group() -> None:
 
 
 class FakeClient:
-    """Stands in for verl's client of the rollout servers: answers with prepared outputs."""
+    """Stands in for verl's client of the rollout servers; returns prepared outputs."""
 
     def __init__(self, outputs: list[TokenOutput]) -> None:
         self.outputs = outputs
@@ -107,7 +107,7 @@ class FakeClient:
 
 
 class TwoTurns(AgentLoopBase):
-    """An agent loop of two turns with a tool's answer of one token between them."""
+    """An agent loop of two turns with a one-token tool response between them."""
 
     server_manager: Any
 
@@ -128,7 +128,7 @@ class TwoTurns(AgentLoopBase):
 
 
 class TwoTurnsWithSupport(RolloutSupportMixin, TwoTurns):
-    """The same as a user writes it."""
+    """The same with the mixin, as a user would write it."""
 
 
 def run_loop(outputs: list[TokenOutput]) -> dict[str, Any]:

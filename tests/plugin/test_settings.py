@@ -1,4 +1,4 @@
-"""Settings are checked against verl's real Hydra configuration, on the driver, with a message that names the key."""
+"""Settings are checked on the driver, against verl's real Hydra configuration; errors name the key."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def verl_config() -> Iterator[None]:
 
 
 def build(*overrides: str, troll: bool = True, trainer: str = "ppo_trainer") -> Any:
-    """The actor's settings as verl builds them from a command line."""
+    """The actor's settings, as verl builds them from a command line."""
     group = ("+troll=default",) if troll else ()
     config = compose(trainer, overrides=[*BASE, *group, *overrides])
     return omega_conf_to_dataclass(config.actor_rollout_ref.actor)
@@ -108,7 +108,7 @@ def test_every_trainer_of_verl_is_accepted(mode: str) -> None:
 
 
 def support(*overrides: str) -> Any:
-    """The actor's settings with the old policy from the rollout engine."""
+    """The actor's settings, with the old policy from the rollout engine."""
     return build("+troll=rollout_support", *overrides, troll=False)
 
 
@@ -233,7 +233,7 @@ def test_engine_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_engine_that_verl_has_for_npus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     registered = EngineRegistry._engines["language_model"]["megatron"]
-    monkeypatch.setitem(registered, "npu", registered["cuda"])  # MindSpeed, where it is installed
+    monkeypatch.setitem(registered, "npu", registered["cuda"])  # MindSpeed, if installed
     monkeypatch.setenv("VERL_ENGINE_DEVICE", "npu")
     monkeypatch.setenv("VERL_ENGINE_VENDOR", "huawei")
     with pytest.raises(InstantiationException, match="not on a TROLL engine"):

@@ -1,4 +1,4 @@
-"""The doctor tells the truth on a good and on a broken install, and a broken plugin ends a run before it starts."""
+"""The doctor reports good and broken installs correctly, and a broken plugin stops a run before it starts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ importlib.metadata.version = version
 
 
 def run(arguments: list[str], path: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A Python command; ``path`` goes before everything else on the module path."""
+    """Run Python; ``path`` comes first on the module path."""
     environment = {**os.environ, **variables}
     if path is not None:
         environment["PYTHONPATH"] = f"{path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
@@ -41,7 +41,7 @@ def run(arguments: list[str], path: Path | None = None, **variables: str) -> sub
 
 
 def pretend_verl_version(folder: Path, version: str) -> None:
-    """Metadata of another verl, found before the installed one's."""
+    """Write metadata of another verl version, found before the installed one's."""
     metadata = folder / f"verl-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: verl\nVersion: {version}\n")
@@ -74,7 +74,7 @@ def test_missing_verl_is_explained_and_the_package_still_imports(tmp_path: Path)
     assert done.stdout.strip() == "project"
 
 
-def test_untested_version_fails_with_its_mend_and_can_be_allowed(tmp_path: Path) -> None:
+def test_untested_version_fails_with_a_hint_and_can_be_allowed(tmp_path: Path) -> None:
     pretend_verl_version(tmp_path, "0.8.0")
     done = run(["-m", "verl_troll", "doctor"], tmp_path)
     assert done.returncode == 1

@@ -1,9 +1,9 @@
-"""``verl-troll plan``: what the formulas say beside what is measured at sizes that run here.
+"""``verl-troll plan``: its formulas against measurements at sizes that run here.
 
-Memory is measured from storages that operations make and free, traffic from what they read and write, both exact;
-the plan may be off by ``TOLERANCE``. Around the Triton kernels it is measured in Triton's interpreter, in a process of
-its own (``tests/core/kernels/interpreted_plan.py``). Times are not measured: no test here could confirm them. Not
-measured either: flash-attention's cross-entropy, and verl's fused kernel for Megatron.
+Memory is measured from the storages that operations allocate and free, traffic from what they read and write. Both are
+exact; the plan may be off by ``TOLERANCE``. The Triton kernels are measured in Triton's interpreter, in their own
+process (``tests/core/kernels/interpreted_plan.py``). Not measured: times, flash-attention's cross-entropy, and verl's
+fused kernel for Megatron.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided
 
 
 class Meter(TorchDispatchMode):
-    """Bytes held by storages that operations made while it is active, bytes that operations read and write."""
+    """While active, counts bytes that operations allocate, read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        # A nested tensor does not show the storage that this is a view of.
+        # A nested tensor hides the storage it is a view of.
         if not self.active or name == "_nested_get_values":
             return result
         read = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
@@ -81,14 +81,14 @@ class Meter(TorchDispatchMode):
                 self.live += storage.nbytes()
                 self.peak = max(self.peak, self.live)
                 weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        # The others are views, or do nothing yet.
+        # The others are views, or do no work yet.
         if self._outside and (new or func._schema.is_mutable) and name not in EMPTY:
             self.operations += 1
             self.moved += sum(x.nbytes for x in read + written)
         return result
 
     def leaves_out_passes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Count neither bytes nor operations inside the passes over logits."""
+        """Ignore bytes and operations inside the passes over logits."""
         for name in ("read_rows", "write_gradient"):
             monkeypatch.setattr(logits_module, name, self._around(getattr(logits_module, name)))
 
@@ -145,7 +145,7 @@ def close(what: str, measured: float, predicted: float) -> None:
 
 
 def logits_of(rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of an old policy and of a new one, and sampled ids; so flat that K ends every selection."""
+    """Old logits, new logits and sampled ids; so flat that K ends every selection."""
     generator = torch.Generator().manual_seed(rows)
     old = torch.randn(rows, vocab, generator=generator)
     new = old + 0.5 * torch.randn(rows, vocab, generator=generator)
@@ -166,7 +166,7 @@ def loss_of(terms: PolicyTerms) -> Tensor:
 
 @dataclass
 class Engine:
-    """What a pass asks of an engine."""
+    """What a pass needs from an engine."""
 
     vocab: int
     group: dist.ProcessGroup | None = None
@@ -182,15 +182,15 @@ class Engine:
 
 @dataclass
 class Passes:
-    """The old pass and the update of one micro-batch, measured on this rank, as an engine would call them.
+    """Old pass and update of one micro-batch, called as by an engine and measured on this rank.
 
     Attributes:
-        samples, length: all with so many response tokens.
-        sharp: times the logits of most tokens.
+        samples, length: number of samples, and response tokens of each.
+        sharp: factor on the logits of most tokens.
         group: ranks that share the vocabulary.
-        watch: told each meter before its use.
-        old, update: what was measured.
-        kept_ids: mean number of ids kept of a token.
+        watch: called with each meter before use.
+        old, update: the measurements.
+        kept_ids: mean number of ids kept per token.
         kept, backward: bytes held after the forward pass, and at the peak of the backward pass.
     """
 
@@ -219,9 +219,9 @@ class Passes:
         from verl_troll.plugin.policy_loss import _terms
         from verl_troll.plugin.settings import HostSettings, TrollConfig
 
-        # A prompt of one token, and a last token that predicts nothing.
+        # A one-token prompt, and a last token that predicts nothing.
         old, new, ids = logits_of(self.samples * (self.length + 1), self.vocab)
-        # Most tokens keep few ids, one as many as there may be.
+        # Most tokens keep few ids, one the maximum.
         old[1:], new[1:] = self.sharp * old[1:], self.sharp * old[1:] + new[1:] - old[1:]
         if self.group is not None:
             shard = VocabShard.even(self.vocab // dist.get_world_size(self.group), self.vocab, self.group)
@@ -249,7 +249,7 @@ class Passes:
         self.watch(self.old)
         with self.old:
             reading(data=batch, student_logits=old.unsqueeze(0))
-            # What follows has no logits beside it.
+            # From here on there are no logits.
             peak = self.old.peak
             packed = reading._packed_support()
         self.old.peak = peak
@@ -278,7 +278,7 @@ class Passes:
         self.update.peak = max(peak, self.backward)
 
     def confirm(self, predicted: dict[str, float], *, kept: int) -> None:
-        """That the plan says the same; ``kept`` is what it takes for kept until the gradient is written."""
+        """Assert that the plan agrees; ``kept`` is the measured memory held until the gradient is written."""
         close("peak of the update", self.update.peak, predicted["troll_update"])
         close("kept for the backward pass", kept, predicted["small_kept"])
         close("peak of the old pass", self.old.peak, predicted["troll_old"])
@@ -289,7 +289,7 @@ class Passes:
         close("operations of the old pass", self.old.operations, predicted["old_launches"])
 
 
-# --- measured beside predicted ----------------------------------------------------------------------------------------
+# --- measured against predicted ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [4, 16, 64])
@@ -313,7 +313,7 @@ def test_carried_bytes(k: int) -> None:
 def test_memory_of_the_update(rule: str, reuse: bool, dtype: torch.dtype) -> None:
     rows, vocab = 40, 151_936
     old, new, sampled = logits_of(rows, vocab, dtype)
-    # Out of order, as an accelerator reads them: a copy in place of a view.
+    # Out of order, so that they are a copy as on an accelerator, not a view.
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
     policy = select(VocabLogits.of(old, order), sampled, Selection(**LIMITS))
     leaf = new.requires_grad_()
@@ -327,8 +327,8 @@ def test_memory_of_the_update(rule: str, reuse: bool, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("samples", [10, 40])
 @pytest.mark.parametrize("rule", ["union", "anchored"])
 def test_small_tensors(rule: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes held, moved and operations issued beside the passes over the logits, of a small vocabulary."""
-    # Blocks so small that they do not show.
+    """Bytes held, bytes moved and operations outside the passes over the logits, for a small vocabulary."""
+    # Blocks small enough to be negligible.
     monkeypatch.setattr(logits_module, "_HOST_BLOCK", 100 * 150)
     passes = Passes(rule, 150, samples, 8000 // samples)
     passes.old.leaves_out_passes(monkeypatch)
@@ -349,7 +349,7 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 def megatrons_log_probs(dtype: torch.dtype, entropy: bool, grad: bool) -> tuple[float, list[tuple[str, int]]]:
-    """Peak beside the logits, over their size, and collectives of verl's Megatron path, on every rank."""
+    """Peak besides the logits, relative to their size, and collectives of verl's Megatron path, on every rank."""
     from megatron.core import parallel_state
     from verl.utils.megatron.tensor_parallel import vocab_parallel_entropy, vocab_parallel_log_probs_from_logits
 
@@ -357,7 +357,7 @@ def megatrons_log_probs(dtype: torch.dtype, entropy: bool, grad: bool) -> tuple[
     logits = torch.randn(64, 1, 5000).to(dtype).requires_grad_(grad) * 1.0
     targets = torch.randint(5000, (64, 1))
     with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(grad), Traffic() as traffic, Meter() as meter:
-        # As verl's engine does it: the entropy overwrites what it is given.
+        # As in verl's engine: the entropy overwrites its input.
         copy = logits.clone() if entropy else logits
         loss = vocab_parallel_entropy(logits).sum() if entropy else torch.zeros(())
         loss = loss + vocab_parallel_log_probs_from_logits(copy, targets).sum()
@@ -449,7 +449,7 @@ def trolls_collectives(rows: int, vocab: int) -> dict[str, list[tuple[str, int]]
 
 
 def handed_over(sent: list[tuple[str, int]], ranks: int) -> tuple[int, float]:
-    """Collectives and bytes of one whole message: of an all-gather each rank hands over its share."""
+    """Number of collectives, and bytes of one whole message; in an all-gather each rank sends its share."""
     return len(sent), sum(size * (ranks if name.startswith("_allgather") else 1) for name, size in sent) / len(sent)
 
 
@@ -568,9 +568,7 @@ def plan(capsys: pytest.CaptureFixture[str], arguments: str) -> tuple[int, str]:
         (f"{SIZES} {STEP} --latency -1", "--latency must be finite and at least 0"),
     ],
 )
-def test_what_describes_no_run_is_refused_by_name(
-    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_options_are_refused_by_name(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", *shlex.split(arguments)]) == 2
     output = capsys.readouterr().err
     assert output.startswith("verl-troll plan: --")
@@ -626,7 +624,7 @@ def test_the_tests_that_formulas_name_are_here() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_explained_is_what_is_computed(variant: str) -> None:
-    """Each printed expression, computed from the printed numbers alone, gives the printed value."""
+    """Each printed expression, evaluated from the printed numbers alone, gives the printed value."""
     plan = plan_from(f"{SIZES} {STEP} {VARIANTS[variant]}")
     explained = {name: found for section in plan.explanations.values() for name, found in section.items()}
     assert list(explained) == list(plan.numbers)
@@ -692,7 +690,7 @@ def test_a_plan_needs_neither_verl_nor_a_gpu() -> None:
 
 
 def commands_in_docs() -> list[tuple[str, str]]:
-    """Commands of docs/scale.md and the output shown below each."""
+    """The commands in docs/scale.md and the output shown below each."""
     blocks = re.findall(
         r"```console\n\$ verl-troll plan (.*?[^\\])\n(.*?)```", (ROOT / "docs/scale.md").read_text(), re.S
     )

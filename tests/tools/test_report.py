@@ -1,4 +1,4 @@
-"""``verl-troll report``: its statistics beside references, what it reads, what it refuses, and the page."""
+"""``verl-troll report``: its statistics against references, what it reads, what it refuses, and the page."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def make_run(arm: str = "union", seed: int | None = 0, lr: float | None = None, 
 def collected(
     arm: str, seed: Any, success: Sequence[float | None], metrics: Mapping[str, Any] | None = None, **run: Any
 ) -> str:
-    """A line of a file of collected runs."""
+    """One line of a file of collected runs."""
     steps = list(range(0, 5 * len(success), 5))
     described = {"task": "chain", "arm": arm, "seed": seed, "status": "finished", "settings": {}, **run}
     return json.dumps({"run": described, "metrics": {"step": steps, HELD_OUT: list(success), **(metrics or {})}})
 
 
 def logged(*steps: tuple[int, Mapping[str, Any]]) -> str:
-    """The file of verl's file logger."""
+    """Contents of verl's file logger."""
     return "".join(json.dumps({"step": step, "data": data}) + "\n" for step, data in steps)
 
 
@@ -75,7 +75,7 @@ def only(comparisons: Sequence[TaskComparison]) -> TaskComparison:
 
 
 def refuse_to_warn(text: str) -> None:
-    """For logs that leave nothing out."""
+    """Fail on a warning, for complete logs."""
     raise AssertionError(text)
 
 
@@ -110,7 +110,7 @@ class TestStatistics:
             assert min(values) - slack <= found.low <= found.high <= max(values) + slack
 
     def test_coverage_is_what_the_page_says(self) -> None:
-        # The rules name about 83 % at five normal values; 300 repetitions are off by 2.2 % (one standard error).
+        # The page says about 83 % for five normal values; over 300 repetitions one standard error is 2.2 %.
         rng = random.Random(0)
         covered = 0
         for _ in range(300):
@@ -247,7 +247,7 @@ class TestReading:
         assert run.metric("actor/entropy") == Series((1, 2), (0.5, 0.4))
         assert math.isnan(run.metric("actor/grad_norm").values[0])
         assert diverged(run)
-        # At step 2 only one of the two data sources was measured.
+        # Step 2 has only one of the two data sources.
         assert run.held_out().steps == (0,)
         assert run.held_out().values == pytest.approx((0.3,))
 
@@ -279,7 +279,7 @@ class TestReading:
         (tmp_path / path).write_text(logged((1, {"actor/entropy": 0.5})))
         (run,) = read_runs([tmp_path / path], refuse_to_warn)
         if expected[2] is not None and path.startswith("lr"):
-            # The arm was found before the folder with the rate.
+            # The arm is parsed before the folder with the rate.
             expected = (expected[0], expected[1], None)
         assert (run.arm, run.seed, run.lr) == expected
 
@@ -293,7 +293,7 @@ class TestReading:
             writer.add_scalar("actor/grad_norm", math.nan, 4)
         (run,) = read_runs([tmp_path], refuse_to_warn)
         assert (run.arm, run.seed, run.kind) == ("union", 2, "TensorBoard")
-        # Every point is kept, where TensorBoard itself samples.
+        # Every point is kept, although TensorBoard itself samples.
         assert run.metric("actor/entropy").steps == tuple(range(0, 1200, 2))
         assert run.metric("actor/entropy").values[1] == pytest.approx(1 / 3)
         assert run.held_out() == Series((0,), (0.25,))
@@ -389,7 +389,7 @@ class TestReading:
         with pytest.raises(ReportError, match="'gone' does not exist"):
             read_runs(["mine=gone"], refuse_to_warn)
 
-    def test_of_two_equal_descriptions_the_later_counts(self, tmp_path: Path) -> None:
+    def test_the_later_of_two_equal_descriptions_counts(self, tmp_path: Path) -> None:
         first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
         first.write_text(collected("union", 0, (0.1,)) + "\n" + collected("union", 0, (0.3,), lr=1.0) + "\n")
         second.write_text(
@@ -485,7 +485,7 @@ class TestComparison:
 
 
 def full_metrics(seed: int, bounded: bool) -> dict[str, list[float]]:
-    """Every metric that the report reads, at three steps."""
+    """All metrics that the report reads, at three steps."""
     rng = random.Random(seed)
     names = [*read.READ, HELD_OUT]
     metrics = {name: [rng.uniform(0.1, 0.9) for _ in range(3)] for name in names}
@@ -512,7 +512,7 @@ def study(folder: Path, arms: Sequence[str], seeds: int = 3, rates: Sequence[flo
 
 
 class Page(HTMLParser):
-    """What the tests ask of a page."""
+    """Parses what the tests need from a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -621,11 +621,11 @@ class TestPage:
             assert head == "data:image/png;base64"
             assert base64.b64decode(data) in files
             assert re.search(r"\d", alternative)
-        # The same runs give the same page.
+        # The same runs produce the same page.
         assert cli.main(["report", "study.jsonl", "--out", "page.html", "--threshold", "0.5"]) == 0
         assert Path("page.html").read_text(encoding="utf-8") == text
 
-    def test_page_needs_nothing_beside_it(self, tmp_path: Path) -> None:
+    def test_page_is_self_contained(self, tmp_path: Path) -> None:
         out = tmp_path / "report.html"
         assert cli.main(["report", str(study(tmp_path, ["vanilla", "union"])), "--out", str(out)]) == 0
         text = out.read_text(encoding="utf-8")

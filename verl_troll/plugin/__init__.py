@@ -1,9 +1,9 @@
-"""The plugin: what connects the mathematics to verl.
+"""The plugin: connects the mathematics to verl.
 
 Importing this package registers the ``troll`` policy loss and the engines, and applies the patches that keep metric
-names as they are and that check the nodes of a cluster. The Hydra group ``+troll=default`` makes verl import it in
-every process that needs it (``actor_rollout_ref.model.external_lib``, and the ``_target_`` of the actor's config); an
-error here ends the run.
+names and check the nodes of a cluster. With the Hydra group ``+troll=default`` verl imports it in every process that
+needs it (``actor_rollout_ref.model.external_lib``, and the ``_target_`` of the actor's config). An error here ends the
+run.
 """
 
 from verl_troll.versions import check_verl_version

@@ -1,6 +1,6 @@
-"""verl's actor configurations with TROLL's settings in them; built on the driver before Ray starts, and in each worker.
+"""verl's actor configurations plus TROLL's settings, built on the driver before Ray starts and in each worker.
 
-:func:`verl_troll.plugin.backends.actor_config` picks the one of the backend.
+:func:`verl_troll.plugin.backends.actor_config` picks the backend's.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from verl_troll.plugin.settings import LOSS_MODE, TrollConfig, TrollConfigError,
 
 @dataclass
 class TrollPolicyLossConfig(PolicyLossConfig):
-    """verl's policy-loss settings with the group ``troll`` beside them."""
+    """verl's policy-loss settings plus the group ``troll``."""
 
     troll: TrollConfig = field(default_factory=TrollConfig)
 
 
 def _check_actor(actor: ActorConfig) -> None:
-    """Checks that need the actor's own settings, whatever its strategy."""
+    """Checks of the actor's own settings that hold for every strategy."""
     loss = actor.policy_loss
     if not isinstance(loss, TrollPolicyLossConfig):
         raise refusal("actor_rollout_ref.actor.policy_loss._target_", type(loss).__name__, "TrollPolicyLossConfig")
@@ -44,7 +44,7 @@ def _check_actor(actor: ActorConfig) -> None:
 
 @dataclass
 class TrollFSDPActorConfig(FSDPActorConfig):
-    """verl's FSDP actor settings; hands the TROLL settings to the engine, as verl hands over ``strategy``."""
+    """verl's FSDP actor settings; passes the TROLL settings to the engine, as verl passes ``strategy``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +56,7 @@ class TrollFSDPActorConfig(FSDPActorConfig):
 
 @dataclass
 class TrollMegatronActorConfig(McoreActorConfig):
-    """verl's Megatron actor settings; hands the TROLL settings to the engine."""
+    """verl's Megatron actor settings; passes the TROLL settings to the engine."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

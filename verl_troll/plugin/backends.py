@@ -1,10 +1,10 @@
-"""The table of backends: the engine with TROLL, the devices that it is registered for, the actor's configuration.
+"""The table of backends: engine with TROLL, devices it is registered for, actor configuration.
 
-A backend is one entry of :data:`BACKENDS`. Registration, the check of the host, the actor's configuration and
-``verl-troll doctor`` read it from there.
+A backend is one entry of :data:`BACKENDS`, which registration, the host check, the actor's configuration and
+``verl-troll doctor`` read.
 
-verl looks an engine up by (device, vendor) before device alone, so that registering under vendor keys takes precedence
-without replacing anything.
+verl looks up engines by (device, vendor) before device alone, so engines registered under vendor keys take precedence
+and replace nothing.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from verl_troll.plugin.settings import refusal
 __all__ = ["BACKENDS", "MODEL_TYPE", "Backend", "actor_config", "check_engine", "register", "registered"]
 
 MODEL_TYPE = "language_model"
-# Vendors that verl's platforms name; generic is CPU mode, which runs the engines registered for cuda.
+# Vendor names of verl's platforms. generic is CPU mode, which runs the engines registered for cuda.
 _GPUS = (("cuda", "nvidia"), ("cuda", "amd"), ("cuda", "generic"))
 _NPUS = (("npu", "huawei"),)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What belongs to one value of ``actor_rollout_ref.actor.strategy``.
+    """Everything for one value of ``actor_rollout_ref.actor.strategy``.
 
     Attributes:
-        engine: verl's engine with TROLL; None where a package that verl's own needs is missing.
-        devices: (device, vendor) pairs that the engine is registered for.
+        engine: verl's engine with TROLL; None if a package that verl's engine needs is missing.
+        devices: (device, vendor) pairs to register the engine for.
         actor_config: verl's actor configuration with the checks of this backend.
-        needs: the missing package and how to install it, for messages.
+        needs: that package and how to install it, for messages.
     """
 
     engine: type[TrollEngineMixin] | None
@@ -47,7 +47,7 @@ class Backend:
 
 
 def _megatron_engine() -> type[TrollEngineMixin] | None:
-    # None where megatron-core is not installed.
+    # None if megatron-core is not installed.
     if verl_engines.MegatronEngineWithLMHead is None:
         return None
     from verl_troll.plugin.engines.megatron import TrollMegatronEngine
@@ -58,7 +58,7 @@ def _megatron_engine() -> type[TrollEngineMixin] | None:
 BACKENDS: dict[str, Backend] = {
     "fsdp": Backend(TrollFSDPEngine, _GPUS + _NPUS, TrollFSDPActorConfig),
     "fsdp2": Backend(TrollFSDPEngine, _GPUS + _NPUS, TrollFSDPActorConfig),
-    # On NPUs verl has an engine of its own for this backend (MindSpeed).
+    # On NPUs verl has its own engine for this backend (MindSpeed).
     "megatron": Backend(
         _megatron_engine(), _GPUS, TrollMegatronActorConfig, needs="megatron-core ('pip install verl[mcore]')"
     ),
@@ -72,7 +72,7 @@ def registered(backend: str) -> dict[Any, type]:
 
 
 def register() -> None:
-    """Register the engines under every known (device, vendor); once per process."""
+    """Register each engine for its (device, vendor) pairs, once per process."""
     for name, backend in BACKENDS.items():
         for device, vendor in backend.devices if backend.engine is not None else ():
             if registered(name).get((device, vendor)) is not backend.engine:
@@ -80,10 +80,10 @@ def register() -> None:
 
 
 def check_engine(strategy: str) -> None:
-    """Refuse a host on which verl would pick another engine than TROLL's.
+    """Refuse a host on which verl would not pick TROLL's engine.
 
     Raises:
-        RuntimeError: naming the engine that verl would use, or the package that is missing.
+        RuntimeError: names the engine that verl would use, or the missing package.
     """
     backend = BACKENDS[strategy]
     if backend.engine is None:
@@ -101,7 +101,7 @@ def check_engine(strategy: str) -> None:
 
 
 def actor_config(**settings: Any) -> ActorConfig:
-    """Actor settings of the strategy in use; the ``_target_`` of ``actor_rollout_ref.actor`` under ``+troll=default``.
+    """Actor settings for the chosen strategy; ``+troll=default`` makes this the ``_target_`` of the actor.
 
     Raises:
         TrollConfigError: the strategy is not supported, or a setting is refused.

@@ -1,6 +1,6 @@
-"""Whether every node of a Ray cluster has the driver's versions, asked before verl starts anything there.
+"""Checks that every node of a Ray cluster has the driver's versions before verl starts anything there.
 
-verl spreads its processes over all nodes, the one that runs the trainer included, and each of them imports the plugin.
+verl spreads its processes, the trainer's included, over all nodes, and each process imports the plugin.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ __all__ = ["ClusterError", "check_cluster"]
 
 
 class ClusterError(RuntimeError):
-    """A node of the Ray cluster lacks this package or verl, or has another version than the driver."""
+    """A node of the Ray cluster lacks this package or verl, or its version differs from the driver's."""
 
 
 def _question() -> Callable[[], dict[str, str]]:
-    """A function without arguments: the versions that an import would find, or ``missing``."""
+    """A function without arguments that returns the versions an import would find, or ``missing``."""
 
-    # Local, so that Ray sends its code: a node without this package could not import it by name.
+    # Nested, so that Ray pickles its code: a node without this package could not import it.
     def versions() -> dict[str, str]:
         import ast
         import contextlib
@@ -30,7 +30,7 @@ def _question() -> Callable[[], dict[str, str]]:
 
         found = {"verl_troll": "missing", "verl": "missing"}
         spec = importlib.util.find_spec("verl_troll")
-        # Read, not imported: importing would load torch, which takes seconds.
+        # Parsed, not imported: the import would load torch, which takes seconds.
         if spec is not None and spec.origin is not None:
             for statement in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
                 if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__version__":
@@ -43,12 +43,12 @@ def _question() -> Callable[[], dict[str, str]]:
 
 
 def check_cluster() -> None:
-    """Ask every node that verl may use, unless there is none but the driver's own; Ray has to be connected.
+    """Ask every node that verl may use, unless the driver's is the only one. Ray must be connected.
 
-    Each node runs one task without resources, in the environment that the run's own processes will have.
+    Each node runs one task without resources, in the environment of the run's own processes.
 
     Raises:
-        ClusterError: naming each node that differs from the driver, how, and what to do.
+        ClusterError: names each node that differs from the driver, how it differs, and what to do.
     """
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
     if [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]:

@@ -1,4 +1,4 @@
-"""What the plugin did to this process, as one line of JSON; run by ``verl-troll doctor``."""
+"""Prints what the plugin did to this process, as one line of JSON; ``verl-troll doctor`` runs it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _engine(backend: str) -> dict[str, Any]:
 
 
 def _config_error() -> str | None:
-    """Why verl's configuration does not build with ``+troll=default``; None where it does."""
+    """Why verl's configuration does not build with ``+troll=default``; None if it does."""
     overrides = [
         "hydra.searchpath=[pkg://verl_troll.configs]",
         "+troll=default",

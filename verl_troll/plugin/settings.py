@@ -1,6 +1,6 @@
-"""The method's settings, and the settings of verl that it depends on; every value is checked on construction.
+"""The method's settings and the verl settings it depends on; construction checks every value.
 
-``configs/troll/default.yaml`` fills :class:`HostSettings` by interpolation, so that the checks see the run's values.
+``configs/troll/default.yaml`` fills :class:`HostSettings` by interpolation, so the checks see the run's values.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ PREFIX = "actor_rollout_ref.actor.policy_loss.troll"
 LOSS_MODE = "troll"
 PLUGIN_MODULE = "verl_troll.plugin"
 TRAINER_MODES = ("sync", "colocate_async", "separate_async")
-# Rollout engines whose top log-probabilities can be the old policy's support.
+# Rollout engines that can supply the old policy's support, from their top log-probabilities.
 SUPPORT_ENGINES = ("vllm", "sglang")
 
 
 class TrollConfigError(ValueError):
-    """A setting is out of range, or a combination with the host's settings is not supported."""
+    """A setting is out of range, or not supported with the host's settings."""
 
 
 def refusal(key: str, value: object, allowed: str, hint: str = "") -> TrollConfigError:
-    """The error for a host setting that TROLL cannot work with: key, value, what is allowed, what to do."""
+    """The error for an unsupported host setting: its key and value, what is allowed, what to do."""
     return TrollConfigError(f"{key}={value!r} is not supported with TROLL: allowed is {allowed}. {hint}".rstrip())
 
 
 @dataclass
 class RolloutSettings(BaseConfig):
-    """verl's rollout settings, for the old policy's support from the rollout engine (``+troll=rollout_support``).
+    """verl's rollout settings, checked when the rollout engine supplies the support (``+troll=rollout_support``).
 
-    ``support_wanted`` is what the servers are asked for (``rollout.custom.troll``), None without that group.
+    ``support_wanted`` is the request to the servers (``rollout.custom.troll``), None without that group.
     """
 
     name: str | None = None
@@ -55,7 +55,7 @@ class RolloutSettings(BaseConfig):
     correction_rejection: str | None = None
 
     def check_bypass(self, trainer_mode: str) -> None:
-        """Raise :class:`TrollConfigError` unless the engine's support is there and is the policy's own."""
+        """Raise :class:`TrollConfigError` unless the engine supplies the support and it is the policy's own."""
         rollout = "actor_rollout_ref.rollout"
         correction = "algorithm.rollout_correction"
         if self.support_wanted is None:
@@ -98,7 +98,7 @@ class RolloutSettings(BaseConfig):
 
 @dataclass
 class HostSettings(BaseConfig):
-    """verl's settings that TROLL depends on, read by interpolation and never set here."""
+    """The verl settings that TROLL depends on, read by interpolation, never set here."""
 
     use_v1: bool = True
     trainer_mode: str = "sync"
@@ -109,7 +109,7 @@ class HostSettings(BaseConfig):
     external_lib: Any = None
 
     def check(self) -> None:
-        """Raise :class:`TrollConfigError` for the first setting that TROLL cannot work with."""
+        """Raise :class:`TrollConfigError` for the first setting that TROLL does not support."""
         if not self.use_v1:
             raise refusal(
                 "trainer.use_v1",
@@ -155,17 +155,17 @@ class TrollConfig(BaseConfig):
     """Settings of the method, under ``actor_rollout_ref.actor.policy_loss.troll``.
 
     Attributes:
-        kl_bound: eps, largest KL(pi || q) of a token, in nats; above 0.
+        kl_bound: eps, maximum KL(pi || q) of a token, in nats; above 0.
         alpha: weight of the regression term KL(p || stop_gradient(pi)); at least 0.
-        k: most ids kept of a policy; from 1 to 32766.
+        k: maximum number of ids kept of a policy; from 1 to 32766.
         dropped_mass: probability mass that the kept ids may leave out; in [0, 1).
         support: ``union`` (as published) or ``anchored`` (old ids and one outcome for the rest).
         importance_ratio: ``token``, or ``sequence`` for GSPO.
         step_size_gradient: ``implicit`` (through the step size, as published) or ``detached``.
-        one_sided: tokens that left the region against their advantage keep the plain ratio; not in the paper.
-        reuse_logits: write the gradient over the logits, which saves a tensor of their size.
+        one_sided: tokens that left the region against their advantage keep the unprojected ratio; not in the paper.
+        reuse_logits: write the gradient over the logits to save a tensor of their size.
         kernels: ``auto`` (Triton on GPUs, torch elsewhere) or ``torch``.
-        host: verl's own settings, for the start-up checks.
+        host: verl settings, for the start-up checks.
     """
 
     kl_bound: float = 0.05

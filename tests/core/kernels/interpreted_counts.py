@@ -1,4 +1,4 @@
-"""What a step asks of the device beside its kernels, counted in Triton's interpreter (run by ``test_kernels.py``)."""
+"""Operations that a step issues besides its kernels, counted in Triton's interpreter (run by ``test_kernels.py``)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from verl_troll.core.loss import policy_terms
 from verl_troll.core.support import RULES, Selection, SparsePolicy, select
 from verl_troll.core.vocab import VocabLogits
 
-# What launches nothing: views, and memory that is only reserved.
+# Operations that launch nothing: views and allocations.
 FREE = {
     "view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "slice", "select", "permute", "transpose", "t", "detach",
     "alias", "as_strided", "unbind", "split", "empty", "empty_like", "empty_strided", "new_empty", "view_as",
@@ -31,7 +31,7 @@ ROWS, VOCAB, K = 8, 96, 6
 
 
 class Counting(TorchDispatchMode):
-    """Counts torch's operations, and those that wait for the device; kernels apart."""
+    """Counts torch's operations and those that wait for the device, without the kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def test_an_old_pass(counting: Counting, entropy: bool) -> None:
     logits, *_ = problem()
     with counting:
         old_pass(logits, entropy=entropy)
-    # argmax of the problem is one of the operations.
+    # argmax of the problem is among the operations.
     assert counting.operations.total() <= 8 and not counting.waits, counting.operations
     assert counting.launches == Counter(["_read", "_search", "_keep"])
 
@@ -118,7 +118,7 @@ def test_an_update(counting: Counting, rule: str, entropy: bool) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_fused_head_with_the_blocks_of_a_gpu(counting: Counting, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many blocks as 8,192 tokens of 151,936 columns take: 8 of tokens to read, 10 of columns on the way back."""
+    """As many blocks as for 8,192 tokens x 151,936 columns: 8 blocks of tokens read, 10 of columns in backward."""
     tokens, read_columns = lm_head._DEVICE_READ_BLOCK
     gradient_tokens, elements = lm_head._DEVICE_GRADIENT_BLOCK
     assert (8192 / tokens, read_columns >= 151_936, gradient_tokens) == (8, True, 8192)

@@ -1,8 +1,8 @@
-"""TROLL on verl's real engines through the Triton kernels, in Triton's interpreter.
+"""TROLL on verl's real engines with the Triton kernels, in Triton's interpreter.
 
 Run by ``tests/core/test_kernels.py``.
 
-Each run is compared with the same run through the torch forms, and says how often each kernel was asked for.
+Each run is compared with the same run on the torch forms, and counts the calls of each kernel.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ FORMS = {
     "terms": tokens_triton,
     "combine": tokens_triton,
 }
-# Few ids, which the interpreter sorts sooner; without a mass to drop, rounding cannot move an id across the edge.
+# Few ids, because the interpreter sorts slowly; with dropped_mass 0, rounding cannot change which ids are kept.
 SUPPORT = {"k": 8, "dropped_mass": 0.0}
 
 
 def counted(scenario: Callable[..., Any], *arguments: Any) -> tuple[Any, Counter[str]]:
-    """The scenario's result on this rank, and the calls of each kernel."""
+    """The scenario's result on this rank, and the number of calls of each kernel."""
     interpreter.shrink()
     calls: Counter[str] = Counter()
 
@@ -63,7 +63,7 @@ def counted(scenario: Callable[..., Any], *arguments: Any) -> tuple[Any, Counter
 
 
 def run(scenario: Callable[..., Any], ranks: int, *arguments: Any, interpreted: bool) -> list[Any]:
-    """Results by rank, of a scenario that went through all kernels or through none."""
+    """Results by rank; asserts that the scenario used all kernels or none."""
     by_rank = run_ranks(counted, ranks, (scenario, *arguments))
     for _, calls in by_rank:
         assert set(calls) == (set(FORMS) if interpreted else set())

@@ -16,13 +16,13 @@ from verl_troll.core.kernels import logits_triton as form
 INF = math.inf
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-# The smallest tiles that still have several per row, and groups of which there are several per tile.
+# Small tiles and groups, so that a row has several tiles and a tile several groups.
 WIDE, GROUP, TILE, COLUMNS = 2, 4, 16, 16
 
 
 @pytest.fixture
 def blocks_of_a_gpu() -> None:
-    """Leaves the blocks as they are; they take long here."""
+    """Keep the real block sizes, which are slow here."""
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def normal(*shape: int, seed: int = 0, scale: float = 3.0) -> Tensor:
 
 
 def padded(values: Tensor, dtype: torch.dtype, extra: int = 3) -> Tensor:
-    """The same values with a row stride that is not their width; what lies between is never to be touched."""
+    """The same values with a row stride above their width; nothing may touch the gap."""
     wide = torch.full((values.shape[0], values.shape[1] + extra), 77.0, dtype=dtype)
     wide[:, : values.shape[1]] = values.to(dtype)
     return wide[:, : values.shape[1]]
@@ -56,7 +56,7 @@ def read(logits: Tensor, rows: Tensor, columns: int, k: int = 0, ids: Tensor | N
 
 
 def assert_reads(logits: Tensor, rows: Tensor, columns: int, k: int) -> None:
-    """Against float64."""
+    """Compare with float64."""
     dense = logits[rows, :columns].double()
     highest = dense.amax(-1) if columns > 0 else torch.full((rows.shape[0],), -INF, dtype=torch.float64)
     shift = torch.where(dense > -INF, dense - highest.unsqueeze(-1), 0.0)
@@ -90,7 +90,7 @@ def test_numbers_of_entries(k: int) -> None:
 
 
 @by_dtype
-def test_what_is_read_along_changes_no_bit(dtype: torch.dtype) -> None:
+def test_reading_more_changes_no_bit(dtype: torch.dtype) -> None:
     logits, rows = normal(4, 45).to(dtype), torch.arange(4)
     everything = read(logits, rows, 45, 3)
     for k in (0, 1, 5):
@@ -122,12 +122,12 @@ def test_logits_without_mass(dtype: torch.dtype) -> None:
     logits[1, 5:] = -INF
     logits[2, :58] = -INF
     logits[3, ::2] = -INF
-    # What some models put in place of -inf.
+    # Some models use this instead of -inf.
     logits[4, ::2] = torch.finfo(dtype).min
     assert_reads(logits.to(dtype), torch.arange(5), 60, 4)
 
 
-def test_the_least_number_is_not_nothing() -> None:
+def test_the_smallest_float_is_a_logit() -> None:
     assert_reads(torch.full((1, 60), torch.finfo(torch.float32).min), torch.arange(1), 60, 4)
 
 
@@ -202,7 +202,7 @@ def test_reading_refuses(change: dict[str, object], message: str) -> None:
 
 
 class Case:
-    """A gradient to write and its exact value."""
+    """A gradient to write, and its exact value."""
 
     def __init__(self, dtype: torch.dtype, *, columns: int = 43, width: int = 5, slope: bool = True) -> None:
         self.logits = padded(normal(6, 50), dtype)
@@ -221,7 +221,7 @@ class Case:
         self.slope = self.b if slope else None
         factor = self.a.double().unsqueeze(-1) + (self.b.double().unsqueeze(-1) * shift if slope else 0)
         values = torch.where(dense > -INF, shift.exp() * factor, 0.0)
-        # Corrections that all but cancel what they correct: rounded before the sum, it would be far off.
+        # The corrections nearly cancel, so rounding before the sum would be far off.
         at = values.gather(-1, self.ids.clamp_min(0))
         self.corrections = (-at + 1e-3 * normal(3, width, seed=3)).float()
         self.exact = torch.zeros(6, 50, dtype=torch.float64)
@@ -238,9 +238,9 @@ class Case:
         )
 
     def check(self, out: Tensor) -> None:
-        """At most the error of rounding the exact value once, and what the working precision loses."""
+        """Allow one rounding of the exact value plus the working precision's error."""
         lost = 2e-6 * self.size
-        # The interpreter cuts float32 off to bfloat16; that the compiler rounds it is tested where it compiles.
+        # The interpreter truncates float32 to bfloat16; the compile tests check that compiled code rounds.
         cut = out.dtype == torch.bfloat16
         once = self.exact.abs() * 2**-7 if cut else (self.exact.to(out.dtype).double() - self.exact).abs()
         error = (out.double() - self.exact).abs()
@@ -287,7 +287,7 @@ def test_writing_no_rows() -> None:
     assert bool((case.logits == 0).all())
 
 
-def test_what_was_written_over_is_known_to_autograd() -> None:
+def test_autograd_notices_overwritten_logits() -> None:
     case = Case(torch.float32)
     leaf = torch.ones((), requires_grad=True)
     kept = (leaf * case.logits.masked_fill(case.logits == -INF, 0.0)).exp()

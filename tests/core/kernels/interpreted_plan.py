@@ -1,6 +1,6 @@
-"""What the plan says of the Triton kernels, in Triton's interpreter (run by ``tests/tools/test_plan.py``).
+"""The plan's numbers for the Triton kernels, in Triton's interpreter (run by ``tests/tools/test_plan.py``).
 
-The interpreter runs kernels where the tensors are, so that memory and operations beside them are those of a GPU.
+The interpreter works on the same tensors, so memory and the other operations are those of a GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ K = 24
 
 
 def watch(meter: Meter) -> None:
-    """From here on ``meter`` counts each launch as one operation, and nothing that the interpreter does."""
+    """Make ``meter`` count each launch as one operation and ignore the interpreter's own."""
 
     def launched(executor: Any, *arguments: Any, **options: Any) -> None:
         meter.operations += 1
@@ -48,7 +48,7 @@ def watch(meter: Meter) -> None:
             _execute(executor, *arguments, **options)
         finally:
             meter.active = True
-        # The interpreter leaves cycles that hold what it was given.
+        # The interpreter leaves reference cycles that hold its arguments.
         gc.collect()
 
     GridExecutor.__call__ = launched
@@ -63,7 +63,7 @@ def confirm(rule: str, **options: Any) -> None:
     passes = Passes(rule, 200, 2, 6, k=K, sharp=30, watch=watch, group=dist.group.WORLD if options else None)
     passes.run()
     options |= {"form": "triton", "support": rule, "k": K, "kept_ids": passes.kept_ids}
-    # The rank that holds the first ids counts all from 0, which takes less.
+    # The rank with the first ids needs no offset, which takes less.
     if passes.group is None or dist.get_rank() > 0:
         passes.confirm(plan_of(passes.rows, 200, **options), kept=passes.backward)
 

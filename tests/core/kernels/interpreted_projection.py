@@ -38,7 +38,7 @@ def run(form: Form, new: Tensor, old: Tensor, bound: float, implicit: bool, grad
 
 
 def assert_agree(new: Tensor, old: Tensor, bound: float = BOUND, implicit: bool = True) -> Fields:
-    """The same fields and gradient as the torch form, to rounding; the step sizes' search is the same one."""
+    """The torch form's fields and gradient, up to rounding; both search step sizes in the same way."""
     grad = torch.randn(new.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(new.dtype)
     fields, gradient = run(kernels.project, new, old, bound, implicit, grad)
     expected, expected_gradient = run(reference, new, old, bound, implicit, grad)
@@ -148,7 +148,7 @@ def test_no_rows() -> None:
     assert none.grad is not None and none.grad.shape == (0, 5)
 
 
-def test_the_gradient_has_none_of_its_own() -> None:
+def test_the_gradient_is_not_differentiable() -> None:
     log_p, log_q = (x[:1, :8].log_softmax(-1) for x in draw(FAMILIES[7]))
     new = log_p.clone().requires_grad_()
     squares = kernels.project(new, log_q, BOUND, 1e-3, True)[0].square().sum()

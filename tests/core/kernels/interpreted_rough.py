@@ -1,4 +1,4 @@
-"""The float32 look at a token that spares most of them the float64 solver (run by ``tests/core/test_kernels.py``)."""
+"""The float32 pre-check that spares most tokens the float64 solver (run by ``tests/core/test_kernels.py``)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rough(new: Tensor, old: Tensor) -> Tensor:
 
 
 def assert_close_to_float64(log_p: Tensor, log_q: Tensor) -> None:
-    """What the threshold allows for is ten times the error, near the bound and far below it."""
+    """The threshold allows ten times the actual error, near the bound and far below it."""
     exact = project(log_p.double(), log_q.double(), 1e9).kl_before
     found = rough(log_p, log_q).double()
     assert bool(((found - exact).abs() <= 1e-6 + 1e-3 * exact).all()), (found - exact).abs().max()
@@ -45,7 +45,7 @@ def assert_close_to_float64(log_p: Tensor, log_q: Tensor) -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.1, 1e-3])
 def test_its_error(family: Family, scale: float) -> None:
     log_p, log_q = (x[:6] for x in draw(family))
-    # Nearer and nearer the old policy.
+    # Ever closer to the old policy.
     log_p = (log_q + scale * (log_p - log_q)).log_softmax(-1)
     assert_close_to_float64(log_p.float(), log_q.float())
 

@@ -1,4 +1,4 @@
-"""The chain of one token beside its torch form, in Triton's interpreter (run by ``tests/core/test_kernels.py``)."""
+"""The per-token chain against its torch form, in Triton's interpreter (run by ``tests/core/test_kernels.py``)."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ def normal(*shape: int, seed: int, scale: float = 3.0) -> Tensor:
 
 
 def sampled_from(logits: Tensor, seed: int = 9) -> Tensor:
-    """Every other token the likeliest, the others any."""
+    """The most likely id at every other token, any id at the rest."""
     ids = torch.randint(logits.shape[1], (len(logits),), generator=torch.Generator().manual_seed(seed))
     ids[::2] = logits[::2].argmax(-1)
     return ids
 
 
 def loss_of(terms: PolicyTerms) -> Tensor:
-    """Every output, with another weight for each token."""
+    """Uses every output, with a different weight per token."""
     weight = torch.linspace(-1, 2, len(terms.log_ratio), dtype=terms.log_ratio.dtype)
     loss = (weight * (terms.log_ratio.exp() + 0.5 * terms.regression_kl)).sum() + 0.2 * terms.sampled_log_probs.sum()
     return loss if terms.entropy is None else loss + 0.3 * terms.entropy.sum()
 
 
 def assert_chain(rule: str, new: Tensor, rows: Tensor, old: SparsePolicy, **options: Any) -> PolicyTerms:
-    """Values, statistics and gradient of the kernels are those of the torch form."""
+    """The kernels' values, statistics and gradient match the torch form's."""
     options = {"kl_bound": BOUND, "entropy": True} | options
     selection, shard = Selection(options.pop("k", 8), options.pop("dropped_mass", 1e-3)), options.pop("shard", None)
     found = []
@@ -67,7 +67,7 @@ def assert_chain(rule: str, new: Tensor, rows: Tensor, old: SparsePolicy, **opti
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6, equal_nan=True, msg=f"{name}: {ours}, {theirs}")
     for name, ours, theirs in zip(STATISTICS, terms.statistics, expected.statistics, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=5e-5, atol=2e-6, equal_nan=True, msg=f"{name}: {ours}, {theirs}")
-    # The interpreter cuts float32 off to bfloat16 where torch rounds.
+    # The interpreter truncates float32 to bfloat16; torch rounds.
     once = 2**-7 if new.dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(gradient, expected_gradient, rtol=once, atol=5e-6, equal_nan=True)
     return terms
@@ -105,12 +105,12 @@ def test_equal_policies_have_ratio_one(rule: str, dtype: torch.dtype) -> None:
 def test_tokens_of_every_kind(rule: str) -> None:
     before = normal(8, 40, seed=4, scale=1.0)
     after = before + normal(8, 40, seed=5, scale=0.2)
-    before[0, 3] = after[0, 3] = 40  # one outcome that matters
+    before[0, 3] = after[0, 3] = 40  # one dominant outcome
     after[1] = -INF  # all mass on one id
     after[1, 7] = 0
-    after[2, 11] = -INF  # the sampled id lost its mass
-    before[3], after[3] = 0, 0  # all alike
-    before[4, 5:] = -INF  # few ids had any
+    after[2, 11] = -INF  # the sampled id has no mass left
+    before[3], after[3] = 0, 0  # uniform
+    before[4, 5:] = -INF  # few ids had mass
     after[5, 9] = 60  # far away
     after[6, ::2] = -INF
     after[7] = math.nan
@@ -179,7 +179,7 @@ def test_no_tokens() -> None:
         assert terms.statistics.shape == (len(STATISTICS), 0) and not bool(gradient.any())
 
 
-# --- the gradient in the place of the logits --------------------------------------------------------------------------
+# --- the gradient written over the logits -----------------------------------------------------------------------------
 
 
 def chain_loss(rule: str, logits: Tensor, rows: Tensor, *, reuse: bool) -> Tensor:
@@ -225,7 +225,7 @@ def test_reuse_writes_the_same_gradient_over_the_logits(rule: str, dtype: torch.
 @by_loss
 def test_reused_logits_that_are_still_needed_make_autograd_raise(rule: str, loss: Loss) -> None:
     rows = torch.arange(5)
-    # exp keeps its output for its backward pass.
+    # exp saves its output for the backward pass.
     kept = normal(5, 40, seed=11, scale=0.5).requires_grad_().exp()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.backward(loss(rule, kept, rows, reuse=True))

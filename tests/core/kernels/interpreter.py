@@ -1,4 +1,4 @@
-"""Triton's interpreter, which takes longer the more lanes a program has, whatever it works on."""
+"""Triton's interpreter, whose running time grows with a program's lanes, whatever the data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ LANES = 64
 
 
 def shrink() -> None:
-    """Give the kernels of this process as few lanes as a tiny vocabulary needs."""
+    """Give this process's kernels only the lanes that a tiny vocabulary needs."""
     from verl_troll.core.kernels import logits_triton
 
     logits_triton.READ_WIDE, logits_triton.READ_TILE_BYTES, logits_triton.WRITE_COLUMNS = 8, 4 * LANES, LANES

@@ -1,1 +1,1 @@
-"""verl's engines with TROLL, one file per backend; :mod:`verl_troll.plugin.backends` lists them."""
+"""verl's engines with TROLL, one file per backend, listed in :mod:`verl_troll.plugin.backends`."""

@@ -1,4 +1,4 @@
-"""verl's FSDP and FSDP2 engine with TROLL: whole vocabulary, tokens shared out under Ulysses."""
+"""verl's FSDP and FSDP2 engine with TROLL. Each rank holds the whole vocabulary; Ulysses splits the tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrollFSDPEngine(TrollEngineMixin, FSDPEngineWithLMHead):
     """verl's FSDP and FSDP2 engine with TROLL."""
 
     def token_layout(self, shape: tuple[int, int], data: TensorDict, data_format: str) -> TokenLayout:
-        """The packed sequence (``thd``), under Ulysses this rank's window of it, or padded rows (``bshd``)."""
+        """The packed sequence (``thd``; this rank's slice under Ulysses) or padded rows (``bshd``)."""
         input_ids = data["input_ids"]
         place = torch.arange(input_ids.values().shape[0], device=input_ids.device)
         group = None
@@ -46,15 +46,14 @@ class TrollFSDPEngine(TrollEngineMixin, FSDPEngineWithLMHead):
         return TokenLayout(place, shape, group)
 
     def head_inputs(self, hidden: Tensor) -> tuple[Tensor, str]:
-        """Packed or padded, as the batch says."""
+        """Packed or padded, as the batch specifies."""
         packed = tu.get_non_tensor_data(self._micro_batch, key="use_remove_padding", default=True)
         return hidden, "thd" if packed else "bshd"
 
     def within_head(self, read: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor) -> Tensor:
-        """Inside the head's own forward where FSDP2 shards the head by itself, as it does where it is not tied.
+        """Read inside the head's own forward if FSDP2 wraps the head separately, as it does when the head is not tied.
 
-        There FSDP2 gathers the weight, and in the backward pass reduces its gradient; verl's fused kernels are called
-        outside.
+        There FSDP2 gathers the weight and reduces its gradient; verl calls its fused kernels outside.
         """
         if not isinstance(weight, DTensor):
             return read(hidden, weight)
@@ -73,5 +72,5 @@ class TrollFSDPEngine(TrollEngineMixin, FSDPEngineWithLMHead):
         return model.get_output_embeddings()
 
     def vocab_shard(self, columns: int) -> VocabShard:
-        """Every column is here, and none is padding."""
+        """All columns, none of them padding."""
         return VocabShard.whole(columns)

@@ -1,4 +1,4 @@
-"""Who reads the head where verl's fused kernels would compute log-probs; importing this module applies the patch."""
+"""Sets who reads the head in place of verl's fused kernels. Importing this module applies the patch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ registry.apply(PATCH, _reader.get)
 
 @contextlib.contextmanager
 def reading(reader: HeadReader) -> Iterator[None]:
-    """Give ``reader`` what verl's fused kernels are called with inside."""
+    """Within this context, call ``reader`` in place of verl's fused kernels."""
     token = _reader.set(reader)
     try:
         yield

@@ -1,4 +1,4 @@
-"""verl's Megatron engine with TROLL: vocabulary split over tensor-parallel ranks, tokens over context-parallel ones."""
+"""verl's Megatron engine with TROLL. Tensor parallelism splits the vocabulary, context parallelism the tokens."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class TrollMegatronEngine(TrollEngineMixin, MegatronEngineWithLMHead):
     """verl's Megatron engine with TROLL."""
 
     def token_layout(self, shape: tuple[int, int], data: TensorDict, data_format: str) -> TokenLayout:
-        """Packed (``thd``) or padded (``bshd``) tokens, this context-parallel rank's part of them.
+        """This context-parallel rank's packed (``thd``) or padded (``bshd``) tokens.
 
-        Positions go the way that verl sends the tokens themselves, so that its padding and its order of
-        context-parallel chunks need no second description here.
+        verl's own preprocessing lays out the positions, so its padding and its order of context-parallel chunks are
+        not duplicated here.
 
         Raises:
-            RuntimeError: the logits do not have the shape of the tokens.
+            RuntimeError: the logits' shape is not that of the tokens.
         """
         input_ids = data["input_ids"]
         total = input_ids.values().shape[0]
-        # Counted from 1: 0 is what padding holds.
+        # From 1, because padding is 0.
         numbers = torch.arange(1, total + 1, device=input_ids.device)
         positions = torch.nested.nested_tensor_from_jagged(numbers, input_ids.offsets())
         model = unwrap_model(self.module[-1])
@@ -54,8 +54,8 @@ class TrollMegatronEngine(TrollEngineMixin, MegatronEngineWithLMHead):
     def head_inputs(self, hidden: Tensor) -> tuple[Tensor, str]:
         """Packed tokens, ``[s, 1, D]`` in Megatron.
 
-        Where sequence parallelism does not, the gradient of the hidden states is summed over the tensor-parallel
-        ranks, as Megatron's output layer does: one all-reduce in the backward pass.
+        Without sequence parallelism, the backward pass all-reduces the gradient of the hidden states over the
+        tensor-parallel ranks, as Megatron's output layer does.
         """
         if not unwrap_model(self.module[-1]).config.sequence_parallel:
             hidden = copy_to_tensor_model_parallel_region(hidden)
@@ -63,19 +63,19 @@ class TrollMegatronEngine(TrollEngineMixin, MegatronEngineWithLMHead):
 
     @property
     def head_module(self) -> Any:
-        """The last stage's output layer, None on the others."""
+        """The output layer on the last stage, None on others."""
         return getattr(unwrap_model(self.module[-1]), "output_layer", None)
 
     def vocab_shard(self, columns: int) -> VocabShard:
         """An even share of the vocabulary per tensor-parallel rank; columns past the model's vocabulary are padding.
 
-        verl's own log-probs count padded columns where a bridge pads; these do not.
+        verl's own log-probs include columns that a bridge padded; these do not.
         """
         vocab_size: int = self.model_config.hf_config.get_text_config().vocab_size
         return VocabShard.even(columns, vocab_size, mpu.get_tensor_model_parallel_group())
 
     def optimizer_step(self) -> float:
-        """verl's step, without the emptying of the cache that it adds for distillation, whose hook is used here."""
+        """verl's step, without the cache emptying that its distillation hook, which TROLL uses, would add."""
         self._distillation_use_topk_active = False
         grad_norm: float = super().optimizer_step()
         return grad_norm

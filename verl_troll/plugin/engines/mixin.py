@@ -1,4 +1,4 @@
-"""The mixin that turns one of verl's engines into one with TROLL; stock, unless its configuration carries settings."""
+"""The mixin that adds TROLL to a verl engine. Without TROLL settings the engine behaves as verl's own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from verl_troll.plugin.settings import PREFIX, TrollConfig, TrollConfigError
 
 logger = logging.getLogger(__name__)
 
-# Settings of Hugging Face models whose logits are more than a product.
+# Hugging Face settings that change the logits after the matrix product.
 _LOGIT_TRANSFORMS = (
     "final_logit_softcapping",
     "logits_soft_cap",
@@ -40,10 +40,10 @@ _LOGIT_TRANSFORMS = (
 
 
 def check_kernels(settings: TrollConfig, device: torch.device) -> None:
-    """Refuse a ``k`` that the kernels cannot hold, and warn of the torch forms on an accelerator.
+    """Refuse a ``k`` that the kernels cannot hold, and warn if an accelerator runs the torch forms.
 
     Raises:
-        TrollConfigError: ``kernels=auto`` and a ``k`` beyond what the kernels hold.
+        TrollConfigError: ``kernels=auto`` and ``k`` above the kernels' maximum.
     """
     reason = kernels.why_torch(device, settings.k, settings.form)
     if reason is None:
@@ -63,7 +63,7 @@ def check_kernels(settings: TrollConfig, device: torch.device) -> None:
 
 @torch.no_grad()
 def compile_kernels(settings: TrollConfig, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Run an old pass and an update of two tokens, so that nothing is compiled in the first step."""
+    """Run an old pass and an update on two tokens, so that the first step compiles nothing."""
     logits = torch.zeros(2, columns, dtype=dtype, device=device)
     rows = torch.arange(2, device=device)
     old = select(VocabLogits.of(DenseLogits(logits, form=settings.form)), rows, settings.selection, entropy=True)
@@ -77,14 +77,14 @@ def compile_kernels(settings: TrollConfig, columns: int, dtype: torch.dtype, dev
 
 
 class TrollEngineMixin(BaseEngine):
-    """Puts :class:`OldPolicyPass` and :class:`UpdatePass` where verl's engine shows its logits."""
+    """Runs :class:`OldPolicyPass` and :class:`UpdatePass` on the logits of verl's engine."""
 
     _adapter_disabled = False
     _micro_batch: TensorDict
 
     @property
     def troll(self) -> TrollConfig | None:
-        """Settings that the actor's configuration left in the engine's; None on any other engine."""
+        """The actor's settings, as passed to its engine's configuration; None on other engines."""
         settings: TrollConfig | None = getattr(self.engine_config, "troll", None)
         return settings
 
@@ -98,19 +98,19 @@ class TrollEngineMixin(BaseEngine):
 
     @abstractmethod
     def head_inputs(self, hidden: Tensor) -> tuple[Tensor, str]:
-        """Hidden states ``[b, s, D]`` and their data format from those that verl's fused kernels are called with."""
+        """Convert the fused kernels' hidden states to ``[b, s, D]``; also return the data format."""
 
     def within_head(self, read: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor) -> Tensor:
-        """``read`` of the hidden states and the head's weight, where the weight can be read."""
+        """Call ``read`` on the hidden states and the head's weight, where the weight is gathered."""
         return read(hidden, weight)
 
     @property
     @abstractmethod
     def head_module(self) -> Any:
-        """The module that is the head, None where another pipeline stage has it."""
+        """The head's module, None if another pipeline stage holds it."""
 
     def initialize(self) -> None:
-        """verl's, then the kernels: checked, and compiled for this model before the first step."""
+        """Initialize verl's engine, then check the kernels and compile them for this model."""
         super().initialize()
         settings = self.troll
         if settings is None or self.engine_config.forward_only:
@@ -123,10 +123,10 @@ class TrollEngineMixin(BaseEngine):
             compile_kernels(settings, weight.shape[0], dtype, device)
 
     def check_head(self) -> None:
-        """Refuse heads that are more than a product with a weight, which verl's fused kernels silently cut short.
+        """Refuse a head that is more than a matrix product: verl's fused kernels silently ignore the rest.
 
         Raises:
-            ValueError: naming what the model's head does besides.
+            ValueError: names what else the head does.
         """
         config = self.model_config.hf_config.get_text_config()
         extra = [name for name in _LOGIT_TRANSFORMS if getattr(config, name, None) not in (None, 1, 1.0)]
@@ -143,9 +143,9 @@ class TrollEngineMixin(BaseEngine):
     def forward_backward_batch(
         self, data: TensorDict, loss_function: LossFunction | None, forward_only: bool = False
     ) -> Any:
-        """verl's pass, with TROLL's reading of the logits in the old-log-prob pass and in the update."""
+        """verl's pass. In the old-log-prob pass and in the update, TROLL reads the logits."""
         settings = self.troll
-        # With a LoRA reference inside the actor, the reference pass comes through this engine too.
+        # With LoRA, the reference pass may run on this engine too.
         if settings is not None and not self.engine_config.forward_only and not self._adapter_disabled:
             entropy = bool(tu.get_non_tensor_data(data, key="calculate_entropy", default=False))
             if not forward_only:
@@ -161,7 +161,7 @@ class TrollEngineMixin(BaseEngine):
 
     @contextlib.contextmanager
     def _shown_to(self, reader: OldPolicyPass | UpdatePass, data: TensorDict) -> Iterator[None]:
-        """Where the logits, or with fused kernels the hidden states, go to ``reader``, and the entropy is its own."""
+        """Route logits (hidden states with fused kernels) to ``reader``, which also computes the entropy."""
         tu.assign_non_tensor(data, calculate_entropy=False)
         try:
             if tu.get_non_tensor_data(data, key="use_fused_kernels", default=False):
@@ -186,13 +186,13 @@ class TrollEngineMixin(BaseEngine):
         return self.within_head(read, hidden, weight)
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> Any:
-        """verl's inputs; the micro-batch is remembered for what is read inside the model."""
+        """verl's inputs. Keeps the micro-batch for readers that run inside the model."""
         self._micro_batch = micro_batch
         return super().prepare_model_inputs(micro_batch)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """verl's context, remembered: a pass without the adapter is the reference's, not the old policy's."""
+        """verl's context. Sets a flag, because a pass without the adapter is the reference's."""
         with super().disable_adapter():
             self._adapter_disabled = True
             try:

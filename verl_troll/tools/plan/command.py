@@ -134,10 +134,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def setting_from(arguments: argparse.Namespace) -> Setting:
-    """The run that the options describe.
+    """The setting that the options describe.
 
     Raises:
-        PlanError: an option is missing, out of range or contradicts another; the message names it.
+        PlanError: an option is missing, is out of range or contradicts another; the message names it.
     """
     backend: Backend = arguments.backend or ("megatron" if arguments.tp > 1 or arguments.pp > 1 else "fsdp")
     tokens, prompt_tokens, sequences = _tokens(arguments)
@@ -193,7 +193,7 @@ def _model(arguments: argparse.Namespace) -> Model:
 
 
 def _tokens(arguments: argparse.Namespace) -> tuple[int, int, int]:
-    """Response tokens, prompt tokens and samples of a step; 0 samples where they are not known."""
+    """Response tokens, prompt tokens and samples per step; 0 samples if unknown."""
     parts = ("prompts", "samples", "response_length")
     given = [name for name in parts if getattr(arguments, name) is not None]
     if arguments.tokens is not None:
@@ -233,7 +233,7 @@ def _data_parallel(arguments: argparse.Namespace) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the plan; 0, or 2 where the options describe no run."""
+    """Print the plan; return 0, or 2 if the options are invalid."""
     try:
         plan = Plan(setting_from(arguments))
     except PlanError as error:

@@ -1,7 +1,7 @@
-"""Every formula of the plan: one method for each number, with its unit, its reason and the test that measures it.
+"""Every formula of the plan: one method per number, with its unit, its reason and the test that measures it.
 
-``--explain`` prints the source of these methods, section by section: each class is one, and uses the numbers of those
-above it. Formulas without a test are counted by hand from the code that they speak of.
+``--explain`` prints the source of these methods by section. Each class is a section and uses the numbers of the classes
+above it. Formulas without a test are counted by hand from the code they describe.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from verl_troll.tools.plan.setting import SUPPORTS, PlanError, Setting
 
 
 class Run:
-    """A run as the formulas see it: the numbers that they start from, and those that they give.
+    """A run as the formulas see it: inputs and computed numbers.
 
     Args:
-        device: type of the device whose blocks of logits are worked on at a time.
-        block: elements of logits that the torch forms work on at a time; those of ``device`` by default.
+        device: device type, which determines the block sizes.
+        block: logits per block of the torch forms; by default that of ``device``.
     """
 
     def __init__(self, setting: Setting, *, device: str = "cuda", block: int | None = None) -> None:
@@ -48,23 +48,23 @@ class Run:
 
     @property
     def inputs(self) -> dict[str, float]:
-        """The numbers that the formulas start from."""
+        """The inputs of the formulas."""
         given = {name: x for name, x in vars(self).items() if not hasattr(type(self), name)}
         return {name: x for name, x in given.items() if isinstance(x, int | float)}
 
     @property
     def numbers(self) -> dict[str, float]:
-        """All that the formulas give."""
+        """The results of all formulas."""
         return {name: getattr(self, name) for names in sections(type(self)).values() for name in names}
 
     @property
     def explanations(self) -> dict[str, dict[str, Explanation]]:
-        """How each number came about, by section and name."""
+        """How each number was computed, by section and name."""
         return {title: {name: explain(self, name) for name in names} for title, names in sections(type(self)).items()}
 
 
 def _unknown(support: NoReturn) -> NoReturn:
-    """Refuse a support rule without numbers of its own. mypy finds each formula that lacks one of ``Support``."""
+    """Refuse a support rule without its own numbers. mypy finds formulas that do not cover all of ``Support``."""
     raise PlanError(f"--support must be one of {', '.join(SUPPORTS)}, got {support!r}")
 
 
@@ -89,22 +89,22 @@ class Sizes(Run):
 
     @number()
     def gpus(self) -> float:
-        """Every GPU has one place in the grid of ranks."""
+        """One GPU per rank of the grid."""
         return self.tp * self.pp * self.cp * self.dp
 
     @number("tokens")
     def step_tokens(self) -> float:
-        """The actor reads prompts and responses."""
+        """The actor processes prompts and responses."""
         return self.tokens + self.prompt_tokens
 
     @number("tokens")
     def mini_batch(self) -> float:
-        """A data-parallel rank's share."""
+        """Per data-parallel rank."""
         return ceil(self.step_tokens / (self.mini_batches * self.dp))
 
     @number("rows")
     def rows(self) -> float:
-        """Tokens of a micro-batch on one GPU. Memory is counted as if all were response tokens."""
+        """Tokens of a micro-batch on one GPU. Memory formulas treat all as response tokens."""
         return ceil(min(self.micro_batch_tokens, self.mini_batch) / self.cp)
 
     @number("columns")
@@ -119,27 +119,27 @@ class Sizes(Run):
 
     @number()
     def cuts(self) -> float:
-        """Micro-batches of all updates of a step."""
+        """Micro-batches in all updates of a step."""
         return self.epochs * self.mini_batches * ceil(self.mini_batch / self.micro_batch_tokens)
 
     @number("rows")
     def gpu_rows(self) -> float:
-        """Tokens that one GPU reads in a pass over the step."""
+        """Tokens per GPU in a pass over the step."""
         return self.step_tokens / (self.dp * self.cp)
 
     @number("rows")
     def gpu_responses(self) -> float:
-        """Response tokens among them; TROLL reads only these."""
+        """Only the response tokens, which are all that TROLL reads."""
         return self.tokens / (self.dp * self.cp)
 
     @number("ids")
     def width(self) -> float:
-        """Most ids kept of a token: K selected ones and the sampled one."""
+        """Maximum ids kept per token: K selected ids and the sampled one."""
         return min(self.k + 1, self.vocab)
 
     @number()
     def searches(self) -> float:
-        """Whether the update searches for ids (1, union) or takes those of the old pass (0, anchored)."""
+        """Whether the update searches for ids (1, union) or reuses those of the old pass (0, anchored)."""
         if self.support == "anchored":
             return 0
         if self.support == "union":
@@ -148,7 +148,7 @@ class Sizes(Run):
 
     @number()
     def outcomes(self) -> float:
-        """Most outcomes of a token: anchored adds one for the rest, union may add as many ids of the new policy."""
+        """Maximum outcomes per token: anchored adds one for the rest, union up to as many ids of the new policy."""
         if self.support == "anchored":
             return self.width + 1
         if self.support == "union":
@@ -157,7 +157,7 @@ class Sizes(Run):
 
     @number("columns", lambda run: "test_kernels_in_the_interpreter" if run.triton else "")
     def group(self) -> float:
-        """The Triton kernels search only the groups of columns with the largest maxima."""
+        """Columns per group. The Triton kernels search only the groups with the largest maxima."""
         if self.k <= 64:
             return 64
         if self.k <= 256:
@@ -170,7 +170,7 @@ class UpdateMemory(Sizes):
 
     @number("bytes")
     def logits(self) -> float:
-        """One per token and column; a fused head never holds them all."""
+        """One per token and column. A fused head never holds them all."""
         if self.fused:
             return 0
         return self.rows * self.columns * self.dtype_bytes
@@ -182,7 +182,7 @@ class UpdateMemory(Sizes):
 
     @number("bytes", _of_vanilla)
     def vanilla_update(self) -> float:
-        """Flash-attention and Megatron write the gradient over the logits, which the entropy needs whole. Fused heads
+        """Flash-attention and Megatron write the gradient over the logits, unless the entropy needs them. Fused heads
         hold float32 blocks of 512 tokens (FSDP) or a gradient of 9,504 columns (Megatron).
         """
         if self.fused and self.megatron:
@@ -205,7 +205,7 @@ class UpdateMemory(Sizes):
 
     @number("bytes", lambda run: "" if run.fused or run.megatron else "test_vanillas_own_memory")
     def vanilla_update_torch(self) -> float:
-        """Without flash-attention, torch computes the gradient row by row and then stacks the rows."""
+        """Without flash-attention, torch computes the gradient row by row, then stacks the rows."""
         if self.fused or self.megatron:
             return self.vanilla_update
         if self.half and self.entropy:
@@ -218,25 +218,25 @@ class UpdateMemory(Sizes):
 
     @number("bytes", "test_memory_of_the_update")
     def troll_gradient(self) -> float:
-        """With reuse_logits the gradient is written over the logits, with or without the entropy."""
+        """reuse_logits writes the gradient over the logits, with or without the entropy."""
         if self.fused or self.reuse_logits:
             return 0
         return self.logits
 
     @number("rows")
     def read_rows(self) -> float:
-        """Of a block of logits that a fused head reads."""
+        """Rows of a block of logits that a fused head reads."""
         return min(self.rows, self.read_tokens)
 
     @number("columns")
     def read_width(self) -> float:
-        """Of the same block."""
+        """Columns of the same block."""
         return min(self.columns, self.read_columns)
 
     @number("bytes", _by_head)
     def read_block(self) -> float:
         """The torch forms copy some rows in float32; the Triton kernels write the maximum of each group. A fused head
-        computes a block of logits beside that.
+        also computes a block of logits.
         """
         if self.fused and self.triton:
             return (
@@ -255,19 +255,19 @@ class UpdateMemory(Sizes):
 
     @number("bytes", _by_head)
     def update_block(self) -> float:
-        """The same in the update. The kernels need none unless the update searches."""
+        """The same in the update. The kernels need none if the update does not search."""
         if self.triton and not self.searches and not self.fused:
             return 0
         return self.read_block
 
     @number("rows")
     def write_rows(self) -> float:
-        """Of a block of logits whose gradient a fused head computes."""
+        """Rows of a block of logits whose gradient a fused head computes."""
         return min(self.rows, self.write_tokens)
 
     @number("columns")
     def write_columns(self) -> float:
-        """Of the same block."""
+        """Columns of the same block."""
         return min(self.columns, floor(self.write_elements / self.write_rows))
 
     @number("bytes", _by_head)
@@ -285,7 +285,7 @@ class UpdateMemory(Sizes):
 
     @number("bytes", _by_form)
     def small_reading(self) -> float:
-        """The old ids, unpacked and then picked for this GPU, and what was read; a fused head joins its blocks."""
+        """The old ids, unpacked and picked for this GPU, and the values read. A fused head joins its blocks."""
         return self.rows * (
             80
             + 12 * self.width * (1 if self.cp == 1 else 2)
@@ -294,7 +294,7 @@ class UpdateMemory(Sizes):
 
     @number("bytes", _by_form)
     def small(self) -> float:
-        """Tensors per token and outcome at their peak: ids, log-probabilities, gradients, float64 of the torch form."""
+        """Peak of tensors per token and outcome: ids, log-probabilities, gradients, the torch form's float64."""
         if not self.triton:
             return self.rows * self.outcomes * 130
         if self.support == "anchored":
@@ -305,7 +305,7 @@ class UpdateMemory(Sizes):
 
     @number("bytes", _by_form)
     def small_kept(self) -> float:
-        """Those that wait for the backward pass; with the kernels, also those that the gradient is written from."""
+        """Those saved for the backward pass; with the kernels, also the inputs of the gradient kernel."""
         if not self.triton:
             return self.rows * self.outcomes * 43
         if self.support == "anchored":
@@ -321,8 +321,8 @@ class UpdateMemory(Sizes):
         ),
     )
     def fused_gradients(self) -> float:
-        """A block of logits, the gradients of weight and hidden states, and where the weight's gradient is summed from
-        several blocks, a part of it in float32.
+        """A block of logits, the gradients of weight and hidden states, and a float32 part of the weight's gradient if
+        it is summed over several blocks.
         """
         if not self.fused:
             return 0
@@ -339,7 +339,7 @@ class UpdateMemory(Sizes):
 
     @number("bytes", _by_head)
     def troll_update(self) -> float:
-        """Reading, projection and backward pass peak one after the other."""
+        """The largest of three peaks: reading, projection, backward pass."""
         if self.fused:
             return max(self.update_block + self.small_reading, self.small, self.small_kept + self.fused_gradients)
         if self.triton:
@@ -348,7 +348,7 @@ class UpdateMemory(Sizes):
 
     @number("bytes")
     def vanilla_peak(self) -> float:
-        """The logits and everything beside them."""
+        """Logits included."""
         return self.logits + self.vanilla_update
 
     @number("bytes")
@@ -367,7 +367,7 @@ class OldPassMemory(UpdateMemory):
 
     @number("bytes", _of_vanilla)
     def vanilla_old(self) -> float:
-        """verl asks for the entropy here. Megatron copies the logits for it; FSDP compiles it, taken as free."""
+        """verl computes the entropy here. Megatron copies the logits for it; FSDP compiles it, counted as free."""
         if self.fused and self.megatron:
             return self.rows * ceil(self.columns / 1024) * 16
         if self.fused:
@@ -378,7 +378,7 @@ class OldPassMemory(UpdateMemory):
 
     @number("bytes", _by_form)
     def troll_old(self) -> float:
-        """The block that is read, and the candidates of every token."""
+        """The block being read, and the candidates of every token."""
         if self.triton:
             return max(
                 self.read_block + self.rows * (100 + 12 * self.width * (2 if self.fused else 1)),
@@ -409,7 +409,7 @@ class Carried(OldPassMemory):
 
     @number("bytes/token", "test_carried_bytes")
     def troll_response(self) -> float:
-        """An int16 count, and 48 bits for each kept id with its log-probability."""
+        """An int16 count, and 48 bits per kept id with its log-probability."""
         return 2 + 6 * self.kept_ids
 
     @number("bytes", "test_carried_bytes")
@@ -419,14 +419,14 @@ class Carried(OldPassMemory):
 
     @number("bytes")
     def verl_moved(self) -> float:
-        """Per GPU: the old pass reads what the rollout wrote and writes log_probs and entropy; the update reads all."""
+        """Per GPU: the old pass reads the rollout's fields and writes log_probs and entropy; the update reads all."""
         return (
             self.tokens * (self.verl_response + 48 + 8) + self.prompt_tokens * (self.verl_prompt + 24 + 8)
         ) / self.dp
 
     @number("bytes")
     def troll_moved(self) -> float:
-        """Per GPU: written by the old pass and read by the update once, whatever the number of epochs."""
+        """Per GPU: the old pass writes it and the update reads it once, for any number of epochs."""
         return 2 * self.troll_step / self.dp
 
 
@@ -435,12 +435,12 @@ class Collectives(Carried):
 
     @number()
     def ring(self) -> float:
-        """A rank sends and receives a message this many times."""
+        """How many times a rank sends and receives each message."""
         return 2 * (self.tp - 1) / self.tp
 
     @number("bytes/token", lambda run: "" if run.fused else "test_vanillas_own_collectives")
     def vanilla_sent(self) -> float:
-        """All-reduces of the largest logit, the target's logit and the normaliser; three more for the entropy."""
+        """All-reduces of the maximum logit, the target's logit and the normaliser; three more for the entropy."""
         if self.tp == 1:
             return 0
         if self.fused:
@@ -478,14 +478,14 @@ class Collectives(Carried):
 
     @number("bytes/token", "test_collectives_on_two_ranks")
     def troll_old_sent(self) -> float:
-        """K logits and ids, the sampled logit, the normaliser in two parts, the entropy."""
+        """K logits and ids, the sampled logit, the two parts of the normaliser, the entropy."""
         if self.tp == 1:
             return 0
         return 8 * min(self.k, self.vocab) + 16
 
     @number("", "test_collectives_on_two_ranks")
     def troll_old_calls(self) -> float:
-        """An all-to-all to merge, and an all-gather."""
+        """An all-to-all for merging, and an all-gather."""
         if self.tp == 1:
             return 0
         return 2
@@ -495,8 +495,8 @@ class Collectives(Carried):
         lambda run: "test_kernels_in_the_interpreter" if run.triton else "test_collectives_on_two_ranks",
     )
     def troll_sent(self) -> float:
-        """As in the old pass if the update searches; else the logits at the old ids, and a slot of each rank for its
-        normaliser. The kernels always read the entropy.
+        """As in the old pass if the update searches; otherwise the logits at the old ids, and one slot per rank for its
+        normaliser. The kernels always compute the entropy.
         """
         if self.tp == 1:
             return 0
@@ -515,14 +515,14 @@ class Collectives(Carried):
 
     @number("bytes/token")
     def vanilla_shared(self) -> float:
-        """Log-probabilities (and entropy) gathered from the ranks that share the tokens."""
+        """Log-probabilities (and entropy), gathered from the ranks that share the tokens."""
         if self.cp == 1:
             return 0
         return 4 * (self.cp - 1) * (2 if self.entropy else 1)
 
     @number("bytes/token")
     def troll_shared(self) -> float:
-        """Three more numbers per token: log-ratio, regression KL, projected or not."""
+        """Three more values per token: log-ratio, regression KL, whether projected."""
         if self.cp == 1:
             return 0
         return 4 * (self.cp - 1) * (5 if self.entropy else 4)
@@ -543,7 +543,7 @@ class Collectives(Carried):
 
     @number("bytes")
     def vanilla_received(self) -> float:
-        """Per GPU and step. Vanilla sends for prompts too."""
+        """Per GPU and step. Vanilla also sends for prompts."""
         return self.epochs * self.gpu_rows * (self.vanilla_sent * self.ring + self.vanilla_shared) + self.gpu_rows * (
             self.vanilla_old_sent * self.ring + self.vanilla_old_shared
         )
@@ -566,7 +566,7 @@ class Collectives(Carried):
 
     @number()
     def troll_all_calls(self) -> float:
-        """Collectives per GPU and step; with context parallelism, two small ones for the metrics among them."""
+        """Collectives per GPU and step; with context parallelism, two of them are small ones for the metrics."""
         return self.cuts * (self.troll_calls + (0 if self.cp == 1 else 7 if self.entropy else 6)) + self.old_cuts * (
             self.troll_old_calls + (0 if self.cp == 1 else 3)
         )
@@ -577,25 +577,25 @@ class Kernels(Collectives):
 
     @number("bytes")
     def timed_bytes(self) -> float:
-        """The logits that were read."""
+        """Size of the logits."""
         return 8192 * 151936 * 2
 
     @number("bytes/s")
     def timed_bandwidth(self) -> float:
-        """By that card's data sheet. Passes are scaled to other cards by theirs."""
+        """From that card's data sheet. For other cards, passes are scaled by theirs."""
         return 4.8e12
 
     @number()
     def copy_pass(self) -> float:
-        """A copy reads and writes the logits in 1.17 ms: a pass takes this many times what it would at the data sheet's
-        rate. Used for everything that was not timed: torch's, verl's and Megatron's operations, products on logits.
+        """A copy reads and writes the logits in 1.17 ms: this many times as long per pass as at the data sheet's rate.
+        Used for everything not timed: torch's, verl's and Megatron's operations, matrix products on logits.
         """
         return 1.17e-3 * self.timed_bandwidth / (2 * self.timed_bytes)
 
     @number()
     def torch_pass(self) -> float:
-        """TROLL's torch forms took 111 to 122 ms for old pass and update, where passes at a copy's rate and small
-        operations add up to 40 ms.
+        """TROLL's torch forms took 111 to 122 ms for old pass and update; passes at a copy's rate and small operations
+        add up to only 40 ms.
         """
         return 3.5 * self.copy_pass
 
@@ -621,15 +621,15 @@ class Kernels(Collectives):
 
     @number("s")
     def search_seconds(self) -> float:
-        """Per token, 0.38 ms for all; in proportion to the number of groups and to the columns of those chosen. Memory
-        does not bound it: taken as it is on other cards.
+        """Per token (0.38 ms for all), proportional to the number of groups plus the columns of those chosen. Not bound
+        by memory, so not scaled to other cards.
         """
         return 0.38e-3 / 8192 * (ceil(self.columns / self.group) + self.k * self.group) / (ceil(151936 / 64) + 64 * 64)
 
     @number("s")
     def terms_seconds(self) -> float:
         """Per token: the projection (0.37 ms for all; 0.04 ms if every token is inside the region), the choice of ids,
-        and the corrections of the gradient; in proportion to the outcomes. Memory does not bound it either.
+        and the gradient corrections; proportional to the outcomes. Not bound by memory either.
         """
         return (0.37e-3 + 0.007e-3 + 0.006e-3) / 8192 * self.outcomes / 130
 
@@ -639,17 +639,17 @@ class Plan(Kernels):
 
     @number()
     def trunk_parameters(self) -> float:
-        """What one token uses besides embedding and head."""
+        """Parameters used per token, without embedding and head."""
         return self.active_parameters - self.vocab * self.hidden * (1 if self.tied else 2)
 
     @number("flop")
     def step_flops(self) -> float:
-        """Per parameter and token 2 in the old pass and 6 in an update; no attention, recomputation or rollout."""
+        """Per parameter and token, 2 in the old pass and 6 in an update; no attention, recomputation or rollout."""
         return self.step_tokens * (self.trunk_parameters + self.vocab * self.hidden) * (2 + 6 * self.epochs)
 
     @number("s")
     def actor_seconds(self) -> float:
-        """The least it can take, at the nominal rate."""
+        """A lower bound, at the nominal rate."""
         return self.step_flops / (self.gpus * self.flops)
 
     @number("bytes")
@@ -660,7 +660,7 @@ class Plan(Kernels):
     @number()
     def vanilla_old_passes(self) -> float:
         """FSDP: flash-attention's cross-entropy and the compiled entropy; fused, torch's operations. Megatron: copy 2,
-        largest 1, subtract 2, exp 2, sum 1, divide 2, product 2, then 8 of the cross-entropy.
+        max 1, subtract 2, exp 2, sum 1, divide 2, product 2, then 8 for the cross-entropy.
         """
         if self.fused and self.megatron:
             return 0
@@ -672,8 +672,8 @@ class Plan(Kernels):
 
     @number()
     def vanilla_passes(self) -> float:
-        """FSDP: flash-attention reads, then reads and writes. Megatron: largest 1, subtract 2, exp 2, sum 1, divide 2,
-        multiply 2; fused, its gradient is written once and read twice.
+        """FSDP: flash-attention reads, then reads and writes. Megatron: max 1, subtract 2, exp 2, sum 1, divide 2,
+        multiply 2; fused, it writes the gradient once and reads it twice.
         """
         if self.fused and self.megatron:
             return 3 * self.copy_pass
@@ -685,7 +685,7 @@ class Plan(Kernels):
 
     @number()
     def troll_old_passes(self) -> float:
-        """One reading; a fused head first writes the block; the torch forms copy, group, subtract, exp and sum."""
+        """One read; a fused head first writes the block; the torch forms copy, group, subtract, exp and sum."""
         if self.triton:
             return self.read_pass + (self.copy_pass if self.fused else 0)
         return (18 if self.fused else 17 if self.half else 8) * self.torch_pass
@@ -699,7 +699,7 @@ class Plan(Kernels):
 
     @number("s")
     def vanilla_reading(self) -> float:
-        """Passes over the logits of all tokens, at the memory's rate."""
+        """Passes over the logits of all tokens, at the memory bandwidth."""
         return (
             self.gpu_rows
             * self.row_bytes
@@ -709,7 +709,7 @@ class Plan(Kernels):
 
     @number("s")
     def troll_reading(self) -> float:
-        """Passes over the logits of response tokens. The gradient of the others is filled with 0."""
+        """Passes over the logits of response tokens; the gradient of the others is filled with zeros."""
         return (
             self.gpu_responses * self.row_bytes * (self.troll_old_passes + self.epochs * self.troll_passes)
             + (
@@ -724,14 +724,14 @@ class Plan(Kernels):
 
     @number("s")
     def troll_searching(self) -> float:
-        """In the old pass, and in the update if it searches; the torch forms search in the passes above."""
+        """In the old pass, and in the update if it searches. The passes above include the torch forms' search."""
         if self.triton:
             return self.gpu_responses * self.search_seconds * (1 + (self.epochs if self.searches else 0))
         return 0
 
     @number("bytes/token", _by_form)
     def small_bytes(self) -> float:
-        """What torch's operations on ids and log-probabilities read and write in the update, beside the kernels."""
+        """Read and written by torch's operations on ids and log-probabilities in the update, besides the kernels."""
         if self.support == "anchored":
             if self.triton:
                 return 1600 + 95 * self.width + 110 * self.kept_ids + (0 if self.tp == 1 else 160) * self.width
@@ -744,7 +744,7 @@ class Plan(Kernels):
 
     @number("bytes/token", _by_form)
     def old_small_bytes(self) -> float:
-        """And in the old pass."""
+        """The same in the old pass."""
         if self.triton:
             return 900 + 25 * self.width + 130 * self.kept_ids + (0 if self.tp == 1 else 190) * self.width
         return 390 * self.width
@@ -760,7 +760,7 @@ class Plan(Kernels):
 
     @number("", _by_form)
     def update_launches(self) -> float:
-        """Operations per micro-batch of the update, both ways: unpacking, support, projection and metrics."""
+        """Operations per micro-batch of the update, forward and backward: unpacking, support, projection, metrics."""
         if self.support == "anchored":
             if self.triton:
                 return 125 if self.tp == 1 else 170
@@ -773,7 +773,7 @@ class Plan(Kernels):
 
     @number("", _by_form)
     def sequence_launches(self) -> float:
-        """And per sample: verl pads three tensors more."""
+        """And per sample: verl pads three more tensors."""
         return 21
 
     @number("", _by_form)
@@ -785,7 +785,7 @@ class Plan(Kernels):
 
     @number("s")
     def troll_launches(self) -> float:
-        """As if the GPU waited for each. Vanilla's are few and left out."""
+        """As if the GPU waited for each launch. Vanilla has few, which are left out."""
         return (
             self.cuts * self.update_launches
             + self.epochs * self.sequences / self.dp * self.sequence_launches
@@ -794,24 +794,24 @@ class Plan(Kernels):
 
     @number("bytes/s")
     def group_bandwidth(self) -> float:
-        """Ranks that share a micro-batch talk inside a node if they fit."""
+        """Ranks that share a micro-batch communicate inside a node if they fit."""
         if self.tp * self.cp <= self.gpus_per_node:
             return self.link_bandwidth
         return self.network_bandwidth
 
     @number("s")
     def vanilla_collectives(self) -> float:
-        """A latency for each, and the bytes at the link's rate; nothing overlaps."""
+        """One latency per collective, plus the bytes at the link's rate; nothing overlaps."""
         return self.vanilla_all_calls * self.latency + self.vanilla_received / self.group_bandwidth
 
     @number("s")
     def troll_collectives(self) -> float:
-        """Counted in the same way."""
+        """Counted the same way."""
         return self.troll_all_calls * self.latency + self.troll_received / self.group_bandwidth
 
     @number("s")
     def vanilla_carrying(self) -> float:
-        """At the network's rate; a queue is slower."""
+        """At the network's rate; the queue is slower."""
         return self.verl_moved / self.network_bandwidth
 
     @number("s")
@@ -821,12 +821,12 @@ class Plan(Kernels):
 
     @number("s")
     def vanilla_seconds(self) -> float:
-        """What vanilla does where TROLL does something else."""
+        """Vanilla's part that TROLL replaces."""
         return self.vanilla_reading + self.vanilla_collectives + self.vanilla_carrying
 
     @number("s")
     def troll_seconds(self) -> float:
-        """What TROLL does in its place."""
+        """TROLL's replacement."""
         return (
             self.troll_reading
             + self.troll_searching
@@ -838,5 +838,5 @@ class Plan(Kernels):
 
     @number()
     def share(self) -> float:
-        """Of the actor's own time, which is the least it can take."""
+        """TROLL's extra time, relative to the lower bound of the actor's time with vanilla."""
         return (self.troll_seconds - self.vanilla_seconds) / (self.actor_seconds + self.vanilla_seconds)

@@ -1,4 +1,4 @@
-"""A number of the plan is a method; what ``--explain`` shows of it is the source that ran."""
+"""Numbers of the plan are methods; ``--explain`` shows the source that ran."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from functools import cached_property
 from types import FrameType, FunctionType
 from typing import Any, Literal, cast
 
-# Those of tests/tools/test_plan.py; "" where none measures a number.
+# Tests in tests/tools/test_plan.py; "" if none measures a number.
 TestName = Literal[
     "",
     "test_memory_of_the_update",
@@ -31,11 +31,11 @@ TestName = Literal[
 class Number(cached_property[float]):
     """A method without arguments, computed once.
 
-    Its body is a ``return``, or one for each case under an ``if``; its docstring's first paragraph is the reason.
+    Its body is one ``return``, or one per case under an ``if``. Its docstring's first paragraph is the reason.
 
     Attributes:
         unit: of the value; empty for a count.
-        measured: the test that measures it, or a function of the plan that says which.
+        measured: the test that measures it, or a function from the plan to that test.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ def number(
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is known of one number: how it came about in this plan, why, and the test that measures it, if any."""
+    """One number explained: its value and expression in this plan, its reason, and its test, if any."""
 
     value: float
     expression: str
@@ -65,7 +65,7 @@ class Explanation:
 
 
 def sections(plan: type) -> dict[str, list[str]]:
-    """Names of the numbers of each class that ``plan`` is built of, by the first line of the class's docstring."""
+    """Names of the numbers in each base class of ``plan``, keyed by the first line of the class's docstring."""
     found = {
         _first_paragraph(part).rstrip("."): [name for name, value in vars(part).items() if isinstance(value, Number)]
         for part in reversed(plan.__mro__)
@@ -74,7 +74,7 @@ def sections(plan: type) -> dict[str, list[str]]:
 
 
 def explain(plan: object, name: str) -> Explanation:
-    """Compute the number called ``name`` of ``plan`` and tell from which ``return`` it came."""
+    """Compute the number ``name`` of ``plan`` and find the ``return`` it came from."""
     found: Number = getattr(type(plan), name)
     function = cast(FunctionType, found.func)
     value, line = _run(function, plan)
@@ -87,13 +87,13 @@ def explain(plan: object, name: str) -> Explanation:
     )
     expression = ast.get_source_segment(source, cast(ast.expr, returned)) or ""
     measured = found.measured if isinstance(found.measured, str) else found.measured(plan)
-    # On one line, without what only the layout on several asks for.
+    # Joined into one line, without the commas and spaces of the multi-line layout.
     expression = re.sub(r",? (?=\))|(?<=\() ", "", " ".join(expression.replace("self.", "").split()))
     return Explanation(value, expression, found.unit, _first_paragraph(function), measured)
 
 
 def _run(function: FunctionType, plan: object) -> tuple[float, int]:
-    """What ``function`` returns, and the line of its ``return``."""
+    """The result of ``function``, and the line of the ``return`` that ran."""
     line = 0
 
     def watch(frame: FrameType, event: str, _: object) -> None:

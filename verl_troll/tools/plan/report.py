@@ -1,4 +1,4 @@
-"""The plan as tables, as formulas with their reasons, and as JSON."""
+"""The plan as tables, as explained formulas, and as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LABEL = 70
 
 @dataclass(frozen=True)
 class Line:
-    """One item of a table: what vanilla takes and what TROLL takes."""
+    """One row of a table: vanilla's cost and TROLL's."""
 
     label: str
     vanilla: float
@@ -25,13 +25,13 @@ class Line:
 
     @property
     def difference(self) -> float:
-        """TROLL's less vanilla's."""
+        """TROLL's minus vanilla's."""
         return self.troll - self.vanilla
 
 
 @dataclass(frozen=True)
 class Table:
-    """Items in one unit."""
+    """Rows in one unit."""
 
     title: str
     unit: str
@@ -39,7 +39,7 @@ class Table:
 
 
 def tables(plan: Plan) -> tuple[Table, ...]:
-    """What is printed; items that the run does not have are left out."""
+    """The tables to print, without rows that do not apply to the run."""
     small = Line("ids, log-probabilities and projection of each token, at their peak", 0, plan.small)
     if plan.fused:
         memory = [
@@ -110,7 +110,7 @@ def tables(plan: Plan) -> tuple[Table, ...]:
 
 
 def text(plan: Plan) -> str:
-    """The tables, as they are printed."""
+    """The tables as text."""
     lines = [*_heading(plan), ""]
     for table in tables(plan):
         lines.append(f"{table.title:<{_LABEL}}{'vanilla':>15}{'TROLL':>15}{'difference':>18}")
@@ -172,7 +172,7 @@ def _count(value: float) -> str:
 
 
 def amount(value: float, unit: str) -> str:
-    """A number a person can read: bytes in binary units, seconds in s, ms or us."""
+    """Human-readable: bytes in binary units, seconds in s, ms or us."""
     size = abs(value)
     if size == 0:
         return "0"
@@ -193,7 +193,7 @@ def _signed(value: float, unit: str) -> str:
 
 
 def explanation(plan: Plan) -> str:
-    """Every formula with its value, its reason and the test that measures it."""
+    """Every formula with its value, its reason and its test."""
     inputs = ", ".join(f"{name} = {value:g}" for name, value in plan.inputs.items())
     lines = ["Inputs", *_indented(inputs, 2, 2)]
     for title, formulas in plan.explanations.items():
@@ -212,7 +212,7 @@ def _indented(words: str, first: int, others: int) -> list[str]:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Setting, every formula's value, and the tables, in bytes and seconds."""
+    """The setting, the value of every formula, and the tables, in bytes and seconds."""
     return {
         "setting": dataclasses.asdict(plan.setting),
         "values": plan.numbers,

@@ -1,4 +1,4 @@
-"""The numbers that describe a run, and the model sizes in a Hugging Face configuration."""
+"""The numbers that describe a run, and the model sizes from a Hugging Face configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 class PlanError(ValueError):
-    """A number that is out of range, or that contradicts another; the message names the option."""
+    """A number is out of range or contradicts another; the message names the option."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Model:
     """Sizes of a language model; parameters include the embedding and the head.
 
     Attributes:
-        active_parameters: used for one token; fewer than ``parameters`` in a mixture of experts.
+        active_parameters: used per token; fewer than ``parameters`` in a mixture of experts.
         tied: embedding and head share one weight.
     """
 
@@ -42,12 +42,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Rates of one GPU and its links, per second; the defaults are nominal, for one H100 SXM of a DGX H100.
+    """Rates of one GPU and its links, per second. Defaults are nominal, for one H100 SXM in a DGX H100.
 
     Attributes:
-        flops: dense bfloat16 matrix products; the data sheet's 1,979e12 are with sparsity.
-        memory_bandwidth: bytes of the GPU's memory by its data sheet; what is reached of it is in the formulas.
-        link_bandwidth: bytes in one direction inside a node; the data sheet's 900e9 count both directions.
+        flops: dense bfloat16 matrix products; the data sheet's 1,979e12 assumes sparsity.
+        memory_bandwidth: bytes of GPU memory, by its data sheet; the formulas account for the achieved rate.
+        link_bandwidth: bytes in one direction inside a node; the data sheet's 900e9 counts both.
         network_bandwidth: bytes of one 400 Gb/s port per GPU between nodes.
         latency: seconds per collective, an assumption.
         launch: seconds per small GPU operation, an assumption.
@@ -70,15 +70,15 @@ class Setting:
     Attributes:
         tokens: response tokens per step, of all samples.
         prompt_tokens: prompt tokens per step, of all samples.
-        micro_batch_tokens: tokens, prompts included, of one micro-batch of one data-parallel rank.
+        micro_batch_tokens: tokens per micro-batch of a data-parallel rank, prompts included.
         cp: ranks that share the tokens of a micro-batch (Megatron's context parallel, FSDP's Ulysses).
         mini_batches: optimizer steps per epoch.
-        sequences: samples per step; 0 where they are not known, and their padding is left out.
-        kept_ids: mean number of ids kept of a token.
-        fused: ``use_fused_kernels``, the head fused with what reads its logits.
+        sequences: samples per step; 0 if unknown, and then their padding is left out.
+        kept_ids: mean number of ids kept per token.
+        fused: ``use_fused_kernels``: the head is fused with the reading of its logits.
         entropy: the update needs the entropy (a bonus, or ``calculate_entropy``).
-        form: Triton kernels, as on GPUs by default, or their torch forms.
-        dtype_bytes: of one logit as the engine shows it.
+        form: Triton kernels (the default on GPUs) or their torch forms.
+        dtype_bytes: bytes per logit in the engine.
     """
 
     model: Model
@@ -148,18 +148,18 @@ def _require(fits: bool, name: str, value: object, allowed: str) -> None:
 
 
 def model_from_config(path: Path) -> Model:
-    """Sizes of the model that a Hugging Face ``config.json``, or the folder that holds it, describes.
+    """Model sizes from a Hugging Face ``config.json``, or from its folder.
 
     Raises:
-        PlanError: no such file, or an architecture whose parameters this cannot count; the message says which numbers
-            to give in its place.
+        PlanError: the file is missing, or the parameters of its architecture cannot be counted; the message says
+            which numbers to give instead.
     """
     file = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PlanError(f"--model {path}: no Hugging Face configuration can be read from {file}: {error}") from error
-    # A vision-language model's own sizes lie beside those of its vision tower.
+    # A vision-language model keeps its text sizes apart from its vision tower's.
     tied = config.get("tie_word_embeddings", False)
     config = config.get("text_config", config)
     tied = bool(config.get("tie_word_embeddings", tied))
@@ -175,7 +175,7 @@ def model_from_config(path: Path) -> Model:
 
 
 def _layer_parameters(config: dict[str, Any], hidden: int) -> tuple[int, int]:
-    """Weights of one layer, all of them and those that one token uses; norms and biases are too few to count."""
+    """Weights of one layer, in total and used per token; norms and biases are too few to count."""
     odd = [key for key in ("kv_lora_rank", "first_k_dense_replace", "mlp_only_layers") if config.get(key)]
     if odd:
         raise TypeError(f"unequal layers or another attention: {', '.join(odd)}")
