@@ -186,10 +186,11 @@ def select_with_normaliser(
                 selection.mass_to_keep,
             )
             return SparsePolicy(*kept), top.normaliser
-        log_probs = top.log_probs
+        normaliser, log_probs, sampled_log_probs = top.normaliser, top.log_probs, top.sampled_log_probs
         ids = torch.where(log_probs > -math.inf, top.ids, -1)
-        policy = keep_most_probable(ids, log_probs, sampled_ids, top.sampled_log_probs, selection.dropped_mass)
-        return policy, top.normaliser
+        # Its tensors would count at the peak of memory.
+        del top
+        return keep_most_probable(ids, log_probs, sampled_ids, sampled_log_probs, selection.dropped_mass), normaliser
 
 
 def keep_most_probable(

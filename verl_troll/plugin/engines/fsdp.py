@@ -31,19 +31,19 @@ class TrollFSDPEngine(TrollEngineMixin, FSDPEngineWithLMHead):
     def token_layout(self, shape: tuple[int, int], data: TensorDict, data_format: str) -> TokenLayout:
         """The packed sequence (``thd``; this rank's slice under Ulysses) or padded rows (``bshd``)."""
         input_ids = data["input_ids"]
-        place = torch.arange(input_ids.values().shape[0], device=input_ids.device)
+        row_of = torch.arange(input_ids.values().shape[0], device=input_ids.device)
         group = None
         if data_format == "bshd":
             starts, lengths = input_ids.offsets()[:-1], input_ids.offsets().diff()
             row = torch.arange(lengths.shape[0], device=lengths.device) * shape[1]
             return TokenLayout(
-                place + torch.repeat_interleave(row - starts, lengths, output_size=place.shape[0]), shape, None
+                row_of + torch.repeat_interleave(row - starts, lengths, output_size=row_of.shape[0]), shape, None
             )
         if get_ulysses_sequence_parallel_world_size() > 1:
             group = get_ulysses_sequence_parallel_group()
-            place = place - get_ulysses_sequence_parallel_rank() * shape[1]
-            place = torch.where((place >= 0) & (place < shape[1]), place, -1)
-        return TokenLayout(place, shape, group)
+            row_of = row_of - get_ulysses_sequence_parallel_rank() * shape[1]
+            row_of = torch.where((row_of >= 0) & (row_of < shape[1]), row_of, -1)
+        return TokenLayout(row_of, shape, group)
 
     def head_inputs(self, hidden: Tensor) -> tuple[Tensor, str]:
         """Packed or padded, as the batch specifies."""

@@ -46,10 +46,10 @@ class TrollMegatronEngine(TrollEngineMixin, MegatronEngineWithLMHead):
             local = preprocess_bshd_engine(positions, use_fp8_padding=fp8, forced_max_seqlen=longest)[0]
         if tuple(local.shape) != shape:
             raise RuntimeError(f"verl lays the tokens out as {tuple(local.shape)}, but its logits as {shape}")
-        place = torch.full((total + 1,), -1, device=input_ids.device)
-        place[local.flatten()] = torch.arange(local.numel(), device=input_ids.device)
+        row_of = torch.full((total + 1,), -1, device=input_ids.device)
+        row_of[local.flatten()] = torch.arange(local.numel(), device=input_ids.device)
         group = mpu.get_context_parallel_group() if mpu.get_context_parallel_world_size() > 1 else None
-        return TokenLayout(place[1:], shape, group)
+        return TokenLayout(row_of[1:], shape, group)
 
     def head_inputs(self, hidden: Tensor) -> tuple[Tensor, str]:
         """Packed tokens, ``[s, 1, D]`` in Megatron.
