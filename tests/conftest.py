@@ -27,7 +27,7 @@ from jaxtyping import install_import_hook, jaxtyped
 
 # Checks every call of the core against its types, shapes included, except in modules of Triton kernels, whose source
 # Triton parses itself.
-CORE = ("logits", "lm_head", "vocab", "support", "projection", "loss", "wire")
+CORE = ("logits", "lm_head", "vocab", "support", "comparison", "projection", "loss", "wire")
 with install_import_hook([f"verl_troll.core.{module}" for module in CORE], "beartype.beartype"):
     from verl_troll.core import kernels, loss, wire  # noqa: F401
 for name in ("read_rows", "write_gradient", "project"):

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from benchmarks.gpu.session import Session
 from verl_troll.core import kernels
+from verl_troll.core.comparison import RULES
 from verl_troll.core.kernels import constants
 from verl_troll.core.kernels.constants import STATISTICS
 from verl_troll.core.lm_head import LinearHead
 from verl_troll.core.logits import DenseLogits, LogitsSource
 from verl_troll.core.loss import PolicyTerms, policy_terms
 from verl_troll.core.projection import project
-from verl_troll.core.support import RULES, Selection, SparsePolicy, select
+from verl_troll.core.support import Selection, SparsePolicy, select
 from verl_troll.core.vocab import VocabLogits
 
 KL_BOUND = 0.05

@@ -14,11 +14,12 @@ from benchmarks.gpu.session import Session
 from benchmarks.inputs import make_batch
 from benchmarks.rows import Case
 from verl_troll.core import kernels
+from verl_troll.core.comparison import RULES
 from verl_troll.core.kernels.constants import STATISTICS
 from verl_troll.core.lm_head import LinearHead
 from verl_troll.core.logits import DenseLogits, LogitsSource
 from verl_troll.core.loss import PolicyTerms
-from verl_troll.core.support import RULES, Selection, select
+from verl_troll.core.support import Selection, select
 from verl_troll.core.vocab import VocabLogits
 
 COPY = "copy: one read, one write"

@@ -20,9 +20,10 @@ from benchmarks import carried, measure, published, shard_merge, solver, targets
 from benchmarks.inputs import make_batch, response_rows
 from benchmarks.measure import Contender, Spread, bandwidth_contenders, peak_bytes, take_turns
 from benchmarks.rows import Case, Floor, Row, ratio
+from verl_troll.core.comparison import compare
 from verl_troll.core.loss import token_terms
 from verl_troll.core.projection import project
-from verl_troll.core.support import Selection, compare, select
+from verl_troll.core.support import Selection, select
 from verl_troll.core.vocab import VocabLogits
 
 MIB = 1 << 20

@@ -12,9 +12,10 @@ from torch import Tensor
 from tests import oracle
 from tests.allocations import Allocations
 from verl_troll.core import lm_head as head_module
+from verl_troll.core.comparison import Comparison, compare
 from verl_troll.core.kernels import logits_torch as logits_module
 from verl_troll.core.lm_head import LinearHead
-from verl_troll.core.support import Comparison, Selection, SparsePolicy, compare, select
+from verl_troll.core.support import Selection, SparsePolicy, select
 from verl_troll.core.vocab import VocabLogits, VocabShard
 
 INF = math.inf

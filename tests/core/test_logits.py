@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.allocations import Allocations
+from verl_troll.core.comparison import Comparison, compare
 from verl_troll.core.kernels import logits_torch as logits_module
 from verl_troll.core.logits import DenseLogits, Normaliser, Reading, read_dense
-from verl_troll.core.support import Comparison, Selection, compare, select
+from verl_troll.core.support import Selection, select
 from verl_troll.core.vocab import VocabLogits, VocabShard
 
 INF = math.inf

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.rounding import last_place
+from verl_troll.core.comparison import Comparison, compare
 from verl_troll.core.kernels import logits_torch as logits_module
 from verl_troll.core.kernels.logits_torch import working_dtype
 from verl_troll.core.loss import (
@@ -23,7 +24,7 @@ from verl_troll.core.loss import (
     surrogate_losses,
     token_terms,
 )
-from verl_troll.core.support import Comparison, Selection, SparsePolicy, compare, select
+from verl_troll.core.support import Selection, SparsePolicy, select
 from verl_troll.core.vocab import VocabLogits, VocabShard
 
 INF = math.inf

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tests.rounding import last_place
+from verl_troll.core.comparison import compare
 from verl_troll.core.kernels import logits_torch as logits_module
 from verl_troll.core.logits import Normaliser, read_dense
-from verl_troll.core.support import Selection, compare, select
+from verl_troll.core.support import Selection, select
 from verl_troll.core.vocab import VocabLogits, VocabShard
 
 INF = math.inf

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from verl_troll.core.comparison import compare
 from verl_troll.core.loss import token_terms
-from verl_troll.core.support import Selection, SparsePolicy, compare, select
+from verl_troll.core.support import Selection, SparsePolicy, select
 from verl_troll.core.vocab import VocabLogits, VocabShard
 
 VOCAB, PADDED, LENGTH, SAMPLES, MICRO_BATCHES, LAYERS = 122, 128, 12, 4, 2, 4

@@ -28,12 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import oracle
 from verl_troll.core import lm_head as head_module
+from verl_troll.core.comparison import RULES, Comparison, compare
 from verl_troll.core.kernels import logits_torch as logits_module
 from verl_troll.core.lm_head import LinearHead
 from verl_troll.core.logits import Normaliser
 from verl_troll.core.loss import TokenTerms, token_terms
 from verl_troll.core.projection import STEP_SIZE_GRADIENTS
-from verl_troll.core.support import RULES, Comparison, Selection, SparsePolicy, compare, select
+from verl_troll.core.support import Selection, SparsePolicy, select
 from verl_troll.core.vocab import VocabLogits, VocabShard
 
 INF = math.inf

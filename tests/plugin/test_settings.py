@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.engine import EngineRegistry
 
-from verl_troll.core.support import RULES
+from verl_troll.core.comparison import RULES
 from verl_troll.plugin import backends
 from verl_troll.plugin.settings import TrollConfig, TrollConfigError
 

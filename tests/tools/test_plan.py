@@ -33,12 +33,13 @@ from benchmarks.processes import run
 from tests.distributed.batches import VOCAB, make_batch
 from tests.distributed.launch import run_ranks
 from tests.distributed.vocab_scenarios import Traffic
+from verl_troll.core.comparison import RULES
 from verl_troll.core.kernels import logits_torch as logits_module
 from verl_troll.core.kernels.logits_torch import block_elements
 from verl_troll.core.lm_head import LinearHead
 from verl_troll.core.logits import DenseLogits
 from verl_troll.core.loss import BatchLosses, PolicyTerms, policy_terms
-from verl_troll.core.support import RULES, Selection, SparsePolicy, select
+from verl_troll.core.support import Selection, SparsePolicy, select
 from verl_troll.core.vocab import VocabLogits, VocabShard
 from verl_troll.plugin import carry
 from verl_troll.plugin.layout import TokenLayout

@@ -6,8 +6,9 @@ From logits to loss, a token passes these modules in order; each imports only ea
     logits       what is read from logits and written back
     lm_head      logits that a head computes as they are read
     vocab        the same for a vocabulary that is split over ranks
-    support      the ids kept of a policy; old and new policy on common outcomes
+    support      the ids kept of a policy
     wire         how the old policy's support travels to the update
+    comparison   old and new policy on common outcomes
     projection   moving the new policy into the trust region around the old one
     loss         log-ratio, regression term, loss
 """

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from verl_troll.core import kernels
+from verl_troll.core.comparison import Comparison, SupportRule, compare, rule_named
 from verl_troll.core.kernels import constants
 from verl_troll.core.kernels.constants import STATISTICS
 from verl_troll.core.logits import LogitGradient
 from verl_troll.core.projection import Projection, StepSizeGradient, check_projection_settings, project
-from verl_troll.core.support import Comparison, Selection, SparsePolicy, SupportRule, compare, rule_named
+from verl_troll.core.support import Selection, SparsePolicy
 from verl_troll.core.vocab import VocabLogits
 
 ImportanceRatio = Literal["token", "sequence"]
@@ -115,12 +116,12 @@ def policy_terms(
 ) -> PolicyTerms:
     """The whole chain of each token, from the new policy's logits to the two terms of the objective.
 
-    The torch form is :func:`verl_troll.core.support.compare` followed by :func:`token_terms`; the Triton form gives the
-    same with three kernels forward (``anchored``: two) and two backward, and the host never waits. Collectives as in
-    :func:`~verl_troll.core.support.compare`.
+    The torch form is :func:`verl_troll.core.comparison.compare` followed by :func:`token_terms`; the Triton form gives
+    the same with three kernels forward (``anchored``: two) and two backward, and the host never waits. Collectives as
+    in :func:`~verl_troll.core.comparison.compare`.
 
     Args:
-        rule, logits, old, selection, entropy: as in :func:`~verl_troll.core.support.compare`.
+        rule, logits, old, selection, entropy: as in :func:`~verl_troll.core.comparison.compare`.
         kl_bound, step_size_gradient: as in :func:`~verl_troll.core.projection.project`.
 
     Raises:

@@ -12,10 +12,11 @@ from typing import Any
 from verl.base_config import BaseConfig
 
 from verl_troll.core import wire
+from verl_troll.core.comparison import RULES
 from verl_troll.core.kernels import FORMS, Form
 from verl_troll.core.loss import IMPORTANCE_RATIOS
 from verl_troll.core.projection import STEP_SIZE_GRADIENTS
-from verl_troll.core.support import RULES, Selection
+from verl_troll.core.support import Selection
 
 PREFIX = "actor_rollout_ref.actor.policy_loss.troll"
 LOSS_MODE = "troll"

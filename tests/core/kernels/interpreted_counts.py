@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from tests.core.kernels import interpreter
 from verl_troll.core import lm_head
+from verl_troll.core.comparison import RULES
 from verl_troll.core.kernels import logits_triton as logits_form
 from verl_troll.core.kernels import tokens_triton as tokens_form
 from verl_troll.core.lm_head import LinearHead
 from verl_troll.core.logits import DenseLogits, LogitsSource
 from verl_troll.core.loss import policy_terms
-from verl_troll.core.support import RULES, Selection, SparsePolicy, select
+from verl_troll.core.support import Selection, SparsePolicy, select
 from verl_troll.core.vocab import VocabLogits
 
 # Operations that launch nothing: views and allocations.

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from tests.core.kernels import interpreter
 from verl_troll.core import kernels
+from verl_troll.core.comparison import RULES, compare
 from verl_troll.core.kernels.constants import STATISTICS
 from verl_troll.core.logits import DenseLogits
 from verl_troll.core.loss import PolicyTerms, policy_terms
-from verl_troll.core.support import RULES, Selection, SparsePolicy, compare, keep_most_probable, select
+from verl_troll.core.support import Selection, SparsePolicy, keep_most_probable, select
 from verl_troll.core.vocab import VocabLogits, VocabShard
 
 INF = math.inf

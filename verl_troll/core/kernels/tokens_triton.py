@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """Per-token work in Triton, one program each: choosing the kept ids, and the two terms with their gradient.
 
-The torch forms are :func:`verl_troll.core.support.keep_most_probable`, and :func:`verl_troll.core.support.compare`
+The torch forms are :func:`verl_troll.core.support.keep_most_probable`, and :func:`verl_troll.core.comparison.compare`
 followed by :func:`verl_troll.core.loss.token_terms`.
 
 Shapes: R rows, one per token; W ids kept of the old policy, M of the new one, V ids of both.
