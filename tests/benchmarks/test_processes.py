@@ -134,7 +134,9 @@ def test_a_tree_ends_with_its_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_tree_ends_with_the_process_that_runs_it(tmp_path: Path, number: signal.Signals) -> None:
     """As when pytest is interrupted, or a pytest-xdist worker is killed."""
-    watcher = f"from benchmarks.processes import run; run({python(FAMILY)!r}, cwd={str(tmp_path)!r})"
+    # A shell starts background jobs with SIGINT ignored, which processes inherit.
+    watcher = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    watcher += f"from benchmarks.processes import run; run({python(FAMILY)!r}, cwd={str(tmp_path)!r})"
     with Tree(python(watcher)) as tree:
         family = ids(tmp_path)
         watcher_id = tree.processes()[0]
