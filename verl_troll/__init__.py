@@ -1,6 +1,6 @@
 """TROLL: trust-region projection of token distributions in place of PPO clipping, as a plugin for verl.
 
-This package needs torch alone; what knows verl lives in :mod:`verl_troll.plugin`.
+The mathematics is in :mod:`verl_troll.core`, the connection to verl in :mod:`verl_troll.plugin`.
 """
 
 from verl_troll.core.projection import Projection, project

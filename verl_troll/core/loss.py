@@ -312,7 +312,7 @@ class BatchLosses:
 
     policy: Float[Tensor, ""]
     regression: Float[Tensor, ""]
-    shift: Float[Tensor, 2]
+    shift: Float[Tensor, " 2"]
 
 
 def batch_losses(
