@@ -14,7 +14,7 @@ from torch import Tensor
 from tests import oracle
 from tests.families import FAMILIES, Family, draw
 from verl_troll.core.kernels import constants
-from verl_troll.core.projection import Projection, StepSizeGradient, project
+from verl_troll.core.projection import CAP_REACHED, NOT_A_DISTRIBUTION, Projection, StepSizeGradient, project
 
 INF = math.inf
 BOUND = 0.05
@@ -197,6 +197,7 @@ def test_a_row_cut_short_ends_inside_the_region(monkeypatch: pytest.MonkeyPatch,
         assert_feasible(result, log_q, family.bound)
         assert int(result.evaluations.max()) <= cap
         assert bool((result.converged | (result.kl_before > family.bound)).all())
+        assert bool((result.failure[~result.converged] == CAP_REACHED).all())
         unfinished += int((~result.converged).sum())
     assert unfinished > 0
 
@@ -503,6 +504,7 @@ def test_a_broken_row_is_reported_and_touches_no_other(side: str, value: float |
     good = [0, 1, 3, 4, 5]
     clean_in, broken_in = log_p.clone().requires_grad_(), bad_p.clone().requires_grad_()
     clean, broken = project(clean_in, log_q, BOUND), project(broken_in, bad_q, BOUND)
+    assert broken.failure.tolist() == [0, 0, NOT_A_DISTRIBUTION, 0, 0, 0]
     assert broken.converged.tolist() == [True, True, False, True, True, True]
     for name in ("log_probs", "step_size", "kl_before", "kl"):
         assert bool(getattr(broken, name)[2].isnan().all()), name
