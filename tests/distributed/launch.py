@@ -96,7 +96,9 @@ def run_ranks(
                         progress.check()
                     except HungError as error:
                         raise RankFailedError(f"ranks {sorted(waiting)} of {world_size} hang: {error}") from None
-                for rank in [rank for rank, process in waiting.items() if not process.is_alive()]:
+                ended = [rank for rank, process in waiting.items() if not process.is_alive()]
+                # The first failure is the cause: ranks that wait for a failed one fail too.
+                for rank in sorted(ended, key=lambda rank: _last_write(rank, folder)):
                     waiting.pop(rank)
                     _raise_if_failed(rank, ranks[rank].exitcode, folder)
         finally:
@@ -105,6 +107,11 @@ def run_ranks(
             for process in ranks:
                 process.join()
         return [pickle.loads(Path(folder, f"result{rank}").read_bytes())[1] for rank in range(world_size)]
+
+
+def _last_write(rank: int, folder: str) -> int:
+    written = [path for path in (Path(folder, f"result{rank}"), Path(folder, f"log{rank}")) if path.exists()]
+    return written[0].stat().st_mtime_ns if written else 0
 
 
 def _raise_if_failed(rank: int, exit_code: int | None, folder: str) -> None:
