@@ -168,7 +168,8 @@ def step(
 
 def project(dtype: torch.dtype, *, n: int = 66, implicit: bool = True) -> None:
     new, old = torch.zeros(2, n, dtype=dtype, requires_grad=True), torch.zeros(2, n, dtype=dtype)
-    kernels.project(new, old, 0.05, 1e-3, implicit)[0].sum().backward()
+    with mock.patch.object(kernels, "available", return_value=True):
+        kernels.project(new, old, 0.05, 1e-3, implicit)[0].sum().backward()
 
 
 @pytest.mark.parametrize(("target", "rule"), [*((target, "union") for target in TARGETS), ("sm_90", "anchored")])
@@ -316,7 +317,7 @@ def test_the_package_imports_without_triton() -> None:
         "import sys; sys.modules['triton'] = None\n"
         "import torch, verl_troll.core.logits, verl_troll.core.projection\n"
         "from verl_troll.core import kernels\n"
-        "assert not any(name.startswith('verl_troll.core.kernels.') for name in sys.modules)\n"
+        "assert not any(name.endswith('_triton') for name in sys.modules)\n"
         "assert not kernels.available(torch.device('cuda'))\n"
     )
     run([sys.executable, "-c", code], cwd=ROOT, check=True)
