@@ -174,7 +174,9 @@ def test_published_method_agrees_with_the_union_rule() -> None:
     feasible = ~projected | (ours.projection.step_size > 1 / (1 + published.ETA_MAX))
     assert feasible.float().mean() > 0.95
     # Both list the old policy's outcomes first, then those that only the new one keeps.
-    torch.testing.assert_close(log_p.exp(), comparison.new_log_probs.exp(), atol=1e-5, rtol=1e-4)
+    # Where rounding moves the edge of a selection, one of them keeps an id more, whose mass is below the dropped one.
+    edge = 2 * troll.DROPPED_MASS
+    torch.testing.assert_close(log_p.exp(), comparison.new_log_probs.exp(), atol=edge, rtol=1e-4)
     found, expected = log_pi[feasible].exp(), ours.projection.log_probs[feasible].exp()
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-2)
     torch.testing.assert_close(terms.log_ratio[feasible], ours.log_ratio[feasible], atol=2e-3, rtol=2e-3)
