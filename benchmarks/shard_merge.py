@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from verl_troll.core.logits import Normaliser, Reading, read_dense
+from verl_troll.core.logits import DenseLogits, Normaliser, Reading
 from verl_troll.core.vocab import VocabShard, _merge, _pack, _unpack
 
 
@@ -64,14 +64,14 @@ def _rank(rank: int, ranks: int, folder: str, arguments: argparse.Namespace) -> 
     tokens = arguments.tokens
     logits = 4 * torch.randn(tokens, columns, generator=torch.Generator().manual_seed(rank))
     rows, first = torch.arange(tokens), torch.zeros(tokens, 1, dtype=torch.int64)
-    reading = read_dense(logits, rows, first, shard.columns, k=arguments.k)
+    reading = DenseLogits(logits).read(rows, first, shard.columns, k=arguments.k)
     local = (reading._replace(top_ids=reading.top_ids + shard.start), shard)
     one, other = _merge(*local), merge_everywhere(*local)
     for left, right in zip((*one.normaliser, *one[1:]), (*other.normaliser, *other[1:]), strict=True):
         assert left is right is None or (left is not None and right is not None and torch.equal(left, right))
     read, by_token, everywhere = _seconds(
         [
-            lambda: read_dense(logits, rows, first, shard.columns, k=arguments.k),
+            lambda: DenseLogits(logits).read(rows, first, shard.columns, k=arguments.k),
             lambda: _merge(*local),
             lambda: merge_everywhere(*local),
         ],

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.allocations import Allocations
 from verl_troll.core.comparison import Comparison, compare
 from verl_troll.core.kernels import logits_torch as logits_module
-from verl_troll.core.logits import DenseLogits, Normaliser, Reading, read_dense
+from verl_troll.core.logits import DenseLogits, Normaliser, Reading
 from verl_troll.core.support import Selection, select
 from verl_troll.core.vocab import VocabLogits, VocabShard
 
@@ -51,7 +51,7 @@ def assert_top(logits: Tensor, k: int, columns: int | None = None) -> None:
     """Values and columns of each row's k largest entries, against sorting a list of pairs."""
     columns = logits.shape[1] if columns is None else columns
     rows = torch.arange(logits.shape[0])
-    top = read_dense(logits, rows, no_ids(rows), columns, k=k)
+    top = DenseLogits(logits).read(rows, no_ids(rows), columns, k=k)
     for row, values in enumerate(logits[:, :columns].double().tolist()):
         order = sorted(range(columns), key=lambda column: (-values[column], column))[:k]
         assert top.top_ids[row, : len(order)].tolist() == order
@@ -185,7 +185,7 @@ def test_blocks_of_any_size_read_rows_in_any_order(
     chosen = chosen[~torch.isin(chosen, torch.tensor([1, 8]))]
     ids = torch.randint(-1, 30, (len(chosen), 4), generator=torch.Generator().manual_seed(3))
     before = logits.clone()
-    reading = read_dense(logits, chosen, ids, 30, k=7, energy=True)
+    reading = DenseLogits(logits).read(chosen, ids, 30, k=7, energy=True)
     assert_reading(reading, logits, chosen, ids, 30, 1e-13 if dtype == torch.float64 else 2e-6)
     assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0)), "reading must not write"
 
@@ -197,10 +197,10 @@ def test_a_row_is_read_alike_whatever_is_read_beside_it(energy: bool, columns: i
     logits = normal(64, columns, seed=9, dtype=dtype)
     # Nearly all mass at the row's end: the elements after the last full vector may be computed differently.
     logits[:, -3:] += 16
-    whole = read_dense(logits, torch.arange(64), no_ids(torch.arange(64)), columns, energy=energy).normaliser
+    whole = DenseLogits(logits).read(torch.arange(64), no_ids(torch.arange(64)), columns, energy=energy).normaliser
     for rows in (*([row] for row in range(64)), [8, 3], [5, 6, 7]):
         chosen = torch.tensor(rows)
-        part = read_dense(logits, chosen, no_ids(chosen), columns, k=2).normaliser
+        part = DenseLogits(logits).read(chosen, no_ids(chosen), columns, k=2).normaliser
         assert torch.equal(part.max, whole.max[chosen])
         assert torch.equal(part.sumexp, whole.sumexp[chosen])
 
@@ -211,7 +211,7 @@ def test_lower_precisions_are_read_as_float32_bit_for_bit(dtype: torch.dtype) ->
     rows = torch.tensor([8, 2, 3, 5])
     ids = torch.tensor([[0, 299], [7, -1], [-1, -1], [5, 6]])
     wide = logits if dtype == torch.float64 else logits.float()
-    ours, theirs = (read_dense(x, rows, ids, 300, k=9, energy=True) for x in (logits, wide))
+    ours, theirs = (DenseLogits(x).read(rows, ids, 300, k=9, energy=True) for x in (logits, wide))
     for mine, other in zip((*ours.normaliser, *ours[1:]), (*theirs.normaliser, *theirs[1:]), strict=True):
         assert mine is not None and other is not None
         assert torch.equal(mine, other)
@@ -234,7 +234,7 @@ def test_entropy_of_rows_at_the_edges(dtype: torch.dtype) -> None:
     logits[7, ::2] = -1e30
     logits = logits.to(dtype)
     rows = torch.arange(8)
-    entropy = read_dense(logits, rows, no_ids(rows), 40, energy=True).normaliser.entropy()
+    entropy = DenseLogits(logits).read(rows, no_ids(rows), 40, energy=True).normaliser.entropy()
     log_probs = logits.double().log_softmax(-1)
     expected = -torch.where(log_probs > -INF, log_probs.exp() * log_probs, 0.0).sum(-1)
     tiny = 1e-12 if dtype == torch.float64 else 1e-5
@@ -246,12 +246,12 @@ def test_entropy_of_rows_at_the_edges(dtype: torch.dtype) -> None:
 def test_one_column_and_none() -> None:
     logits, rows = normal(4, 3, seed=10), torch.tensor([2, 0])
     ids = torch.tensor([[0, -1], [-1, 0]])
-    one = read_dense(logits, rows, ids, 1, k=2, energy=True)
+    one = DenseLogits(logits).read(rows, ids, 1, k=2, energy=True)
     assert torch.equal(one.normaliser.max, logits[rows, 0])
     assert one.normaliser.sumexp.tolist() == [1.0, 1.0]
     assert one.normaliser.entropy().tolist() == [0.0, 0.0]
     assert one.top_ids.tolist() == [[0, -1], [0, -1]]
-    none = read_dense(logits, rows, torch.full((2, 2), -1), 0, k=2, energy=True)
+    none = DenseLogits(logits).read(rows, torch.full((2, 2), -1), 0, k=2, energy=True)
     assert none.normaliser.max.tolist() == [-INF, -INF]
     assert none.normaliser.energy is not None
     assert none.normaliser.sumexp.tolist() == none.normaliser.energy.tolist() == [0.0, 0.0]
@@ -270,7 +270,7 @@ def test_the_entropy_of_parts_is_the_entropy_of_the_whole(dtype: torch.dtype) ->
     logits[4, 30:] = -INF
     rows = torch.arange(6)
     parts = [
-        read_dense(part, rows, no_ids(rows), part.shape[1], energy=True).normaliser
+        DenseLogits(part).read(rows, no_ids(rows), part.shape[1], energy=True).normaliser
         for part in logits.split([20, 0, 10, 30], dim=-1)
     ]
     peaks, masses, energies = (torch.stack([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
@@ -285,7 +285,7 @@ def test_the_entropy_of_parts_is_the_entropy_of_the_whole(dtype: torch.dtype) ->
 def test_an_entropy_that_was_not_read_is_refused() -> None:
     rows = torch.arange(2)
     with pytest.raises(ValueError, match="entropy was not asked for"):
-        read_dense(normal(2, 5, seed=12), rows, no_ids(rows), 5).normaliser.entropy()
+        DenseLogits(normal(2, 5, seed=12)).read(rows, no_ids(rows), 5).normaliser.entropy()
 
 
 # --- gradient ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.rounding import last_place
 from verl_troll.core.comparison import compare
 from verl_troll.core.kernels import logits_torch as logits_module
-from verl_troll.core.logits import Normaliser, read_dense
+from verl_troll.core.logits import DenseLogits, Normaliser
 from verl_troll.core.support import Selection, select
 from verl_troll.core.vocab import VocabLogits, VocabShard
 
@@ -23,7 +23,7 @@ def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
 
 
 def local_normaliser(logits: Tensor, rows: Tensor, columns: int) -> Normaliser:
-    return read_dense(logits, rows, rows[:, None].clamp_max(columns - 1), columns).normaliser
+    return DenseLogits(logits).read(rows, rows[:, None].clamp_max(columns - 1), columns).normaliser
 
 
 def same_bits(a: Normaliser, b: Normaliser) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from verl_troll.core import kernels
 from verl_troll.core.kernels.logits_torch import slices, working_dtype
-from verl_troll.core.logits import LogitGradient, Normaliser, Reading, read_dense
+from verl_troll.core.logits import DenseLogits, LogitGradient, Normaliser, Reading
 
 # Tokens and columns that are read together: on a host what its cache holds, on an accelerator so many columns that most
 # vocabularies take one search. Neither depends on the number of tokens, so the parts of a row are added in the same
@@ -114,22 +114,17 @@ class LinearHead:
         _, width = _READ_BLOCK.get(hidden.device.type, _DEVICE_READ_BLOCK)
         for vocabulary in slices(columns, width):
             weight = self.weight[vocabulary]
-            part = read_dense(
-                self._logits(hidden, weight),
-                everything,
-                _within(ids, vocabulary, columns),
-                weight.shape[0],
-                k=k,
-                energy=energy,
-                form=self.form,
-            )
+            logits = DenseLogits(self._logits(hidden, weight), form=self.form)
+            part = logits.read(everything, _within(ids, vocabulary, columns), weight.shape[0], k=k, energy=energy)
+            # Before the next block is computed.
+            del logits
             if vocabulary.start > 0:
                 part = part._replace(top_ids=torch.where(part.top_ids >= 0, part.top_ids + vocabulary.start, -1))
             found = part if found is None else _join(found, part, k)
         return self._read_nothing(everything, ids, k, energy) if found is None else found
 
     def _read_nothing(self, rows: Tensor, ids: Tensor, k: int, energy: bool) -> Reading:
-        return read_dense(self.hidden[:, :0], rows, ids, 0, k=k, energy=energy, form=self.form)
+        return DenseLogits(self.hidden[:, :0], form=self.form).read(rows, ids, 0, k=k, energy=energy)
 
     def _logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         logits = hidden @ weight.T

@@ -201,7 +201,10 @@ class DenseLogits:
         energy: bool = False,
     ) -> Reading:
         """See :func:`verl_troll.core.kernels.read_rows`."""
-        return read_dense(self.logits, rows, ids, columns, k=k, energy=energy, form=self.form)
+        max_logit, sumexp, total_energy, *found = kernels.read_rows(
+            self.logits, rows, ids, columns, k=k, energy=energy, form=self.form
+        )
+        return Reading(Normaliser(max_logit, sumexp, total_energy), *found)
 
     def gradients(
         self, rows: Int[Tensor, " rows"], columns: int, gradient: LogitGradient, needed: tuple[bool, ...]
@@ -211,20 +214,3 @@ class DenseLogits:
         out = logits if self.reuse else torch.empty_like(logits)
         kernels.write_gradient(out, logits, rows, columns, *gradient, form=self.form)
         return (out,)
-
-
-def read_dense(
-    logits: Float[Tensor, "tokens columns"],
-    rows: Int[Tensor, " rows"],
-    ids: Int[Tensor, "rows ids"],
-    columns: int,
-    *,
-    k: int = 0,
-    energy: bool = False,
-    form: kernels.Form = "auto",
-) -> Reading:
-    """:func:`verl_troll.core.kernels.read_rows` as a :class:`Reading`."""
-    normaliser_max, sumexp, total_energy, *found = kernels.read_rows(
-        logits, rows, ids, columns, k=k, energy=energy, form=form
-    )
-    return Reading(Normaliser(normaliser_max, sumexp, total_energy), *found)
