@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -92,10 +94,11 @@ def run(case: Case, repeat: int, shard: None = None) -> list[Row]:
 
 def _packed_row(case: Case, policy: SparsePolicy, sampled_ids: Tensor, repeat: int, kept: int | None) -> Row:
     data, tokens = micro_batch(sampled_ids)
+    unpack = partial(carry.unpack, data, tokens, k=case.k, vocab_size=case.vocab)
     fields = carry.pack(policy.ids, policy.log_probs, tokens)
     for name, field in fields.items():
         data[name] = field
-    back = carry.unpack(data, tokens).policy
+    back = unpack().policy
     sent = compact(policy)
     if not torch.equal(back.ids, sent.ids):
         raise RuntimeError("the carried support came back with other ids")
@@ -105,11 +108,11 @@ def _packed_row(case: Case, policy: SparsePolicy, sampled_ids: Tensor, repeat: i
         "TROLL",
         {
             "pack": lambda _: carry.pack(policy.ids, policy.log_probs, tokens),
-            "unpack": lambda _: carry.unpack(data, tokens),
+            "unpack": lambda _: unpack(),
         },
     )
     times = take_turns([contender], repeat, "cpu")
-    pack, unpack = (phase_seconds(times, "TROLL", [phase]) for phase in ("pack", "unpack"))
+    packing, unpacking = (phase_seconds(times, "TROLL", [phase]) for phase in ("pack", "unpack"))
     facts = support_facts(policy)
     per_token = packed_bytes(fields) / sampled_ids.shape[0]
     return Row(
@@ -117,7 +120,7 @@ def _packed_row(case: Case, policy: SparsePolicy, sampled_ids: Tensor, repeat: i
         "TROLL",
         {"tokens": sampled_ids.shape[0], "kept": "a language model's" if kept is None else kept, "k": case.k},
         "pack + unpack",
-        Spread.of([a + b for a, b in zip(pack, unpack, strict=True)]),
+        Spread.of([a + b for a, b in zip(packing, unpacking, strict=True)]),
         facts={
             "bytes_per_token": round(per_token, 2),
             "relative_error": float(error.max()),

@@ -29,3 +29,9 @@ def test_what_fell_is_counted_and_ends_in_a_failure(capsys: pytest.CaptureFixtur
     assert "number 1\n" in printed
     assert "| `half` | numbers are even | 10 | 5 | 5 |" in printed
     assert "not tried: no GPU" in printed
+
+
+@pytest.mark.parametrize("name", ["support"])
+def test_at_a_small_scale(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--only", name, "--scale", "0.01"]) == 0
+    assert "fell 0" in capsys.readouterr().out

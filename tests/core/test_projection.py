@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import mpmath
 import pytest
 import torch
 from hypothesis import given, settings
@@ -455,6 +456,63 @@ def test_huge_logits_are_solved(dtype: torch.dtype) -> None:
     torch.autograd.backward(result.log_probs.exp().square().sum())
     assert given_rows.grad is not None
     assert bool(given_rows.grad.isfinite().all())
+
+
+def exact_kl(log_pi: Tensor, log_q: Tensor) -> float:
+    """KL in nats with 60 digits; q is normalised first, finite values below -1e12 counting as -1e12."""
+    with mpmath.workdps(60):
+        old = [mpmath.mpf(max(x, -1e12)) if x > -INF else None for x in log_q.tolist()]
+        total = mpmath.log(mpmath.fsum(mpmath.exp(x) for x in old if x is not None))
+        new = [(mpmath.mpf(x), y) for x, y in zip(log_pi.tolist(), old, strict=True) if x > -INF]
+        assert all(y is not None for _, y in new)
+        return float(mpmath.fsum(mpmath.exp(x) * (x - (y - total)) for x, y in new))
+
+
+@by_dtype
+@pytest.mark.parametrize("magnitude", [1e5, 1e9, 1e12, 1e15, 1e17, 1e19, 1e25, 1e37])
+def test_log_probabilities_of_any_size_are_solved(dtype: torch.dtype, magnitude: float) -> None:
+    """As finite masks of logits are (torch.finfo(...).min), besides what a network returns."""
+    random = generator(26)
+    new, old = (magnitude * torch.randn(60, 5, generator=random, dtype=torch.float64) for _ in range(2))
+    # Extreme on both sides, only in the old policy, only in the new one.
+    new[20:40], old[40:] = new[20:40] / magnitude, old[40:] / magnitude
+    given = new.log_softmax(-1).to(dtype).requires_grad_()
+    log_q = old.log_softmax(-1).to(dtype)
+    result = project(given, log_q, BOUND)
+    assert bool(result.log_probs.exp().sum(-1).sub(1).abs().max() < 1e-5)
+    assert bool((result.evaluations <= 20).all())
+    assert bool((result.failure != NOT_A_DISTRIBUTION).all())
+    for log_pi, row, kl in zip(result.log_probs.detach(), log_q, result.kl, strict=True):
+        exact = exact_kl(log_pi.double(), row.double())
+        assert exact <= BOUND * (1 + 1e-6)
+        assert exact == pytest.approx(float(kl), abs=2e-5)
+    torch.autograd.backward(result.log_probs.exp().square().sum())
+    assert given.grad is not None
+    assert bool(given.grad.isfinite().all())
+
+
+@by_dtype
+def test_the_lowest_number_serves_as_a_mask(dtype: torch.dtype) -> None:
+    lowest = torch.finfo(dtype).min
+    log_p, log_q = pair(16, 6, seed=27)
+
+    def with_two_more(x: Tensor, value: float) -> Tensor:
+        return torch.cat([x.to(dtype), torch.full((16, 2), value, dtype=dtype)], dim=-1)
+
+    own, expected = (
+        project(with_two_more(log_p, value), with_two_more(log_q, value), BOUND) for value in (lowest, -INF)
+    )
+    torch.testing.assert_close(own.log_probs[:, :6], expected.log_probs[:, :6])
+    assert bool((own.log_probs[:, 6:] < -1e11).all())
+    assert bool(own.converged.all())
+
+
+@pytest.mark.parametrize("value", [1e13, INF])
+def test_a_value_far_above_zero_is_not_a_log_probability(value: float) -> None:
+    log_p, log_q = pair(4, 5, seed=28)
+    log_p[1, 2] = log_q[3, 0] = value
+    result = project(log_p, log_q, BOUND)
+    assert result.failure.tolist() == [0, NOT_A_DISTRIBUTION, 0, NOT_A_DISTRIBUTION]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

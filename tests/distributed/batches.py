@@ -95,13 +95,12 @@ def shard_of(batch: TensorDict, engine: Any) -> TensorDict:
 
 def by_sample(output: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """One dictionary per sample of nested model outputs, the support decoded to ids and log-probabilities."""
-    from verl_troll.core import wire
     from verl_troll.plugin import carry
 
     rows = [dict(zip(output, row, strict=True)) for row in zip(*(v.unbind() for v in output.values()), strict=True)]
     for row in rows:
         if carry.SUPPORT in row:
-            row["troll_old_ids"], row["troll_old_log_probs"] = wire.decode(row.pop(carry.SUPPORT))
+            row["troll_old_ids"], row["troll_old_log_probs"] = carry.unpack_row(row.pop(carry.SUPPORT))
     return rows
 
 

@@ -1,93 +1,24 @@
-"""The old policy's support in 48 bits per kept id: what is exact, and how large the error is elsewhere."""
+"""The old policy's support in the batch: it comes back as it was packed, and nothing else is accepted."""
 
 from __future__ import annotations
 
 import math
-import struct
+import random
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import Tensor
 
+from benchmarks.attack.attack import one_thread
+from benchmarks.attack.support import CORRUPTIONS, Batch, K, unpacked
+from benchmarks.attack.support import VOCAB as SMALL_VOCAB
 from tests.distributed.batches import VOCAB, make_batch
-from verl_troll.core import wire
 from verl_troll.core.support import Selection, SparsePolicy, select
 from verl_troll.core.vocab import VocabLogits
 from verl_troll.plugin import carry
 
 INF = math.inf
-SMALLEST = 2.0**-24
-ids = st.integers(0, 2**20 - 1)
-# The last float above -128 encodes NaN.
-LOWEST = -128 + 2.0**-16
-exact = st.floats(min_value=LOWEST, max_value=-SMALLEST, width=32)
-
-
-def there_and_back(pairs: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    words = wire.encode(
-        torch.tensor([i for i, _ in pairs], dtype=torch.int64), torch.tensor([x for _, x in pairs], dtype=torch.float32)
-    )
-    assert words.dtype == torch.int16
-    assert words.shape == (3 * len(pairs),)
-    decoded, log_probs = wire.decode(words)
-    assert (decoded.dtype, log_probs.dtype) == (torch.int64, torch.float32)
-    return decoded.tolist(), log_probs.tolist()
-
-
-def bits(value: float) -> bytes:
-    return struct.pack("<f", value)
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.lists(st.tuples(ids, st.one_of(exact, st.just(0.0))), max_size=9))
-def test_ids_and_log_probabilities_come_back_bit_for_bit(pairs: list[tuple[int, float]]) -> None:
-    decoded, log_probs = there_and_back(pairs)
-    assert decoded == [i for i, _ in pairs]
-    assert [bits(x) for x in log_probs] == [bits(x) for _, x in pairs]
-
-
-def test_both_ends_of_every_binade() -> None:
-    values = [-(2.0**exponent) for exponent in range(-24, 7)]
-    values += [float(torch.nextafter(torch.tensor(value), torch.tensor(-INF))) for value in values]
-    values += [float(torch.nextafter(torch.tensor(2 * value), torch.tensor(0.0))) for value in values[:30]]
-    values.append(LOWEST)
-    for i in (0, 1, 2**19, 2**20 - 1):
-        decoded, log_probs = there_and_back([(i, value) for value in values])
-        assert decoded == [i] * len(values)
-        assert log_probs == values
-
-
-def test_nan_stays_nan() -> None:
-    decoded, log_probs = there_and_back([(7, math.nan), (8, -1.0)])
-    assert decoded == [7, 8]
-    assert math.isnan(log_probs[0])
-    assert log_probs[1] == -1
-
-
-@settings(deadline=None, max_examples=200)
-@given(ids, st.floats(min_value=-SMALLEST, max_value=0.0, width=32, exclude_min=True))
-def test_values_close_to_0_become_0(i: int, value: float) -> None:
-    assert there_and_back([(i, value)]) == ([i], [0.0])
-
-
-@settings(deadline=None, max_examples=200)
-@given(ids, st.floats(max_value=-128.0, width=32, allow_nan=False))
-def test_values_below_the_lowest_become_the_lowest(i: int, value: float) -> None:
-    decoded, log_probs = there_and_back([(i, value)])
-    assert decoded == [i]
-    assert log_probs[0] == LOWEST
-    # In float32 both are probability 0.
-    assert math.exp(log_probs[0]) < torch.finfo(torch.float32).smallest_normal
-
-
-def test_rounding_above_0_becomes_0() -> None:
-    assert there_and_back([(5, 1e-7), (6, 2e-3)]) == ([5, 6], [0.0, 0.0])
-
-
-# --- packed with a batch ----------------------------------------------------------------------------------------------
 
 
 def old_policy(tokens: carry.ResponseTokens, k: int, columns: int = VOCAB) -> SparsePolicy:
@@ -105,6 +36,10 @@ def everywhere(values: Tensor, tokens: carry.ResponseTokens) -> Tensor:
     return result
 
 
+def unpack(batch: TensorDict, tokens: carry.ResponseTokens, k: int = 5, *, fixed_width: bool = False) -> carry.Unpacked:
+    return carry.unpack(batch, tokens, k=k, vocab_size=VOCAB, fixed_width=fixed_width)
+
+
 def packed(batch: TensorDict, k: int) -> tuple[SparsePolicy, carry.ResponseTokens, dict[str, Tensor]]:
     tokens = carry.response_tokens(batch)
     policy = old_policy(tokens, k)
@@ -116,7 +51,7 @@ def test_the_policy_comes_back_bit_for_bit(k: int) -> None:
     batch = make_batch()
     policy, tokens, fields = packed(batch, k)
     batch.update(fields)
-    back = carry.unpack(batch, tokens).policy
+    back = unpack(batch, tokens, k).policy
     used = policy.ids >= 0
     assert torch.equal((back.ids >= 0).sum(-1), used.sum(-1))
     assert torch.equal(back.ids[back.ids >= 0], policy.ids[used])
@@ -142,20 +77,20 @@ def test_samples_may_change_places() -> None:
         batch_size=[8],
     )
     again = carry.response_tokens(shuffled)
-    back = carry.unpack(shuffled, again).policy
+    back = unpack(shuffled, again).policy
     sample = torch.repeat_interleave(torch.arange(8), tokens.offsets.diff())[tokens.mask]
     expected = [policy.ids[sample == i] for i in order]
     assert torch.equal(back.ids[back.ids >= 0], torch.cat([ids[ids >= 0] for ids in expected]))
 
 
-def test_two_bytes_for_each_token_and_six_for_each_kept_id() -> None:
+def test_two_bytes_for_each_token_and_six_for_each_kept_id_and_sample() -> None:
     policy, tokens, fields = packed(make_batch(), 7)
     assert set(fields) == {"troll_old_counts", "troll_old_support"}
     kept = int((policy.ids >= 0).sum())
-    assert sum(value.values().nbytes for value in fields.values()) == 2 * tokens.rows.shape[0] + 6 * kept
+    assert sum(value.values().nbytes for value in fields.values()) == 2 * tokens.rows.shape[0] + 6 * (kept + 8)
     counts = fields[carry.COUNTS]
     for sample, row in enumerate(fields[carry.SUPPORT].unbind()):
-        assert len(row) == 3 * int(counts.unbind()[sample].sum())
+        assert len(row) == 3 * int(counts.unbind()[sample].sum()) + 3
 
 
 def test_a_batch_without_a_token_that_takes_part() -> None:
@@ -166,32 +101,105 @@ def test_a_batch_without_a_token_that_takes_part() -> None:
     responses = tokens.mask.shape[0]
     fields = carry.pack(torch.zeros(responses, 3, dtype=torch.int64), torch.zeros(responses, 3), tokens)
     batch.update(fields)
-    back = carry.unpack(batch, tokens).policy
+    back = unpack(batch, tokens).policy
     assert back.ids.shape[0] == back.log_probs.shape[0] == back.sampled.shape[0] == 0
 
 
-@pytest.mark.parametrize("width", [6, 9])
-def test_a_given_width_needs_no_reading_of_the_counts(width: int) -> None:
+def test_a_fixed_width_needs_no_reading_of_the_counts() -> None:
     batch = make_batch()
     _, tokens, fields = packed(batch, 5)
     batch.update(fields)
-    free, given = carry.unpack(batch, tokens), carry.unpack(batch, tokens, width)
-    assert given.width == given.policy.ids.shape[1] == width
-    assert torch.equal(given.policy.ids[:, : free.width], free.policy.ids)
-    assert bool((given.policy.ids[:, free.width :] == -1).all())
-    assert torch.equal(given.policy.sampled, free.policy.sampled)
-    fewest, most = given.counts.tolist()
-    carry.check_counts(fewest, most, width)
+    free, fixed = unpack(batch, tokens), unpack(batch, tokens, 9, fixed_width=True)
+    width = free.policy.ids.shape[1]
+    assert (width, fixed.policy.ids.shape[1]) == (6, 10)
+    assert torch.equal(fixed.policy.ids[:, :width], free.policy.ids)
+    assert bool((fixed.policy.ids[:, width:] == -1).all())
+    assert torch.equal(fixed.policy.sampled, free.policy.sampled)
+    assert not bool(free.wrong) and not bool(fixed.wrong)
 
 
-def test_more_ids_than_a_given_width_holds_are_refused() -> None:
+def test_one_sample_is_packed_as_in_a_batch() -> None:
+    batch = make_batch()
+    policy, tokens, fields = packed(batch, 5)
+    live = (policy.ids >= 0) & torch.ones_like(policy.ids, dtype=torch.bool)
+    of = tokens.sample[tokens.mask]
+    for sample in range(8):
+        used = live[of == sample]
+        counts = torch.zeros(len(batch["responses"].unbind()[sample]), dtype=torch.int16)
+        counts[batch["response_mask"].unbind()[sample].bool()] = used.sum(-1).to(torch.int16)
+        alone = carry.pack_sample(
+            batch["prompts"].unbind()[sample].tolist(),
+            batch["responses"].unbind()[sample].tolist(),
+            counts,
+            policy.ids[of == sample][used].to(torch.int32),
+            policy.log_probs[of == sample][used],
+        )
+        for name, row in alone.items():
+            assert torch.equal(row, fields[name].unbind()[sample]), name
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fixed_width", [False, True])
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_corrupted_support_is_refused_and_the_sample_named(name: str, fixed_width: bool) -> None:
+    rng = random.Random(name)
+    with one_thread():
+        for _ in range(3):
+            batch = Batch.random(rng)
+            unpacked(batch.data(), fixed_width=fixed_width)
+            with pytest.raises(carry.SupportError, match=r"sample \d|no field|micro-batch: the old policy's support"):
+                unpacked(CORRUPTIONS[name](rng, batch), fixed_width=fixed_width)
+
+
+def test_the_message_tells_which_sample_and_where_to_look() -> None:
+    batch = Batch.random(random.Random(0))
+    batch.supports[2], batch.supports[4] = batch.supports[4], batch.supports[2]
+    ids = [*batch.prompts[2], *batch.responses[2]]
+    with pytest.raises(carry.SupportError) as caught:
+        unpacked(batch.data(), fixed_width=True)
+    message = str(caught.value)
+    assert message.startswith("sample 2 of 6 in the micro-batch")
+    assert f"first ids {ids[:8]}" in message
+    assert "troll_old_support must reach the update" in message
+
+
+def test_without_the_checksum_a_change_of_log_probabilities_would_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is, the test above can fail."""
+    rng = random.Random(1)
+    monkeypatch.setattr(carry, "_checksums", lambda codes, offsets, *_: codes[(offsets[1:] - 1).clamp_min(0)] * 0)
+    batch = Batch.random(rng)
+    for row in batch.supports:
+        row[-3:] = 0
+    unpacked(CORRUPTIONS["a log-probability changes by 1e-5"](rng, batch), fixed_width=True)
+
+
+def test_more_ids_than_k_allows_are_refused() -> None:
     batch = make_batch()
     _, tokens, fields = packed(batch, 5)
     batch.update(fields)
-    unpacked = carry.unpack(batch, tokens, 3)
-    fewest, most = unpacked.counts.tolist()
-    with pytest.raises(carry.MissingSupportError, match=r"has 6 ids in its support, but k allows 2"):
-        carry.check_counts(fewest, most, unpacked.width)
+    message = r"has 6 ids in its support, but k allows 2"
+    with pytest.raises(carry.SupportError, match=message):
+        unpack(batch, tokens, 2)
+    late = unpack(batch, tokens, 2, fixed_width=True)
+    with pytest.raises(carry.SupportError, match=message):
+        late.check(bool(late.wrong))
+
+
+def test_a_wrong_support_is_harmless_until_it_is_reported() -> None:
+    """What runs before the check gets ids of the vocabulary and the sampled id."""
+    rng = random.Random(2)
+    with one_thread():
+        for name, corrupt in CORRUPTIONS.items():
+            batch = corrupt(rng, Batch.random(rng))
+            try:
+                found = carry.unpack(batch, carry.response_tokens(batch), k=K, vocab_size=SMALL_VOCAB, fixed_width=True)
+            except carry.SupportError:
+                continue
+            policy, tokens = found.policy, found.arrived.tokens
+            assert int(policy.ids.max()) < SMALL_VOCAB, name
+            assert torch.equal(policy.sampled_ids, tokens.ids[tokens.in_loss]), name
 
 
 @pytest.mark.parametrize("name", ["troll_old_counts", "troll_old_support"])
@@ -200,4 +208,4 @@ def test_a_missing_field_is_named(name: str) -> None:
     _, tokens, fields = packed(batch, 5)
     batch.update({other: value for other, value in fields.items() if other != name})
     with pytest.raises(carry.MissingSupportError, match=name):
-        carry.unpack(batch, tokens)
+        unpack(batch, tokens)

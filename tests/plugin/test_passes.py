@@ -19,7 +19,6 @@ from verl.workers.utils.losses import ppo_loss
 from tests import oracle
 from tests.distributed.batches import VOCAB, make_batch, with_old_policy
 from tests.distributed.launch import run_ranks
-from verl_troll.core import wire
 from verl_troll.core.lm_head import LinearHead
 from verl_troll.core.vocab import VocabShard
 from verl_troll.plugin import carry
@@ -168,7 +167,7 @@ def test_the_support_is_that_of_the_loops_for_tokens_that_take_part(padded: bool
             oracle.keep(row, int(o), k=K, dropped_mass=DROPPED_MASS, vocab_size=VOCAB).ids if live else []
             for row, o, live in zip(rows, sampled, mask, strict=True)
         ]
-        ids, log_probs = wire.decode(supports[sample])
+        ids, log_probs = carry.unpack_row(supports[sample])
         assert counts[sample].tolist() == [len(x) for x in kept]
         assert ids.tolist() == [i for x in kept for i in x]
         (own,) = (x for j, (x, _) in enumerate(pairs(dense, batch)) if j == sample)
@@ -187,7 +186,7 @@ def test_what_is_carried_is_to_the_bit_what_was_read() -> None:
         assert torch.equal(packed[name].values(), padded[name].values())
     batch.update({name: packed[name] for name in (carry.SUPPORT, carry.COUNTS)})
     mask = batch["response_mask"].values().bool()
-    policy = carry.unpack(batch, carry.response_tokens(batch)).policy
+    policy = carry.unpack(batch, carry.response_tokens(batch), k=K, vocab_size=VOCAB).policy
     carried = policy.log_probs.gather(-1, policy.sampled[:, None])[:, 0]
     read = torch.cat(of_responses(packed["log_probs"].values(), batch))[mask]
     assert torch.equal(carried.view(torch.int32), read.view(torch.int32))

@@ -15,7 +15,6 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutp
 from verl.workers.rollout.replica import TokenOutput
 
 from tests.rounding import last_place
-from verl_troll.core import wire
 from verl_troll.core.support import Selection, select
 from verl_troll.core.vocab import VocabLogits
 from verl_troll.plugin import carry
@@ -59,12 +58,12 @@ def test_turns_are_placed_where_the_response_mask_is_set() -> None:
     tool = [7, 7]
     response = [*first[1].tolist(), *tool, *second[1].tolist()[:2]]
     mask = [1] * 4 + [0] * 2 + [1] * 2
-    fields = joined.to_fields(response, mask)
+    fields = joined.to_fields([5, 6], response, mask)
     counts = fields[carry.COUNTS]
     assert counts.dtype == torch.int16
     assert counts[4:6].tolist() == [0, 0]
     assert (counts[np.asarray(mask, bool)] > 0).all()
-    ids, log_probs = wire.decode(fields[carry.SUPPORT])
+    ids, log_probs = carry.unpack_row(fields[carry.SUPPORT])
     assert len(ids) == len(log_probs) == int(counts.sum())
     assert ids.tolist() == joined.ids[: int(counts.sum())].tolist()
     torch.testing.assert_close(log_probs, torch.tensor(joined.log_probs[: len(ids)]), rtol=0, atol=2**-24)
@@ -82,7 +81,7 @@ def test_tokens_that_are_not_the_engines_are_refused(change: str) -> None:
         response = [token for place, token in enumerate([*response]) if place != 1]
         response[1] = (ids[1].item() + 1) % VOCAB
     with pytest.raises(ValueError, match="not, in order, those of the rollout engine"):
-        support_of(logits, ids).to_fields(response, [1] * len(response))
+        support_of(logits, ids).to_fields([5], response, [1] * len(response))
 
 
 def test_request_needs_the_configuration_group() -> None:
@@ -140,7 +139,7 @@ def test_an_agent_loop_hands_the_support_of_all_turns_on() -> None:
     outputs = [TokenOutput(token_ids=s.tokens.tolist(), extra_fields={FIELD: s, "global_steps": 2}) for s in supports]
     fields = run_loop(outputs)
     expected = TokenSupport.join(supports)
-    assert wire.decode(fields[carry.SUPPORT])[0].tolist() == expected.ids.tolist()
+    assert carry.unpack_row(fields[carry.SUPPORT])[0].tolist() == expected.ids.tolist()
     assert fields[carry.COUNTS].tolist() == [*supports[0].counts, 0, *supports[1].counts]
     assert fields["extra_fields"]["global_steps"] == 2
     assert FIELD not in fields["extra_fields"]

@@ -64,7 +64,7 @@ class Projection:
 CAP_REACHED = constants.CAP_REACHED
 """The step size was not found to tolerance within 20 evaluations; pi is feasible all the same."""
 NOT_A_DISTRIBUTION = constants.NOT_A_DISTRIBUTION
-"""The row is not a pair of distributions; all its values are NaN."""
+"""The row is not a pair of distributions (NaN, a value above 1e12, no common outcome); all its values are NaN."""
 
 
 def project(
@@ -84,7 +84,7 @@ def project(
 
     Args:
         new_log_probs: ``[..., n]`` normalised log p. ``-inf`` means no mass. float32 or float64; lower precisions
-            are computed and returned in float32.
+            are computed and returned in float32. In both arguments, finite values below -1e12 count as -1e12.
         old_log_probs: ``[..., n]`` normalised log q over the same outcomes. ``-inf`` means "not an outcome here":
             pi has no mass there. No gradient flows to it.
         kl_bound: eps > 0, in nats.

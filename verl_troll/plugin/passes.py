@@ -189,9 +189,14 @@ class UpdatePass(_LogitsPass):
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         settings = self.settings
         tokens = carry.response_tokens(data)
-        # A fixed width saves compilations, and the host need not wait to learn the largest.
-        width = settings.k + 1 if kernels.available(tokens.rows.device, settings.form) else None
-        self._unpacked = carry.unpack(data, tokens, width)
+        self._unpacked = carry.unpack(
+            data,
+            tokens,
+            k=settings.k,
+            vocab_size=shard.vocab_size,
+            # Saves compilations, and the host need not wait to learn the largest.
+            fixed_width=kernels.available(tokens.rows.device, settings.form),
+        )
         old = self._unpacked.policy
         here, rows = layout.local(tokens.rows[tokens.in_loss])
         if layout.group is not None:
@@ -233,10 +238,10 @@ class UpdatePass(_LogitsPass):
             dist.all_reduce(sums, group=layout.group)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=layout.group)
         # The only transfer to the host in this micro-batch.
-        *values, fewest, most = torch.cat(
-            [terms.losses.shift.to(sums.dtype), sums, maxima, unpacked.counts.to(sums.dtype)]
+        *values, wrong = torch.cat(
+            [terms.losses.shift.to(sums.dtype), sums, maxima, unpacked.wrong.to(sums.dtype).unsqueeze(0)]
         ).tolist()
-        carry.check_counts(int(fewest), int(most), unpacked.width)
+        unpacked.check(bool(wrong))
         # Dashboards read pg_clipfrac: under TROLL the projected share takes its place.
         for name, value in zip(_SHIFT, (*values[:2], 0.0), strict=True):
             metrics[name] = Metric(AggregationType.MEAN, value)

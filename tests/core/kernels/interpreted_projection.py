@@ -52,6 +52,23 @@ def assert_agree(new: Tensor, old: Tensor, bound: float = BOUND, implicit: bool 
 
 
 @by_dtype
+@pytest.mark.parametrize("magnitude", [1e9, 1e12, 1e17, 1e19, 1e37])
+def test_log_probabilities_of_any_size(magnitude: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(6)
+    new, old = (magnitude * torch.randn(6, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    new[2:4], old[4:] = new[2:4] / magnitude, old[4:] / magnitude
+    new, old = new.log_softmax(-1).to(dtype), old.log_softmax(-1).to(dtype)
+    own, gradient = run(kernels.project, new, old, BOUND, True, torch.ones_like(new))
+    expected, _ = run(reference, new, old, BOUND, True, torch.ones_like(new))
+    # float64 resolves a tilted log-probability to 1e-15 of the largest log-ratio, at most 2e12.
+    rounding = 4e-15 * min(magnitude, 1e12)
+    torch.testing.assert_close(own[0], expected[0], rtol=1e-5, atol=1e-6 + rounding)
+    torch.testing.assert_close(own[3], expected[3], rtol=0, atol=1e-3 * BOUND)
+    assert bool((own[3] <= BOUND).all())
+    assert bool(gradient.isfinite().all())
+
+
+@by_dtype
 @by_gradient
 @pytest.mark.parametrize("family", FAMILIES[::6], ids=str)
 def test_families(family: Family, dtype: torch.dtype, implicit: bool) -> None:

@@ -28,9 +28,13 @@ PATIENCE = 5
 """From this evaluation on, a step that does not halve the residual is replaced by a bisection."""
 CURVATURE_RANGE = (0.3, 4.0)
 """Limits of the factor by which curvature divides a Newton step: far from the root it says little."""
+LOG_PROB_LIMIT = 1e12
+"""Finite log-probabilities below minus this count as minus this; further out, float64 cannot resolve a step size."""
 LOG_RATIO_OF_ZERO = -1e5
 """Replaces log(0 / q_i), the log-ratio of an outcome to which the new policy gives no mass."""
 VARIANCE_FLOOR = 1e-60
+ROUNDING = 1e-15
+"""Relative rounding of KL(pi || q) per nat of the largest log-ratio: t s cancels log q to this precision."""
 CONVERGED, CAP_REACHED, NOT_A_DISTRIBUTION = range(3)
 """Codes of :attr:`verl_troll.core.projection.Projection.failure`."""
 

@@ -54,8 +54,8 @@ def _central_moments(pi: Tensor, s: Tensor, mean: Tensor) -> tuple[Tensor, Tenso
     return weighted.sum(-1), weighted.mul_(centred).sum(-1)
 
 
-def _safe_step_size(log_q: Tensor, s: Tensor, kl_bound: float) -> Tensor:
-    """The larger of two step sizes ``[R]`` at which KL(pi_t || q) is known not to exceed the bound.
+def _safe_step_size(log_q: Tensor, s: Tensor, kl_bound: float) -> tuple[Tensor, Tensor]:
+    """The larger of two step sizes ``[R]`` at which KL(pi_t || q) is known not to exceed the bound, and range(s).
 
     By Jensen KL(t) <= t (max s - E_q[s]); by Popoviciu v <= range(s)^2 / 4, so KL(t) <= t^2 range(s)^2 / 8.
     """
@@ -66,7 +66,7 @@ def _safe_step_size(log_q: Tensor, s: Tensor, kl_bound: float) -> Tensor:
     by_jensen = kl_bound / drift
     by_popoviciu = math.sqrt(8 * kl_bound) / (largest - smallest)
     # Slightly less, so that rounding cannot break the bound.
-    return torch.maximum(by_jensen, by_popoviciu).mul(1 - 1e-9).clamp(max=1.0)
+    return torch.maximum(by_jensen, by_popoviciu).mul(1 - 1e-9).clamp(max=1.0), largest - smallest
 
 
 def _solve(
@@ -85,11 +85,14 @@ def _solve(
     lower, target, upper = constants.window(kl_bound, tolerance)
 
     # Feasible from the start, and not above the window.
-    log_lo = _safe_step_size(log_q, s, kl_bound * (1 - tolerance)).log()
+    safe, spread = _safe_step_size(log_q, s, kl_bound * (1 - tolerance))
+    log_lo = safe.log()
+    # Added to log KL, so that rounding cannot break the bound.
+    margin = constants.ROUNDING * spread
     log_hi = torch.zeros_like(log_lo)
     log_t = torch.zeros_like(log_lo)
     here = at_one
-    log_kl = here.kl.log()
+    log_kl = here.kl.log() + margin
     previous = torch.full_like(log_kl, math.inf)
     done = torch.zeros_like(log_lo, dtype=torch.bool)
     evaluations = torch.ones_like(log_lo, dtype=torch.int32)
@@ -114,7 +117,7 @@ def _solve(
             proposal = log_lo
         log_t = torch.where(done, log_t, proposal)
         here = _tilt(log_q, s, log_t.exp())
-        log_kl = here.kl.log()
+        log_kl = here.kl.log() + margin
         evaluations += (~done).int()
         done |= (log_kl <= upper) & (log_kl >= lower)
         # Reading a flag stalls an accelerator but is free on the host.
@@ -134,11 +137,13 @@ class Project(torch.autograd.Function):
         log_p, log_q = new.double(), old.double()
         outcome = log_q > -math.inf
         has_mass = log_p > -math.inf
-        broken = ((log_p == math.inf) | log_p.isnan() | (log_q == math.inf) | log_q.isnan()).any(-1)
+        broken = ~((log_p <= constants.LOG_PROB_LIMIT) & (log_q <= constants.LOG_PROB_LIMIT)).all(-1)
         broken |= (outcome | has_mass).any(-1) & ~(outcome & has_mass).any(-1)
         escaped = (has_mass & ~outcome).any(-1)
         empty = ~outcome.any(-1)
         skipped = broken | empty
+        log_p = torch.where(has_mass, log_p.clamp_min(-constants.LOG_PROB_LIMIT), -math.inf)
+        log_q = torch.where(outcome, log_q.clamp_min(-constants.LOG_PROB_LIMIT), -math.inf)
         # Rows that cannot be solved are replaced by harmless ones, so that they do not affect the others.
         log_q = torch.where(skipped.unsqueeze(-1), 0.0, log_q)
         log_q = log_q - torch.logsumexp(log_q, dim=-1, keepdim=True)

@@ -31,6 +31,7 @@ _MOVED = tl.constexpr(1)
 _ON_BOUND = tl.constexpr(2)
 _BROKEN = tl.constexpr(4)
 
+_LIMIT = tl.constexpr(constants.LOG_PROB_LIMIT)
 _CONVERGED = tl.constexpr(constants.CONVERGED)
 _CAP_REACHED = tl.constexpr(constants.CAP_REACHED)
 _NOT_A_DISTRIBUTION = tl.constexpr(constants.NOT_A_DISTRIBUTION)
@@ -147,7 +148,7 @@ def solver_limits(kl_bound: float, tolerance: float, device: torch.device) -> Te
     safe = kl_bound * (1 - tolerance)
     # A row whose float32 KL is below this is inside the region: that KL's error is less than 1e-6.
     plainly_inside = 0.99 * kl_bound - 1e-5
-    numbers = (kl_bound, upper, lower, target, safe, math.sqrt(8 * safe), 1 - 1e-9, plainly_inside)
+    numbers = (kl_bound, upper, lower, target, safe, math.sqrt(8 * safe), 1 - 1e-9, plainly_inside, constants.ROUNDING)
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
@@ -176,11 +177,13 @@ def prepare_pair(log_p, log_q, here, LOG_RATIO_OF_ZERO: tl.constexpr):  # noqa: 
     outcome = log_q > -math.inf
     has_mass = log_p > -math.inf
     live = outcome & has_mass
-    wrong = (log_p == math.inf) | (log_p != log_p) | (log_q == math.inf) | (log_q != log_q)
+    wrong = ~((log_p <= _LIMIT) & (log_q <= _LIMIT))
     comparable = _any(live)
     broken = _any(wrong) | (_any(outcome | has_mass) & ~comparable)
     escaped = _any(has_mass & ~outcome)
     skipped = broken | ~_any(outcome)
+    log_p = tl.where(has_mass, tl.maximum(log_p, -_LIMIT), -math.inf)
+    log_q = tl.where(outcome, tl.maximum(log_q, -_LIMIT), -math.inf)
     log_q = tl.where(skipped, tl.where(here, 0.0, -math.inf).to(tl.float64), log_q)
     highest = tl.max(log_q, 0)
     log_q = log_q - (highest + tl.log(tl.sum(tl.exp(log_q - highest), 0)))
@@ -230,7 +233,7 @@ def rough_kl(log_p, log_q):
     outcome = log_q > -math.inf
     has_mass = log_p > -math.inf
     live = outcome & has_mass
-    wrong = (log_p != log_p) | (log_q != log_q) | (log_p == math.inf) | (log_q == math.inf) | (has_mass & ~outcome)
+    wrong = ~((log_p <= _LIMIT) & (log_q <= _LIMIT)) | (has_mass & ~outcome)
     regular = _any(live) & ~_any(wrong)
     log_p = tl.where(live, log_p, -math.inf)
     highest_p = tl.max(log_p, 0)
@@ -284,6 +287,8 @@ def solve(
     by_popoviciu = tl.load(limits + 5) / (largest - smallest)
     # Slightly less, so that rounding cannot break the bound.
     log_lo = tl.log(tl.minimum(tl.maximum(by_jensen, by_popoviciu) * tl.load(limits + 6), 1.0))
+    # Added to log KL, so that rounding cannot break the bound.
+    margin = tl.load(limits + 8) * (largest - smallest)
     log_hi = zero
     log_t = zero
     previous = zero + math.inf
@@ -291,7 +296,7 @@ def solve(
     evaluations = tl.where(skipped, 0, 1)
     running = outside
     while running:
-        log_kl = tl.log(kl)
+        log_kl = tl.log(kl) + margin
         residual = log_kl - target
         log_hi = tl.where(residual > 0, log_t, log_hi)
         log_lo = tl.where(residual > 0, log_lo, tl.maximum(log_t, log_lo))
@@ -308,7 +313,7 @@ def solve(
         t = tl.exp(log_t)
         kl, mean, variance, third_moment, log_normaliser = _tilt(log_q, q, s, t)
         evaluations += 1
-        found = tl.log(kl)
+        found = tl.log(kl) + margin
         done = (found <= upper) & (found >= lower)
         running = ~done & (evaluations < MAX_EVALUATIONS)
     return t, kl_before, kl, outside, done, evaluations, mean, variance, log_normaliser

@@ -69,7 +69,7 @@ class RolloutSupportMixin(AgentLoopBase):
         if client.without_support or not client.turns:
             # Validation samples have no support; an update on one reports what is missing.
             return output
-        fields = TokenSupport.join(client.turns).to_fields(output.response_ids, output.response_mask)
+        fields = TokenSupport.join(client.turns).to_fields(output.prompt_ids, output.response_ids, output.response_mask)
         output = _OutputWithSupport.model_construct(_fields_set=output.model_fields_set, **output.__dict__)
         output.extra_fields[FIELD] = fields
         return output

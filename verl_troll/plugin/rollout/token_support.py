@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 from verl_troll.core.support import keep_most_probable
-from verl_troll.core.wire import encode
 
 FIELD = "troll_support"
 """Name in ``TokenOutput.extra_fields``."""
@@ -104,7 +103,9 @@ class TokenSupport:
             np.concatenate([turn.log_probs for turn in turns]),
         )
 
-    def to_fields(self, response_ids: Sequence[int], response_mask: Sequence[int]) -> dict[str, torch.Tensor]:
+    def to_fields(
+        self, prompt_ids: Sequence[int], response_ids: Sequence[int], response_mask: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
         """Fields of :mod:`verl_troll.plugin.carry` for one sample; tokens with ``response_mask`` 1 were generated.
 
         The response may be truncated before the last generated token.
@@ -126,7 +127,5 @@ class TokenSupport:
         counts = np.zeros(len(mask), dtype=np.int16)
         counts[mask] = self.counts[:count]
         kept = int(self.counts[:count].sum())
-        return {
-            carry.COUNTS: torch.from_numpy(counts),
-            carry.SUPPORT: encode(torch.tensor(self.ids[:kept]), torch.tensor(self.log_probs[:kept])),
-        }
+        ids, log_probs = torch.from_numpy(self.ids[:kept]), torch.from_numpy(self.log_probs[:kept])
+        return carry.pack_sample(prompt_ids, response_ids, torch.from_numpy(counts), ids, log_probs)

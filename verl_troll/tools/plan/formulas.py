@@ -415,7 +415,7 @@ class Carried(OldPassMemory):
     @number("bytes", "test_carried_bytes")
     def troll_step(self) -> float:
         """Stored in the queue."""
-        return self.tokens * self.troll_response
+        return self.tokens * self.troll_response + 6 * self.sequences
 
     @number("bytes")
     def verl_moved(self) -> float:
@@ -734,20 +734,20 @@ class Plan(Kernels):
         """Read and written by torch's operations on ids and log-probabilities in the update, besides the kernels."""
         if self.support == "anchored":
             if self.triton:
-                return 1600 + 95 * self.width + 110 * self.kept_ids + (0 if self.tp == 1 else 160) * self.width
-            return 2900 * self.outcomes
+                return 3700 + 155 * self.width + 310 * self.kept_ids + (0 if self.tp == 1 else 160) * self.width
+            return 3150 * self.outcomes
         if self.support == "union":
             if self.triton:
-                return 1600 + 95 * self.width + 110 * self.kept_ids + (0 if self.tp == 1 else 330) * self.width
-            return 4900 * self.outcomes
+                return 3700 + 155 * self.width + 310 * self.kept_ids + (0 if self.tp == 1 else 330) * self.width
+            return 5000 * self.outcomes
         _unknown(self.support)
 
     @number("bytes/token", _by_form)
     def old_small_bytes(self) -> float:
         """The same in the old pass."""
         if self.triton:
-            return 900 + 25 * self.width + 130 * self.kept_ids + (0 if self.tp == 1 else 190) * self.width
-        return 390 * self.width
+            return 1550 + 25 * self.width + 400 * self.kept_ids + (0 if self.tp == 1 else 190) * self.width
+        return 650 + 390 * self.width + 275 * self.kept_ids
 
     @number("s")
     def troll_small(self) -> float:
@@ -763,12 +763,12 @@ class Plan(Kernels):
         """Operations per micro-batch of the update, forward and backward: unpacking, support, projection, metrics."""
         if self.support == "anchored":
             if self.triton:
-                return 125 if self.tp == 1 else 170
-            return 560
+                return 185 if self.tp == 1 else 230
+            return 630
         if self.support == "union":
             if self.triton:
-                return 125 if self.tp == 1 else 190
-            return 900
+                return 185 if self.tp == 1 else 250
+            return 970
         _unknown(self.support)
 
     @number("", _by_form)
@@ -780,8 +780,8 @@ class Plan(Kernels):
     def old_launches(self) -> float:
         """Operations per micro-batch of the old pass: candidates and packing."""
         if self.triton:
-            return 56 if self.tp == 1 else 110
-        return 95
+            return 93 if self.tp == 1 else 147
+        return 132
 
     @number("s")
     def troll_launches(self) -> float:
