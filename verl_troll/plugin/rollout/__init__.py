@@ -1,7 +1,7 @@
 """The old policy's support from the rollout engine, instead of an old-log-prob pass (verl's bypass mode).
 
 While it samples, a rollout engine computes exactly the old policy's distribution. Under ``+troll=rollout_support`` its
-most probable ids and their log-probabilities are kept, and travel in the same three fields as those of the
+most probable ids and their log-probabilities are kept, and travel in the same two fields as those of the
 old-log-prob pass (:mod:`verl_troll.plugin.carry`)::
 
     engine -> server (vllm.py, sglang.py) -> agent loop (agent_loops.py) -> TransferQueue -> update
