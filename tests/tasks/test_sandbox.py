@@ -136,6 +136,35 @@ def test_no_expected_output_is_within_reach(canary: Path) -> None:
     assert code.compute_score("x", f"```python\n{search}\n```", truth)["score"] == 0
 
 
+def test_what_landlock_does_not_cover_is_as_documented(canary: Path) -> None:
+    (canary.parent / "link").symlink_to("target")
+    program = f"""
+import os
+PATH = {str(canary)!r}
+attempts = {{
+    "stat": lambda: os.stat(PATH),
+    "access": lambda: os.access(PATH, os.F_OK) or os.stat(""),
+    "readlink": lambda: os.readlink(os.path.dirname(PATH) + "/link"),
+    "O_PATH": lambda: os.open(PATH, os.O_PATH),
+    "a process": lambda: os.stat(f"/proc/{{os.getppid()}}"),
+    "read": lambda: open(PATH),
+    "list": lambda: os.listdir(os.path.dirname(PATH)),
+    "read what O_PATH names": lambda: open(f"/proc/self/fd/{{os.open(PATH, os.O_PATH)}}"),
+    "attributes": lambda: os.listxattr(PATH),
+    "state of the file system": lambda: os.statvfs(PATH),
+    "folder of a process": lambda: os.readlink(f"/proc/{{os.getppid()}}/cwd"),
+}}
+for name, what in attempts.items():
+    try:
+        what()
+        print(name)
+    except OSError:
+        pass
+"""
+    learnt = sandbox.run(program).output.decode().splitlines()
+    assert learnt == ["stat", "access", "readlink", "O_PATH", "a process"]
+
+
 def test_programs_run_at_once_up_to_the_number_of_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     held, most, lock = set[int](), [0], threading.Lock()
