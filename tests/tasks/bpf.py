@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 
 ALLOW, KILL = 0x7FFF0000, 0
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+"""The kernel's numbers of architectures."""
 
 
 def decide(program: bytes, architecture: int, call: int, *arguments: int) -> int:
@@ -12,7 +14,7 @@ def decide(program: bytes, architecture: int, call: int, *arguments: int) -> int
 
     Args:
         program: instructions of the classic Berkeley packet filter.
-        architecture: the kernel's AUDIT_ARCH number.
+        architecture: of :data:`AUDIT_ARCH`.
         call: the system call's number.
         arguments: of the call; the rest are 0.
     """

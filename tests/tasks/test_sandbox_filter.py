@@ -12,7 +12,6 @@ import pytest
 from tests.tasks import bpf
 from verl_troll.tasks.rewards import sandbox
 
-AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # Number and arguments of a call in the kernel's generic table, and whether it is allowed.
 AARCH64: dict[str, tuple[tuple[int, ...], bool]] = {
     "openat for reading": ((56, -100, 0, os.O_RDONLY | os.O_CLOEXEC), True),
@@ -75,7 +74,7 @@ AARCH64: dict[str, tuple[tuple[int, ...], bool]] = {
 def test_filter_of_aarch64(name: str) -> None:
     """No machine of that kind is needed: libseccomp builds the filter, and it is run here."""
     call, allowed = AARCH64[name]
-    decision = bpf.decide(sandbox.system_call_filter("aarch64"), AUDIT_ARCH["aarch64"], *call)
+    decision = bpf.decide(sandbox.system_call_filter("aarch64"), bpf.AUDIT_ARCH["aarch64"], *call)
     assert decision == (bpf.ALLOW if allowed else 0x50000 | errno.ENOSYS)
 
 
@@ -84,7 +83,7 @@ def test_every_allowed_call_is_one() -> None:
         assert pyseccomp.resolve_syscall(pyseccomp.Arch.X86_64, name) >= 0, name
 
 
-@pytest.mark.parametrize("machine", AUDIT_ARCH)
+@pytest.mark.parametrize("machine", bpf.AUDIT_ARCH)
 def test_filter_allows_the_named_calls_and_no_other(machine: str) -> None:
     architecture = getattr(pyseccomp.Arch, sandbox.ARCHITECTURES[machine])
     conditional = ["open", "openat", "clone", "prlimit64", "fcntl", "ioctl"]
@@ -93,14 +92,14 @@ def test_filter_allows_the_named_calls_and_no_other(machine: str) -> None:
     patterns = [(0,) * 6, (0, 0x5401, 0x5401, 0, 0, 0), (0x10000, 3, 0, 0, 0, 0)]
     # libseccomp's numbers for what an architecture lacks lie around -10,000.
     for call in (*range(-10400, -9990), *range(-10, 600)):
-        allowed = any(bpf.decide(program, AUDIT_ARCH[machine], call, *values) == bpf.ALLOW for values in patterns)
+        allowed = any(bpf.decide(program, bpf.AUDIT_ARCH[machine], call, *values) == bpf.ALLOW for values in patterns)
         assert allowed == (call >= 0 and call in named), call
 
 
-@pytest.mark.parametrize("machine", AUDIT_ARCH)
+@pytest.mark.parametrize("machine", bpf.AUDIT_ARCH)
 def test_calls_of_another_architecture_are_fatal(machine: str) -> None:
     """32-bit processes of the same machine among them: i386 and arm."""
-    for other in {*AUDIT_ARCH.values(), 0x40000003, 0x40000028} - {AUDIT_ARCH[machine]}:
+    for other in {*bpf.AUDIT_ARCH.values(), 0x40000003, 0x40000028} - {bpf.AUDIT_ARCH[machine]}:
         assert bpf.decide(sandbox.system_call_filter(machine), other, 0) == bpf.KILL
 
 
@@ -135,7 +134,9 @@ for number, *values in {numbers!r}:
     call(ctypes.c_long(number), *map(ctypes.c_long, values))
     print(ctypes.get_errno() != {errno.ENOSYS})
 """
-    expected = [bpf.decide(sandbox.system_call_filter(), AUDIT_ARCH[machine], *case) == bpf.ALLOW for case in numbers]
+    expected = [
+        bpf.decide(sandbox.system_call_filter(), bpf.AUDIT_ARCH[machine], *case) == bpf.ALLOW for case in numbers
+    ]
     assert True in expected
     assert False in expected
     assert sandbox.run(program).output.decode().split() == [str(allowed) for allowed in expected]
