@@ -213,8 +213,10 @@ def private_file(mode: int) -> Iterator[Path]:
         path.write_text("right")
         path.chmod(0o666)
         os.chmod(folder, mode)
-        yield path
-        os.chmod(folder, 0o700)
+        try:
+            yield path
+        finally:
+            os.chmod(folder, 0o700)
 
 
 def remaining() -> list[int]:

@@ -116,7 +116,7 @@ def read_nothing_but(roots: dict[str, int]) -> None:
 def open_roots(paths: list[str]) -> dict[str, int]:
     """Open those of the files and folders that exist.
 
-    Who may mount gets a mount of its own for each, since nothing above a mount can be reached through it.
+    Each is a mount of its own if the caller may mount: no ``..`` leads out of a mount.
     """
     roots = {}
     for path in paths:
@@ -138,7 +138,7 @@ def open_roots(paths: list[str]) -> dict[str, int]:
 def give_up_privileges(user: int | None) -> None:
     """Drop every capability, for good, and become ``user``; None keeps the user."""
     for capability in range(64):
-        # What remains for want of CAP_SETPCAP could only be had by exec, which "no new privileges" rules out.
+        # Fails without CAP_SETPCAP. What remains in this set is gained by exec alone, not with PR_SET_NO_NEW_PRIVS.
         if libc.prctl(PR_CAPBSET_READ, ctypes.c_ulong(capability)) == 1:
             libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), *[ctypes.c_ulong(0)] * 3)
     if user is not None:

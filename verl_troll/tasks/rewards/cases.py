@@ -114,7 +114,7 @@ def _same_word(got: str, expected: str) -> bool:
 def _close(got: float | Decimal, expected: float | Decimal) -> bool:
     """Whether ``got`` is within 1e-6 of ``expected``, relatively, and within 0.1 where floats have fractions.
 
-    The second bound keeps integers and halves apart, however large. Near 0, 1e-9 is the tolerance.
+    The second bound keeps integers and halves apart, however large. Near 0, the tolerance is 1e-9.
     """
     if got == expected:
         return True
