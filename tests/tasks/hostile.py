@@ -1,6 +1,25 @@
-"""Programs that try to do harm, for the sandbox's tests and the trainer's run on them."""
+"""Programs that try to do harm, for the sandbox's tests and the trainer's run on them.
+
+``python -m tests.tasks.hostile NAME ...`` runs some of them in the sandbox and prints a JSON object: what each gained.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+
+from benchmarks.processes import run
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAMS = {
     "infinite loop": "while True: pass",
@@ -61,8 +80,31 @@ for _ in range(2000):
     "limit the parent": "import os, resource as r\nr.prlimit(os.getppid(), r.RLIMIT_CORE, r.getrlimit(r.RLIMIT_CORE))",
     "slow the parent": "import os\nos.setpriority(os.PRIO_PROCESS, os.getppid(), 1)",
     "pin the parent": "import os\nos.sched_setaffinity(os.getppid(), [0])",
+    "existence": "import os\nos.stat(PRIVATE)",
+    "size": "import os\nos.path.getsize(PRIVATE)",
+    "access": "import os\nassert os.access(PRIVATE, os.F_OK)",
+    "size by a raw call": """
+import ctypes
+# newfstatat on x86-64 and on aarch64.
+call, answer = ctypes.CDLL(None).syscall, ctypes.create_string_buffer(4096)
+assert 0 in [call(number, -100, PRIVATE.encode(), answer, 0) for number in (262, 79)]
+""",
+    "existence through an open folder": """
+import itertools, os
+assert any(
+    os.path.exists(f"/proc/self/fd/{number}" + "/.." * height + "/" + PRIVATE.split("/", depth)[-1])
+    for number, height, depth in itertools.product(range(3, 64), range(1, 12), range(1, PRIVATE.count("/") + 1))
+)
+""",
     "memory of the parent": "import os\nopen(f'/proc/{os.getppid()}/mem', 'rb')",
     "environment of the parent": "import os\nopen(f'/proc/{os.getppid()}/environ').read()",
+    "folder of the parent": "import os\nos.readlink(f'/proc/{os.getppid()}/cwd')",
+    "files through the parent": "import os\nos.stat(f'/proc/{os.getppid()}/root' + PATH)",
+    "call of the x32 interface": """
+import ctypes
+# getpid, which is allowed by its own number.
+assert ctypes.CDLL(None).syscall(0x40000000 + 39) > 0
+""",
     "exit at once": "exit(0)",
     "exit of the system": "import os\nos._exit(0)",
     "right and then a crash": "print('right')\nraise ValueError",
@@ -100,6 +142,12 @@ HARMLESS_OUTSIDE = [
     "limit the parent",
     "pin the parent",
     "environment of the parent",
+    "folder of the parent",
+    "files through the parent",
+    "existence",
+    "size",
+    "access",
+    "size by a raw call",
 ]
 """The programs that may run without a sandbox, on a file of the test, to show that they would succeed."""
 
@@ -126,11 +174,123 @@ ANSWERS = {
 """Answers to a question whose answer is 7."""
 
 
-def source(name: str, path: str = "/tmp/none", port: int = 9) -> str:
-    """One of the programs, aimed at a file outside the sandbox and a port on which something listens."""
-    return f"PATH, PORT = {path!r}, {port}\n{PROGRAMS[name]}\nprint('right')\n"
+def source(name: str, path: str = "/tmp/none", port: int = 9, private: str = "/tmp/none") -> str:
+    """One of the programs, aimed at files outside the sandbox and a port on which something listens.
+
+    Args:
+        name: of the program.
+        path: a file.
+        port: on 127.0.0.1.
+        private: a file in a folder that the program's user may not enter.
+    """
+    return f"PATH, PORT, PRIVATE = {path!r}, {port}, {private!r}\n{PROGRAMS[name]}\nprint('right')\n"
 
 
-def response(name: str, path: str = "/tmp/none", port: int = 9) -> str:
+def response(name: str, path: str = "/tmp/none", port: int = 9, private: str = "/tmp/none") -> str:
     """A response that contains one of the programs."""
-    return f"Here it is.\n```python\n{source(name, path, port)}```\n"
+    return f"Here it is.\n```python\n{source(name, path, port, private)}```\n"
+
+
+RIGHT = json.dumps({"inputs": [""], "outputs": ["right"]})
+
+
+@contextlib.contextmanager
+def canary_file() -> Iterator[Path]:
+    """A world-writable file in a world-writable folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        path = Path(folder, "canary")
+        path.write_text("right")
+        path.chmod(0o666)
+        yield path
+
+
+@contextlib.contextmanager
+def private_file(mode: int) -> Iterator[Path]:
+    """A world-readable file in a folder of this mode."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "private")
+        path.write_text("right")
+        path.chmod(0o666)
+        os.chmod(folder, mode)
+        try:
+            yield path
+        finally:
+            os.chmod(folder, 0o700)
+
+
+def remaining() -> list[int]:
+    """Sandboxed processes among this one's descendants."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "PR_SET_PDEATHSIG" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
+
+
+def attempt(name: str, canary: Path, private: Path) -> list[str]:
+    """Run one of the programs in the sandbox, as :func:`source` describes it; a line for each thing that it gained."""
+    from verl_troll.tasks.rewards import code
+
+    def state() -> dict[str, object]:
+        seen = canary.stat()
+        return {
+            "content": canary.read_text(),
+            "mode and time": (seen.st_mode, seen.st_mtime_ns),
+            "folder": os.listdir(canary.parent),
+            "priority": os.getpriority(os.PRIO_PROCESS, 0),
+            "affinity": os.sched_getaffinity(0),
+            "sandboxed processes": remaining(),
+        }
+
+    before = state()
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
+        port = server.getsockname()[1]
+        datagrams.bind(("127.0.0.1", port))
+        result = code.compute_score("x", response(name, str(canary), port, str(private)), RIGHT, processor_seconds=1)
+        gained = [] if (result["score"], result["answered"]) == (0, 1) else [f"{result}"]
+        for listener in (server, datagrams):
+            listener.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            server.accept()
+            gained.append("a connection")
+        with contextlib.suppress(BlockingIOError):
+            datagrams.recv(1)
+            gained.append("a datagram")
+    after = state()
+    return gained + [f"{what}: {before[what]} became {after[what]}" for what in before if before[what] != after[what]]
+
+
+OTHER_USER = 12345
+CAN_BE_ANOTHER_USER = os.geteuid() == 0 and shutil.which("setpriv") is not None
+
+
+def as_another_user(command: Sequence[str]) -> str:
+    """What a command prints that an ordinary user runs in the repository; its own failure is an AssertionError.
+
+    The user has one capability more than an ordinary one, since the interpreter may be in root's home. Programs in the
+    sandbox must not have it.
+    """
+    prefix = ["setpriv", f"--reuid={OTHER_USER}", f"--regid={OTHER_USER}", "--clear-groups"]
+    prefix += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    environment = {**os.environ, "HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
+    result = run([*prefix, *command], env=environment, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return str(result.stdout)
+
+
+def gains(names: Sequence[str], *, another_user: bool) -> dict[str, list[str]]:
+    """:func:`attempt` for some of the programs, by their names, in a process that may be harmed."""
+    command = [sys.executable, "-m", "tests.tasks.hostile", *names]
+    if another_user:
+        return dict(json.loads(as_another_user(command)))
+    result = run(command, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return dict(json.loads(result.stdout))
+
+
+if __name__ == "__main__":
+    # Ordinary users own what they make: the folder is closed to its owner too.
+    with canary_file() as at, private_file(0o700 if os.geteuid() == 0 else 0) as closed:
+        print(json.dumps({name: attempt(name, at, closed) for name in sys.argv[1:]}))

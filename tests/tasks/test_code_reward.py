@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from decimal import Decimal
 from typing import Any
 
@@ -122,17 +123,152 @@ def test_last_program(response: str, program: str | None) -> None:
         ("1", "1\n", True),
         ("1", "2", False),
         ("1", "1 1", False),
-        ("0.33333334", "0.333333333", True),
-        ("0.334", "0.333", False),
+        ("Yes", "YES", False),
+        # An integer: the same digits, or a fraction or an exponent of exactly that value.
+        ("998244352.5", "998244353", False),
+        ("998244353.0000001", "998244353", False),
+        ("998244353.0", "998244353", True),
         ("100000001", "100000000", False),
         ("3.0", "3", True),
+        ("3.", "3", True),
+        ("2.9999999999999996", "3", False),
+        ("1e-12", "0", False),
+        ("-0.0", "0", True),
+        ("1e+16", "1" + "0" * 16, True),
+        ("9007199254740992.0", "9007199254740993", False),
+        ("1.0e400", "1" + "0" * 400, True),
+        ("1.0000000000000001e400", "1" + "0" * 400, False),
+        ("1" * 5000 + ".0", "1" * 5000, True),
+        ("1" * 4999 + "2.0", "1" * 5000, False),
+        ("1e999999", "1", False),
+        ("1e-999999", "0", False),
+        ("1e99999999999999999999", "0", False),
+        ("1e-99999999999999999999", "0", False),
+        # Digits that are not written as an integer is: text.
+        ("0011", "11", False),
+        ("11", "0011", False),
+        ("11.0", "0011", False),
+        ("+3", "3", False),
+        ("3.0", "+3", False),
+        ("-0", "0", False),
+        # A number with a fraction or an exponent: 1e-6 relatively, and never as far as another integer or half.
+        ("0.33333334", "0.333333333", True),
+        ("0.334", "0.333", False),
+        ("2.9999999999999996", "3.0", True),
+        ("3", "3.0", True),
+        ("3", "3.00", True),
+        ("100000", "1e5", True),
+        ("998244352.5", "998244353.0", False),
+        ("998244354", "998244353.0", False),
+        ("998244353.5", "9.98244353e8", False),
+        ("998244353.0000001", "998244353.0", True),
+        ("1000000", "1000000.5", False),
+        ("1000001.0", "1000000.5", False),
+        ("1.0000000000000002e+16", "1e+16", True),
+        ("1e-12", "0.0", True),
+        ("-0.0", "0.0", True),
+        ("-0.5", "0.5", False),
+        ("1.0e999", "1e999", True),
+        ("2e999", "1e999", False),
         ("inf", "1e999", False),
+        ("1e999", "0.5", False),
+        # Not numbers: text.
         ("nan", "nan", True),
-        ("Yes", "YES", False),
+        ("nan", "0.5", False),
+        ("inf", "inf", True),
+        ("Infinity", "inf", False),
+        ("0.5", "nan", False),
+        ("1_0.5", "10.5", False),
+        ("1_0", "10", False),
+        ("\u0663", "3", False),
+        ("\u0663.0", "3", False),
+        ("\u0663.5", "3.5", False),
+        ("0x10", "16", False),
+        ("0b1.0", "1", False),
+        ("0.5j", "0.5", False),
+        ("(3+0j)", "3", False),
+        ("1,000", "1000", False),
+        ("True", "1", False),
+        ("1", "True", False),
+        ("3/1", "3", False),
+        ("1d2", "1e2", False),
+        ("3.0.", "3", False),
+        (".", "0", False),
+        ("e5", "0", False),
+        pytest.param("1" * 10**6 + "x", "5", False, id="million digits and a letter"),
     ],
 )
 def test_same_text(got: str, expected: str, same: bool) -> None:
     assert same_text(got, expected) is same
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "same"),
+    [
+        (7, 7, True),
+        (7.0, 7, True),
+        (-0.0, 0, True),
+        (998244352.5, 998244353, False),
+        (998244353.0000001, 998244353, False),
+        ([1, (2, 998244352.5)], [1, [2, 998244353]], False),
+        ({"a": [998244352.5]}, {"a": [998244353]}, False),
+        ({"a": [998244353.0]}, {"a": [998244353]}, True),
+        (2.0**53, 2**53 + 1, False),
+        (1e22, 10**22, True),
+        (1e23, 10**23 + 1, False),
+        (math.inf, 10**400, False),
+        (0.1 + 0.2, 0.3, True),
+        (3, 3.0, True),
+        (2.9999999999999996, 3.0, True),
+        (998244352.5, 998244353.0, False),
+        (998244354, 998244353.0, False),
+        (1000000, 1000000.5, False),
+        (1e16 + 2, 1e16, True),
+        (10**400, 0.5, False),
+        (math.inf, math.inf, True),
+        (math.inf, 1e308, False),
+        (1e308, math.inf, False),
+        (math.nan, 0.5, False),
+        (0.5, math.nan, False),
+        (True, 1, False),
+        (1, True, False),
+        (1.0, True, False),
+        (False, 0.0, False),
+        (True, True, True),
+        (None, 0, False),
+        (0, None, False),
+        ("7", 7, False),
+        (7, [7], False),
+        ("7.0", "7", False),
+        ("0.30000001", "0.3", False),
+        ({1: 2}, {"1": 2}, True),
+        ({1.0: 2}, {"1": 2}, False),
+    ],
+)
+def test_same_value(got: Any, expected: Any, same: bool) -> None:
+    """As JSON carries them: tuples become lists, and keys text."""
+    assert same_value(exact_json(json.dumps(got)), exact_json(json.dumps(expected))) is same
+
+
+@pytest.mark.parametrize(
+    ("form", "output"),
+    [
+        ("{}", 998244353),
+        ("{}", "998244353"),
+        ("{}", [998244353]),
+        ("({},)", [[998244353]]),
+        ("{{'a': [{}]}}", {"a": [998244353]}),
+        ("numpy.array([{}])", "[998244353]"),
+    ],
+)
+def test_function_does_not_earn_an_integer_by_a_fraction(form: str, output: Any) -> None:
+    for value, right in {"998244352.5": 0, "998244353.0": 1, "998244353": 1}.items():
+        assert score(f"import numpy\ndef f(): return {form.format(value)}", [[]], [output], "f") == right
+
+
+def test_program_does_not_earn_an_integer_by_a_fraction() -> None:
+    assert score("print(998244352.5)", [""], ["998244353"]) == 0
+    assert score("print(998244353.0)", [""], ["998244353"]) == 1
 
 
 def test_same_value_of_large_integers_is_exact() -> None:
@@ -143,8 +279,21 @@ def test_same_value_of_large_integers_is_exact() -> None:
 
 @pytest.mark.parametrize(
     "truth",
-    ["", "[]", "7", '{"inputs": []}', '{"inputs": [], "outputs": []}', '{"inputs": [1], "outputs": [1, 2]}', "null"],
+    [
+        "",
+        "[]",
+        "7",
+        '{"inputs": []}',
+        '{"inputs": [], "outputs": []}',
+        '{"inputs": [1], "outputs": [1, 2]}',
+        "null",
+    ],
 )
 def test_unreadable_ground_truth_is_an_error(truth: str) -> None:
     with pytest.raises(ValueError, match="ground_truth is not JSON with the lists 'inputs' and 'outputs'"):
         read_cases(truth)
+
+
+def test_expected_value_that_cannot_be_read_is_an_error_and_not_unanswerable() -> None:
+    with pytest.raises(ValueError, match="4300 digits"):
+        read_cases({"fn_name": "f", "inputs": [[]], "outputs": [10**5000]})

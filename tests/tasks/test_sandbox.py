@@ -6,24 +6,33 @@ import contextlib
 import ctypes.util
 import json
 import os
-import shutil
 import socket
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from benchmarks.processes import run
-from tests.tasks.hostile import HARMLESS_OUTSIDE, PROGRAMS, response, source
+from tests.tasks.hostile import (
+    CAN_BE_ANOTHER_USER,
+    HARMLESS_OUTSIDE,
+    PROGRAMS,
+    RIGHT,
+    as_another_user,
+    attempt,
+    canary_file,
+    gains,
+    private_file,
+    response,
+    source,
+)
 from verl_troll.tasks.rewards import _inside, code, sandbox
 
-RIGHT = json.dumps({"inputs": [""], "outputs": ["right"]})
-ROOT = Path(__file__).resolve().parents[2]
 SEARCH = """
 import gc, os, re, sys
 found = []
@@ -55,23 +64,14 @@ print(found[0] if found else "nothing")
 
 @pytest.fixture
 def canary() -> Iterator[Path]:
-    """A world-writable file in a world-writable folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o777)
-        path = Path(folder, "canary")
-        path.write_text("right")
-        path.chmod(0o666)
+    with canary_file() as path:
         yield path
 
 
-def remaining() -> list[int]:
-    """Sandboxed processes among this one's descendants."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "PR_SET_PDEATHSIG" in " ".join(process.cmdline()):
-                found.append(process.pid)
-    return found
+@pytest.fixture(params=[0o700, 0o000], ids=["root's alone", "nobody's"])
+def private(request: pytest.FixtureRequest) -> Iterator[Path]:
+    with private_file(request.param) as path:
+        yield path
 
 
 @pytest.fixture(params=["all layers", pytest.param("without the user", marks=pytest.mark.slow)])
@@ -84,32 +84,20 @@ def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if "PRIVATE" in PROGRAMS[name]])
+def test_what_is_in_a_closed_folder_stays_unknown(name: str, private: Path, layers: str) -> None:
+    if private.parent.stat().st_mode & 0o700 and (os.geteuid() != 0 or layers == "without the user"):
+        pytest.skip("the folder is the program's own")
+    result = code.compute_score("x", response(name, private=str(private)), RIGHT)
+    assert (result["score"], result["answered"]) == (0, 1)
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_hostile_program_scores_zero_and_does_no_harm(name: str, canary: Path, layers: str) -> None:
-    before = canary.stat()
-    priority, affinity = os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
-        port = server.getsockname()[1]
-        datagrams.bind(("127.0.0.1", port))
-        begin = time.monotonic()
-        result = code.compute_score("x", response(name, str(canary), port), RIGHT, processor_seconds=1)
-        elapsed = time.monotonic() - begin
-        for listener in (server, datagrams):
-            listener.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            server.accept()
-        with pytest.raises(BlockingIOError):
-            datagrams.recv(1)
-    assert result["score"] == 0
-    assert result["answered"] == 1
+    begin = time.monotonic()
+    assert attempt(name, canary, Path("/tmp/none")) == []
     # The wall-clock limit of 2 s, plus starting an interpreter on a busy machine.
-    assert elapsed < 2 + 20
-    assert canary.read_text() == "right"
-    assert (canary.stat().st_mode, canary.stat().st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
-    assert os.listdir(canary.parent) == [canary.name]
-    assert os.getpriority(os.PRIO_PROCESS, 0) == priority
-    assert os.sched_getaffinity(0) == affinity
-    assert not remaining()
+    assert time.monotonic() - begin < 2 + 20
 
 
 @pytest.mark.parametrize("name", HARMLESS_OUTSIDE)
@@ -117,7 +105,7 @@ def test_hostile_program_would_succeed_without_a_sandbox(name: str, canary: Path
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         # The program's parent must be a process that may be harmed.
-        shell = ["sh", "-c", '"$0" -c "$1"; true', sys.executable, source(name, str(canary), port)]
+        shell = ["sh", "-c", '"$0" -c "$1"; true', sys.executable, source(name, str(canary), port, str(canary))]
         result = run(shell)
     assert result.stdout.endswith("right\n"), result.stderr
 
@@ -146,6 +134,34 @@ def test_no_expected_output_is_within_reach(canary: Path) -> None:
     assert (outcome.ended, outcome.output) == ("finished", b"nothing\n"), outcome.errors
     truth = json.dumps({"inputs": ["question"], "outputs": [secret]})
     assert code.compute_score("x", f"```python\n{search}\n```", truth)["score"] == 0
+
+
+def test_what_landlock_does_not_cover_is_as_documented(canary: Path) -> None:
+    (canary.parent / "link").symlink_to("target")
+    program = f"""
+import os
+PATH = {str(canary)!r}
+attempts = {{
+    "stat": lambda: os.stat(PATH),
+    "access": lambda: os.access(PATH, os.F_OK) or os.stat(""),
+    "readlink": lambda: os.readlink(os.path.dirname(PATH) + "/link"),
+    "O_PATH": lambda: os.open(PATH, os.O_PATH),
+    "read": lambda: open(PATH),
+    "list": lambda: os.listdir(os.path.dirname(PATH)),
+    "read what O_PATH names": lambda: open(f"/proc/self/fd/{{os.open(PATH, os.O_PATH)}}"),
+    "attributes": lambda: os.listxattr(PATH),
+    "state of the file system": lambda: os.statvfs(PATH),
+    "folder of a process": lambda: os.readlink(f"/proc/{{os.getppid()}}/cwd"),
+}}
+for name, what in attempts.items():
+    try:
+        what()
+        print(name)
+    except OSError:
+        pass
+"""
+    learnt = sandbox.run(program).output.decode().splitlines()
+    assert learnt == ["stat", "access", "readlink", "O_PATH"]
 
 
 def test_programs_run_at_once_up_to_the_number_of_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,27 +235,77 @@ def test_missing_libseccomp_is_refused_with_the_way_out(monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="another user can only be had by root")
-def test_caller_that_is_not_root(tmp_path: Path) -> None:
-    """The caller has one capability more than an ordinary user, since the interpreter may be in root's home."""
-    names = ["forks", "overwrite", "read", "network", "kill the parent", "limit the parent", "memory of the parent"]
-    canary = tmp_path / "canary"
-    canary.write_text("right")
-    os.chown(canary, 12345, 12345)
-    script = f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-from tests.tasks.hostile import response
-from verl_troll.tasks.rewards import code
-assert os.geteuid() == 12345
-for name in {names!r}:
-    assert code.compute_score("x", response(name, {str(canary)!r}), {RIGHT!r}, processor_seconds=1)["score"] == 0, name
-assert code.compute_score("x", "```python\\nprint('right')\\n```", {RIGHT!r})["score"] == 1
-print("done")
-"""
-    command = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", "--inh-caps=+dac_read_search"]
-    command += ["--ambient-caps=+dac_read_search", sys.executable, "-c", script]
-    environment = {**os.environ, "HOME": "/tmp", "PYTHONDONTWRITEBYTECODE": "1"}
-    result = run(command, env=environment)
-    assert result.stdout.strip().endswith("done"), result.stderr[-3000:]
-    assert canary.read_text() == "right"
+@pytest.mark.skipif(not CAN_BE_ANOTHER_USER, reason="another user can only be had by root, with setpriv")
+def test_caller_that_is_not_root() -> None:
+    assert gains(list(PROGRAMS), another_user=True) == {name: [] for name in PROGRAMS}
+    right = "from verl_troll.tasks.rewards import sandbox\nprint(sandbox.run('print(7)').output)"
+    assert as_another_user([sys.executable, "-c", right]) == "b'7\\n'\n"
+
+
+CAP_SETPCAP = 8
+
+
+def test_program_has_no_capability_and_can_gain_none(monkeypatch: pytest.MonkeyPatch, layers: str) -> None:
+    seen: list[dict[str, str]] = []
+
+    def look(pid: int) -> int:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            seen.append({key: value.strip() for key, _, value in (line.partition(":") for line in lines)})
+        return 1
+
+    monkeypatch.setattr(sandbox, "_threads", look)
+    assert sandbox.run("import time\ntime.sleep(1)\nprint('right')").output == b"right\n"
+    # Those before it are of the start; the filter is the last layer.
+    status = next(status for status in seen if status["Seccomp"] == "2")
+    assert status["NoNewPrivs"] == "1"
+    sets = ["CapInh", "CapPrm", "CapEff", "CapAmb"]
+    if int(Path("/proc/self/status").read_text().split("CapEff:")[1].split()[0], 16) >> CAP_SETPCAP & 1:
+        sets.append("CapBnd")
+    assert {name: int(status[name], 16) for name in sets} == dict.fromkeys(sets, 0)
+    if os.geteuid() == 0 and layers == "all layers":
+        assert status["Uid"].split() == status["Gid"].split() == [str(sandbox.FIRST_USER)] * 4
+        assert status["Groups"] == ""
+
+
+@pytest.fixture
+def closed_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The only library of the sandbox, in a folder of a folder that is root's alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "project", "library")
+        package = library / "hidden"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        (package / "part.py").write_text("VALUE = 7")
+        (library.parent / "neighbour").write_text("right")
+        roots = (*sandbox.readable_roots(), str(library))
+        monkeypatch.setattr(sandbox, "readable_roots", lambda: roots)
+        monkeypatch.setattr(sysconfig, "get_path", lambda name: str(library))
+        yield library
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="folders of one's own are not closed")
+@pytest.mark.parametrize("mounts", [True, False])
+def test_libraries_in_root_s_home_are_read_and_their_neighbours_stay_unknown(
+    closed_library: Path, mounts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if mounts and _inside.libc.syscall(_inside.OPEN_TREE, _inside.AT_FDCWD, b"/usr", _inside.OPEN_TREE_CLONE) < 0:
+        pytest.skip("this root may not mount")
+    if not mounts:
+        # A number that no call has, as where the call is forbidden.
+        inside = sandbox._inside_text().replace("= 428,", "= 999_999,")
+        monkeypatch.setattr(sandbox, "_inside_text", lambda: inside)
+    program = "import hidden.part\nprint(hidden.part.VALUE)\n"
+    assert sandbox.run(program).output == b"7\n"
+    outcome = sandbox.run(f"import os\nos.stat({str(closed_library.parent / 'neighbour')!r})")
+    assert (outcome.ended, "PermissionError" in outcome.errors) == ("failed", True)
+    through = "import os, hidden\nprint(os.path.exists(os.path.dirname(hidden.__path__[0]) + '/../neighbour'))"
+    # docs/tasks.md says so of a root that may not mount.
+    assert sandbox.run(through).output == (b"False\n" if mounts else b"True\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="folders of one's own are not closed")
+def test_libraries_that_another_user_may_not_read_are_an_error(closed_library: Path) -> None:
+    closed_library.chmod(0o700)
+    with pytest.raises(sandbox.SandboxError, match="user ids of the sandbox may not read the libraries"):
+        sandbox.run("print('right')")

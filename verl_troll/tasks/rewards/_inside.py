@@ -8,22 +8,25 @@ is in place; anything written before it is a setup error, not the program's outp
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import resource
 import signal
+import stat
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 READY = b"\0ready\n"
 
-PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 8, 22, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_READ, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 22, 23, 24, 38
 SECCOMP_MODE_FILTER = 2
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
-CAP_DAC_READ_SEARCH = 2
+AT_FDCWD, AT_RECURSIVE, OPEN_TREE_CLONE = -100, 0x8000, 1
 # System call numbers, the same on every architecture.
-CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
+OPEN_TREE, CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 428, 444, 445, 446
 LANDLOCK_CREATE_RULESET_VERSION = 1
 LANDLOCK_RULE_PATH_BENEATH = 1
 READ_FILE, READ_DIR = 1 << 2, 1 << 3
@@ -74,8 +77,12 @@ def landlock_version() -> int:
     return max(version, 0)
 
 
-def read_nothing_but(roots: list[str]) -> None:
-    """Landlock: allow reading below ``roots`` and no other file access, no TCP, no signals to outside processes."""
+def read_nothing_but(roots: dict[str, int]) -> None:
+    """Landlock: allow reading below ``roots`` and no other file access, no TCP, no signals to outside processes.
+
+    Args:
+        roots: open files and folders by their paths.
+    """
     version = landlock_version()
     rights = (1 << FILE_SYSTEM_RIGHTS.get(version, 16)) - 1
     attributes = RulesetAttributes(rights, 0b11 if version >= 4 else 0, 0b11 if version >= 6 else 0)
@@ -86,12 +93,8 @@ def read_nothing_but(roots: list[str]) -> None:
             ctypes.c_long(CREATE_RULESET), ctypes.byref(attributes), ctypes.c_size_t(size), ctypes.c_uint32(0)
         ),
     )
-    for root in roots:
-        try:
-            handle = os.open(root, os.O_PATH | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        allowed = READ_FILE | (READ_DIR if os.path.isdir(root) else 0)
+    for root, handle in roots.items():
+        allowed = READ_FILE | (READ_DIR if stat.S_ISDIR(os.fstat(handle).st_mode) else 0)
         rule = PathBeneath(allowed, handle)
         succeed(
             f"landlock_add_rule for {root}",
@@ -103,7 +106,6 @@ def read_nothing_but(roots: list[str]) -> None:
                 ctypes.c_uint32(0),
             ),
         )
-        os.close(handle)
     succeed(
         "landlock_restrict_self",
         libc.syscall(ctypes.c_long(RESTRICT_SELF), ctypes.c_int(ruleset), ctypes.c_uint32(0)),
@@ -111,26 +113,73 @@ def read_nothing_but(roots: list[str]) -> None:
     os.close(ruleset)
 
 
-def keep_capabilities(mask: int) -> None:
-    header = CapabilityHeader(LINUX_CAPABILITY_VERSION_3, 0)
-    data = (CapabilityData * 2)(CapabilityData(mask, mask, 0), CapabilityData(0, 0, 0))
-    succeed("capset", libc.capset(ctypes.byref(header), ctypes.byref(data)))
+def open_roots(paths: list[str]) -> dict[str, int]:
+    """Open those of the files and folders that exist.
 
-
-def give_up_root(user: int | None, *, read_libraries: bool) -> None:
-    """Become ``user`` without capabilities.
-
-    Args:
-        user: None keeps the user and only drops capabilities.
-        read_libraries: keep the capability to read other users' files, which Landlock then restricts. The interpreter
-            may be in root's home.
+    Each is a mount of its own if the caller may mount: no ``..`` leads out of a mount.
     """
+    roots = {}
+    for path in paths:
+        handle: int = libc.syscall(
+            ctypes.c_long(OPEN_TREE),
+            ctypes.c_int(AT_FDCWD),
+            os.fsencode(path),
+            ctypes.c_uint(OPEN_TREE_CLONE | AT_RECURSIVE | os.O_CLOEXEC),
+        )
+        if handle < 0:
+            try:
+                handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+        roots[path] = handle
+    return roots
+
+
+def give_up_privileges(user: int | None) -> None:
+    """Drop every capability, for good, and become ``user``; None keeps the user."""
+    for capability in range(64):
+        # Fails without CAP_SETPCAP. What remains in this set is gained by exec alone, not with PR_SET_NO_NEW_PRIVS.
+        if libc.prctl(PR_CAPBSET_READ, ctypes.c_ulong(capability)) == 1:
+            libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), *[ctypes.c_ulong(0)] * 3)
     if user is not None:
-        prctl("prctl(PR_SET_KEEPCAPS)", PR_SET_KEEPCAPS, 1)
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-    keep_capabilities(1 << CAP_DAC_READ_SEARCH if read_libraries else 0)
+    header = CapabilityHeader(LINUX_CAPABILITY_VERSION_3, 0)
+    succeed("capset", libc.capset(ctypes.byref(header), ctypes.byref((CapabilityData * 2)())))
+
+
+def import_paths() -> Iterator[list[str]]:
+    """The lists of folders that modules and their submodules are imported from."""
+    yield sys.path
+    for module in sys.modules.values():
+        paths = getattr(module, "__path__", None)
+        if isinstance(paths, list):
+            yield paths
+
+
+def import_through(roots: dict[str, int]) -> None:
+    """Import through an open root what the user cannot reach by its path, and close the other roots.
+
+    The interpreter may be in root's home, which other users may not enter.
+    """
+    needed = set()
+
+    def reach(path: str) -> str:
+        for root, handle in roots.items():
+            if (path + "/").startswith(root + "/") and not os.access(root, os.R_OK | os.X_OK):
+                opened = f"/proc/self/fd/{handle}"
+                if not os.access(opened, os.R_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, "user ids of the sandbox may not read the libraries", root)
+                needed.add(handle)
+                return opened + path[len(root) :]
+        return path
+
+    for paths in import_paths():
+        paths[:] = map(reach, paths)
+    sys.path_importer_cache.clear()
+    for handle in set(roots.values()) - needed:
+        os.close(handle)
 
 
 def limit_resources(limits: dict[str, int]) -> None:
@@ -149,13 +198,14 @@ def filter_system_calls(program: bytes) -> None:
 
 def confine(job: dict[str, Any]) -> None:
     """Put every layer in place; raises OSError if one fails."""
-    if os.getuid() == 0:
-        give_up_root(job["user"], read_libraries=job["landlock"])
+    roots = open_roots(job["roots"])
+    give_up_privileges(job["user"] if os.geteuid() == 0 else None)
     prctl("prctl(PR_SET_PDEATHSIG)", PR_SET_PDEATHSIG, int(signal.SIGKILL))
     prctl("prctl(PR_SET_NO_NEW_PRIVS)", PR_SET_NO_NEW_PRIVS, 1)
     limit_resources(job["resources"])
     if job["landlock"]:
-        read_nothing_but(job["roots"])
+        read_nothing_but(roots)
+    import_through(roots)
     filter_system_calls(bytes.fromhex(job["filter"]))
 
 
@@ -189,6 +239,8 @@ def main() -> None:
         os.close(nowhere)
     # Drop the empty entry, which means the working directory.
     sys.path[:] = [folder for folder in sys.path if folder] + job["libraries"]
+    for paths in import_paths():
+        paths[:] = map(os.path.realpath, paths)
     confine(job)
     os.write(2, READY)
     run(job, result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -61,6 +62,8 @@ def _accepted(value: Any) -> tuple[Any, ...]:
     try:
         accepted.append(exact_json(value if isinstance(value, str) else json.dumps(value)))
     except ValueError:
+        if not accepted:
+            raise
         # Plain text, not JSON.
         return tuple(accepted)
     if isinstance(accepted[-1], list) and len(accepted[-1]) == 1:
@@ -79,8 +82,19 @@ def exact_json(text: str) -> Any:
     return json.loads(text, parse_int=Decimal)
 
 
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
+# Matched in linear time. Decimal takes any exponent of six digits.
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,6})?")
+
+
 def same_text(got: str, expected: str) -> bool:
-    """Whether two outputs have the same words; non-integer numbers may differ by 1e-6, relatively."""
+    """Whether two outputs have the same words.
+
+    A word that is expected to be an integer may be written with a fraction or an exponent, if that is its exact value.
+    One expected to be a number with a fraction or an exponent may differ as in :func:`_close`. All others, numbers with
+    leading zeros or a plus sign among them, are text.
+    """
     got_words, expected_words = got.split(), expected.split()
     return len(got_words) == len(expected_words) and all(map(_same_word, got_words, expected_words))
 
@@ -88,25 +102,40 @@ def same_text(got: str, expected: str) -> bool:
 def _same_word(got: str, expected: str) -> bool:
     if got == expected:
         return True
-    if expected.lstrip("+-").isdigit() and got.lstrip("+-").isdigit():
+    if not (_NUMBER.fullmatch(got) and _NUMBER.fullmatch(expected)):
         return False
-    try:
-        return _close(float(got), float(expected))
-    except ValueError:
+    if not _WHOLE.fullmatch(expected):
+        return _close(Decimal(got), Decimal(expected))
+    if _WHOLE.fullmatch(got) or not _INTEGER.fullmatch(expected):
         return False
+    return Decimal(got) == Decimal(expected)
 
 
 def _close(got: float | Decimal, expected: float | Decimal) -> bool:
-    return math.isfinite(got) and math.isclose(got, expected, rel_tol=1e-6, abs_tol=1e-9)
+    """Whether ``got`` is within 1e-6 of ``expected``, relatively, and within 0.1 where floats have fractions.
+
+    The second bound keeps integers and halves apart, however large. Near 0, the tolerance is 1e-9.
+    """
+    if got == expected:
+        return True
+    value = float(expected)
+    tolerance = max(1e-6 * abs(value), 1e-9)
+    if abs(value) < 2**53:
+        tolerance = min(tolerance, 0.1)
+    return math.isfinite(value) and abs(float(got) - value) <= tolerance
 
 
 def same_value(got: Any, expected: Any) -> bool:
-    """Whether two values of :func:`exact_json` are equal; non-integer numbers may differ by 1e-6, relatively."""
+    """Whether two values of :func:`exact_json` are equal.
+
+    Numbers may be integers or floats. Where a float is expected, they may differ as in :func:`_close`.
+    """
     if isinstance(got, list) and isinstance(expected, list):
         return len(got) == len(expected) and all(map(same_value, got, expected))
     if isinstance(got, dict) and isinstance(expected, dict):
         return got.keys() == expected.keys() and all(same_value(got[key], expected[key]) for key in got)
-    numbers = (Decimal, float)
-    if isinstance(got, numbers) and isinstance(expected, numbers) and not type(got) is type(expected) is Decimal:
+    if isinstance(got, (Decimal, float)) and isinstance(expected, float):
         return _close(got, expected)
+    if isinstance(got, (Decimal, float)) and isinstance(expected, Decimal):
+        return got == expected
     return type(got) is type(expected) and bool(got == expected)

@@ -6,7 +6,7 @@ The operating system provides the layers, without root or a container runtime:
   opened for writing.
 - Landlock: only the interpreter's libraries can be read.
 - resource limits: memory, CPU time, open files, file size.
-- if the caller is root: a separate user without capabilities, for which the kernel also limits the number of threads.
+- no capabilities; if the caller is root: a separate user, for which the kernel also limits the number of threads.
 - the caller: limits wall-clock time, output size and number of threads, and ends the program by SIGKILL. Since the
   program has one process, nothing of it survives.
 
@@ -42,6 +42,8 @@ WAIVABLE = {"landlock": "programs can then read every file that their user can",
 FIRST_USER = 60706
 """First of the user ids, one per slot; outside the ranges that Debian and systemd allocate."""
 MAX_SLOTS = 256
+ARCHITECTURES = {"x86_64": "X86_64", "aarch64": "AARCH64"}
+"""libseccomp's names, by :func:`platform.machine`."""
 START_SECONDS = 60.0
 """How long an interpreter may take to set up the sandbox, even on a busy machine."""
 
@@ -98,8 +100,11 @@ class Outcome:
 
 
 @functools.cache
-def system_call_filter() -> bytes:
-    """The seccomp program for this machine.
+def system_call_filter(machine: str | None = None) -> bytes:
+    """The seccomp program.
+
+    Args:
+        machine: of the machines in :data:`ARCHITECTURES`; default: this one.
 
     Raises:
         SandboxError: libseccomp is missing.
@@ -114,19 +119,29 @@ def system_call_filter() -> bytes:
     argument, same, masked = pyseccomp.Arg, pyseccomp.EQ, pyseccomp.MASKED_EQ
     # The C library falls back if a call does not exist (ENOSYS), but not if it is forbidden (EPERM).
     rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.ENOSYS))
+    architecture = getattr(pyseccomp.Arch, ARCHITECTURES[machine or platform.machine()])
+    if architecture != pyseccomp.system_arch():
+        rules.add_arch(architecture)
+        rules.remove_arch(pyseccomp.Arch.NATIVE)
+
+    def allow(name: str, *conditions: Any) -> None:
+        # Negative: the architecture has no such call (aarch64 has no open), or this libseccomp does not know it.
+        if pyseccomp.resolve_syscall(architecture, name) >= 0:
+            rules.add_rule(pyseccomp.ALLOW, name, *conditions)
+
     for name in ALLOWED_CALLS.split():
-        rules.add_rule(pyseccomp.ALLOW, name)
+        allow(name)
     not_reading = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC
-    rules.add_rule(pyseccomp.ALLOW, "open", argument(1, masked, not_reading, 0))
-    rules.add_rule(pyseccomp.ALLOW, "openat", argument(2, masked, not_reading, 0))
+    allow("open", argument(1, masked, not_reading, 0))
+    allow("openat", argument(2, masked, not_reading, 0))
     clone_thread = 0x10000
-    rules.add_rule(pyseccomp.ALLOW, "clone", argument(0, masked, clone_thread, clone_thread))
-    rules.add_rule(pyseccomp.ALLOW, "prlimit64", argument(0, same, 0))
+    allow("clone", argument(0, masked, clone_thread, clone_thread))
+    allow("prlimit64", argument(0, same, 0))
     for command in (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL):
-        rules.add_rule(pyseccomp.ALLOW, "fcntl", argument(1, same, command))
+        allow("fcntl", argument(1, same, command))
     tcgets, fioclex, fionbio, fionread = 0x5401, 0x5451, 0x5421, 0x541B
     for command in (tcgets, fioclex, fionbio, fionread):
-        rules.add_rule(pyseccomp.ALLOW, "ioctl", argument(1, same, command))
+        allow("ioctl", argument(1, same, command))
     with tempfile.TemporaryFile() as file:
         rules.export_bpf(file)
         file.seek(0)
@@ -362,7 +377,7 @@ def require() -> None:
     """
     without = waived()
     waiver = f"; {WITHOUT}={{}} allows it to be missing ({{}})"
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
         raise SandboxError(f"the sandbox runs on Linux, x86_64 and aarch64, not on {sys.platform} {platform.machine()}")
     if "landlock" not in without and _inside.landlock_version() == 0:
         raise SandboxError(
