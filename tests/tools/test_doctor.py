@@ -75,9 +75,7 @@ SETTINGS = (
     ("word", "status", "said"),
     [
         ("+troll=default", 0, "ok    TROLL is on: kl_bound=0.05, "),
-        ("+baseline=gspo", 0, "TROLL is off: the policy loss is 'gspo'"),
         ("+trol=default", 1, "FAIL  +trol=default sets a key that nothing reads\n        -> write +troll=default"),
-        ("+troll=defualt", 1, "Could not find 'troll/defualt'\n        Available options in 'troll':\n"),
     ],
 )
 def test_command_line_is_read_as_a_run_would_read_it(word: str, status: int, said: str) -> None:
@@ -86,7 +84,7 @@ def test_command_line_is_read_as_a_run_would_read_it(word: str, status: int, sai
     assert said in done.stdout.split("Command line\n")[1]
 
 
-def test_hidden_groups_are_reported_and_can_be_given_by_hand(tmp_path: Path) -> None:
+def test_hidden_groups_are_reported(tmp_path: Path) -> None:
     hider = tmp_path / "hydra_plugins/__init__.py"
     hider.parent.mkdir()
     hider.touch()
@@ -97,8 +95,8 @@ def test_hidden_groups_are_reported_and_can_be_given_by_hand(tmp_path: Path) -> 
     assert f"until then write '{by_hand}'" in done.stdout
     assert "FAIL  +troll=default sets a key that nothing reads: Hydra does not find the group" in done.stdout
     assert "TROLL is off: the policy loss is 'vanilla'" in done.stdout
-    done = run(["-m", "verl_troll", "doctor", "--", *SETTINGS, by_hand, "+troll=default"], tmp_path)
-    assert "TROLL is on: " in done.stdout
+    # By hand.
+    assert "ok    configuration: +troll=default builds" in done.stdout
 
 
 def test_missing_verl_is_explained_and_the_package_still_imports(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from verl_troll.versions import OVERRIDE_VARIABLE, TESTED_VERL, VERL, is_tested
 _REQUIRED = ("torch", "verl", "ray", "hydra-core", "tensordict", "TransferQueue", "transformers")
 _OPTIONAL = ("vllm", "sglang", "megatron-core", "flash-attn")
 _VARIABLES = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "VERL_ENGINE_DEVICE", "VERL_ENGINE_VENDOR")
-_TIMEOUT_SECONDS = 180
+_TIMEOUT_SECONDS = 600
 
 
 def _version(distribution: str) -> str | None:
