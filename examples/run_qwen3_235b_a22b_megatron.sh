@@ -21,7 +21,7 @@ case $LOSS,$ESTIMATOR in
 esac
 
 set -x
-python3 -m verl.trainer.main_ppo 'hydra.searchpath=[pkg://verl_troll.configs]' \
+python3 -m verl.trainer.main_ppo \
   +megatron=moe +size=235b_a22b +inference="$ROLLOUT" +estimator="$ESTIMATOR" "$loss" +task="$TASK" \
   actor_rollout_ref.model.path="$MODEL" \
   actor_rollout_ref.actor.optim.lr=1e-6 \

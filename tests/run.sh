@@ -85,7 +85,7 @@ checks() { (
     . .venv-test/bin/activate
     ruff check .
     ruff format --check .
-    mypy verl_troll benchmarks examples/quickstart tests
+    mypy verl_troll hydra_plugins benchmarks examples/quickstart tests
     lint-imports --no-cache
     git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
 ); }

@@ -129,7 +129,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def composed(*overrides: str) -> Any:
-    return compose("ppo_trainer", overrides=["hydra.searchpath=[pkg://verl_troll.configs]", *overrides])
+    return compose("ppo_trainer", overrides=list(overrides))
 
 
 def checked(config: Any) -> Any:
@@ -194,7 +194,7 @@ def test_every_estimator_and_loss_sets_what_it_names(host: str, estimator: str, 
         assert isinstance(actor.engine.troll, TrollConfig)
         assert actor.engine.troll.importance_ratio == ("sequence" if estimator == "gspo" else "token")
     else:
-        assert actor.policy_loss.loss_mode == option
+        assert actor.policy_loss.loss_mode == config.baseline_loss == option
         assert not hasattr(actor.engine, "troll")
     assert actor.strategy == ("megatron" if "megatron" in host else "fsdp" if host == "verl" else "fsdp2")
     assert need_critic(config) == (estimator == "ppo")

@@ -143,7 +143,6 @@ class Cell:
         task = TASKS[self.task]
         mini_batch = PROMPTS // self.mini_batches
         chosen = [
-            "hydra.searchpath=[pkg://verl_troll.configs]",
             "+cpu=default",
             f"+estimator={self.estimator}",
             *LOSSES[self.loss],

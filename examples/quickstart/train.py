@@ -37,7 +37,6 @@ def overrides(args: argparse.Namespace) -> list[str]:
     else:
         engine = ["+cpu=default"]
     chosen = [
-        "hydra.searchpath=[pkg://verl_troll.configs]",
         *engine,
         *(["+cpu/rollout=vllm"] if args.rollout == "vllm" else []),
         *(

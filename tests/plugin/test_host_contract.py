@@ -129,11 +129,20 @@ SEAMS = (
     ),
     Seam(
         "Settings of the method",
-        ("verl_troll/plugin/actor_config.py", "verl_troll/plugin/settings.py"),
-        "is the actor's _target_ built on the driver before ray.init and again in each actor worker, and its engine "
-        "configuration handed to the engine as it is?",
-        overrides=tuple(f"verl.workers.config.actor:{name}ActorConfig.__post_init__" for name in ("FSDP", "Mcore")),
+        (
+            "verl_troll/plugin/actor_config.py",
+            "verl_troll/plugin/settings.py",
+            "verl_troll/plugin/command_line.py",
+        ),
+        "is the actor's _target_ built on the driver before ray.init and again in each actor worker, its engine "
+        "configuration handed to the engine as it is, and its validate called once per run, on the driver; does main "
+        "do no more before run_ppo than command_line.py does?",
+        overrides=(
+            *(f"verl.workers.config.actor:{name}ActorConfig.__post_init__" for name in ("FSDP", "Mcore")),
+            *(f"verl.workers.config.actor:{name}ActorConfig.validate" for name in ("", "FSDP")),
+        ),
         callers=(
+            "verl.trainer.main_ppo:main",
             "verl.utils.config:validate_config",
             f"{WORKERS}:ActorRolloutRefWorker.init_model",
         ),
@@ -324,6 +333,7 @@ FINGERPRINTS: dict[str, str] = {
     "verl.models.transformers.monkey_patch:patch_forward_with_backends": "86a549d0bfbd34f9",
     "verl.plugin.platform.platform_base:PlatformBase": "509afde7ce222670",
     "verl.plugin.platform.platform_manager:PlatformRegistry": "9a03cf3a8b9d08cf",
+    "verl.trainer.main_ppo:main": "02d2b3ef6012de20",
     "verl.trainer.ppo.core_algos:agg_loss": "baa1eabb337dd663",
     "verl.trainer.ppo.core_algos:register_policy_loss": "2efd6173c0b91759",
     "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer": "85c712c7e7d2c215",
@@ -345,6 +355,8 @@ FINGERPRINTS: dict[str, str] = {
     "verl.workers.engine.base:BaseEngine.forward_backward_batch": "a3d79858823ce727",
     "verl.workers.engine.base:EngineRegistry": "54452eee12791cda",
     "verl.utils.device:get_device_name": "988490435e4a4d23",
+    "verl.workers.config.actor:ActorConfig.validate": "64611f992cdeb05a",
+    "verl.workers.config.actor:FSDPActorConfig.validate": "a1fb8a4b2a7eac26",
     "verl.workers.engine.base:BaseEngine.initialize": "96ad1d9753b998af",
     f"{FSDP}.initialize": "0264a3806e8bc03a",
     f"{MEGATRON}.initialize": "56dd8bbd2044d536",

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
-from hydra.errors import ConfigCompositionException, InstantiationException
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
 from omegaconf import OmegaConf
-from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.workers.engine import EngineRegistry
 
 from verl_troll.core.comparison import RULES
@@ -19,7 +19,6 @@ from verl_troll.plugin.settings import TrollConfig, TrollConfigError
 
 TROLL = "actor_rollout_ref.actor.policy_loss.troll"
 BASE = (
-    "hydra.searchpath=[pkg://verl_troll.configs]",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
     "actor_rollout_ref.rollout.name=vllm",
 )
@@ -179,6 +178,79 @@ def test_unsupported_combination_is_refused_with_its_key(override: str, key: str
     assert "allowed is" in message
 
 
+LOSSES = [("gspo", "default"), ("vanilla", "sequence"), ("cispo", "rollout_support")]
+
+
+@pytest.mark.parametrize("trainer", ["ppo_trainer", "ppo_megatron_trainer"])
+@pytest.mark.parametrize(("baseline", "variant"), LOSSES)
+def test_two_losses_are_refused_in_either_order(trainer: str, baseline: str, variant: str) -> None:
+    words = (f"+baseline={baseline}", f"+troll={variant}")
+    for order in (words, words[::-1]):
+        with pytest.raises(InstantiationException) as error:
+            build(*order, troll=False, trainer=trainer)
+        message = str(error.value.__cause__)
+        assert f"+baseline={baseline}" in message and "+troll=" in message
+        assert "Leave out one" in message
+
+
+@pytest.mark.parametrize("loss", ["vanilla", "gspo", "null"])
+@pytest.mark.parametrize("troll_first", [True, False])
+def test_another_loss_mode_beside_the_group_is_refused_in_either_order(loss: str, troll_first: bool) -> None:
+    words = ("+troll=default", f"actor_rollout_ref.actor.policy_loss.loss_mode={loss}")
+    with pytest.raises(InstantiationException, match=r"policy_loss\.loss_mode=.* allowed is troll"):
+        build(*(words if troll_first else words[::-1]), troll=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["troll=default"], r"use \+troll=default"),
+        (["++troll=default"], "force-add of config groups is not supported"),
+        (["+troll=defualt"], "Available options in 'troll':\n\tdefault"),
+        (["+troll=Default"], "Available options in 'troll':\n\tdefault"),
+        (["+troll=default", "+troll=sequence"], "Multiple values for troll"),
+        (["+baseline=gsop"], "Available options in 'baseline'"),
+        (["+baseline=gspo", "+baseline=cispo"], "Multiple values for baseline"),
+    ],
+)
+def test_hydra_itself_refuses(words: list[str], message: str) -> None:
+    with pytest.raises(HydraException, match=message):
+        build(*words, troll=False)
+
+
+def test_a_setting_in_the_wrong_place_is_refused() -> None:
+    with pytest.raises(InstantiationException, match=r"troll=.*kl_bound.* is not supported.* Write actor_rollout_ref"):
+        build("+troll.kl_bound=0.01")
+
+
+def test_searchpath_on_the_command_line_is_harmless() -> None:
+    with_it, without = (
+        compose("ppo_trainer", overrides=[*BASE, *more, "+troll=sequence"])
+        for more in (["hydra.searchpath=[pkg://verl_troll.configs]"], [])
+    )
+    assert with_it == without
+
+
+@pytest.mark.parametrize("trainer", ["ppo_trainer", "ppo_megatron_trainer"])
+def test_the_driver_says_once_which_loss_trains(trainer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1", f"{TROLL}.k=32"]
+    config = compose(trainer, overrides=[*BASE, *more, "+troll=sequence"])
+    validate_config(config, use_reference_policy=False, use_critic=False)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "TROLL" in line)
+    assert line == (
+        "TROLL is on: kl_bound=0.05, alpha=1.0, k=32, dropped_mass=1e-05, support=union, importance_ratio=sequence, "
+        "step_size_gradient=implicit, one_sided=False, reuse_logits=True, kernels=auto, old policy from the actor"
+    )
+    # A worker builds the settings, too.
+    omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert "TROLL" not in capsys.readouterr().out
+
+
+def test_the_driver_says_that_the_rollout_engine_gives_the_old_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    support().validate(1, 1024)
+    assert capsys.readouterr().out.endswith("old policy from the rollout engine\n")
+
+
 MEGATRON = "actor_rollout_ref.actor.megatron"
 
 
@@ -278,6 +350,8 @@ def test_group_refers_only_to_keys_that_verl_has() -> None:
         "distillation": False,
         "multi_token_prediction": False,
         "external_lib": "verl_troll.plugin",
+        "baseline": None,
+        "misplaced": None,
     }
 
 

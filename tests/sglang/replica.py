@@ -56,7 +56,6 @@ def configuration(model: Path, *overrides: str) -> Any:
         return compose(
             "ppo_trainer",
             overrides=[
-                "hydra.searchpath=[pkg://verl_troll.configs]",
                 "+cpu=default",
                 *ON_CPU,
                 f"actor_rollout_ref.model.path={model}",

@@ -27,7 +27,7 @@ RIGHT = {
 def composed(name: str, *overrides: str, base: str = "ppo_trainer") -> DictConfig:
     folder = str(Path(verl.trainer.__file__).parent / "config")
     with initialize_config_dir(folder, version_base=None):
-        return compose(base, overrides=["hydra.searchpath=[pkg://verl_troll.configs]", f"+task={name}", *overrides])
+        return compose(base, overrides=[f"+task={name}", *overrides])
 
 
 def test_every_training_set_has_a_configuration() -> None:

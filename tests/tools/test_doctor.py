@@ -64,6 +64,41 @@ def test_good_install_passes_and_names_what_is_registered_and_patched() -> None:
     assert "FAIL" not in done.stdout
 
 
+SETTINGS = (
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
+    "actor_rollout_ref.rollout.name=vllm",
+)
+
+
+@pytest.mark.parametrize(
+    ("word", "status", "said"),
+    [
+        ("+troll=default", 0, "ok    TROLL is on: kl_bound=0.05, "),
+        ("+trol=default", 1, "FAIL  +trol=default sets a key that nothing reads\n        -> write +troll=default"),
+    ],
+)
+def test_command_line_is_read_as_a_run_would_read_it(word: str, status: int, said: str) -> None:
+    done = run(["-m", "verl_troll", "doctor", "--", "--config-name=ppo_megatron_trainer.yaml", *SETTINGS, word])
+    assert done.returncode == status, done.stdout + done.stderr
+    assert said in done.stdout.split("Command line\n")[1]
+
+
+def test_hidden_groups_are_reported(tmp_path: Path) -> None:
+    hider = tmp_path / "hydra_plugins/__init__.py"
+    hider.parent.mkdir()
+    hider.touch()
+    by_hand = "hydra.searchpath=[pkg://verl_troll.configs]"
+    done = run(["-m", "verl_troll", "doctor", "--", *SETTINGS, "+troll=default"], tmp_path)
+    assert done.returncode == 1
+    assert f"{hider} hides the plugins of other packages" in done.stdout
+    assert f"until then write '{by_hand}'" in done.stdout
+    assert "FAIL  +troll=default sets a key that nothing reads: Hydra does not find the group" in done.stdout
+    assert "TROLL is off: the policy loss is 'vanilla'" in done.stdout
+    # By hand.
+    assert "ok    configuration: +troll=default builds" in done.stdout
+
+
 def test_missing_verl_is_explained_and_the_package_still_imports(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(HIDE_VERL)
     done = run(["-m", "verl_troll", "doctor"], tmp_path)
@@ -114,7 +149,6 @@ def test_plugin_that_fails_to_load_ends_the_run_before_ray_starts(tmp_path: Path
         [
             "-m",
             "verl.trainer.main_ppo",
-            "hydra.searchpath=[pkg://verl_troll.configs]",
             f"hydra.run.dir={tmp_path}/hydra",
             "+troll=default",
             "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",

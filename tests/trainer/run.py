@@ -88,7 +88,6 @@ def run_trainer(
         sys.executable,
         "-m",
         "verl.trainer.main_ppo",
-        "hydra.searchpath=[pkg://verl_troll.configs]",
         f"hydra.run.dir={out}/hydra",
         f"+cpu={group}" if device == "cpu" else "+embedded=default",
         "algorithm.adv_estimator=grpo",

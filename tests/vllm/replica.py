@@ -24,7 +24,6 @@ def configuration(model: Path, *overrides: str) -> Any:
         return compose(
             "ppo_trainer",
             overrides=[
-                "hydra.searchpath=[pkg://verl_troll.configs]",
                 "+cpu=default",
                 "+cpu/rollout=vllm",
                 f"actor_rollout_ref.model.path={model}",

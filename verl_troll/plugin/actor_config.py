@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from verl.workers.config import ActorConfig, FSDPActorConfig, McoreActorConfig, PolicyLossConfig
 
@@ -24,6 +25,7 @@ def _check_actor(actor: ActorConfig) -> None:
     loss = actor.policy_loss
     if not isinstance(loss, TrollPolicyLossConfig):
         raise refusal("actor_rollout_ref.actor.policy_loss._target_", type(loss).__name__, "TrollPolicyLossConfig")
+    loss.troll.host.check()
     if loss.loss_mode != LOSS_MODE:
         raise refusal(
             "actor_rollout_ref.actor.policy_loss.loss_mode",
@@ -31,7 +33,6 @@ def _check_actor(actor: ActorConfig) -> None:
             LOSS_MODE,
             "For another loss leave out +troll=default.",
         )
-    loss.troll.host.check()
     if actor.loss_agg_mode == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None:
         raise refusal(
             "actor_rollout_ref.actor.loss_scale_factor",
@@ -42,8 +43,17 @@ def _check_actor(actor: ActorConfig) -> None:
         )
 
 
+class _Announced(ActorConfig):
+    """Says on the driver which loss trains: verl validates the settings there and nowhere else."""
+
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        """verl's checks of the actor against the run; if they hold, print one line."""
+        super().validate(*args, **kwargs)
+        print(self.policy_loss.troll.announcement, flush=True)
+
+
 @dataclass
-class TrollFSDPActorConfig(FSDPActorConfig):
+class TrollFSDPActorConfig(_Announced, FSDPActorConfig):
     """verl's FSDP actor settings; passes the TROLL settings to the engine, as verl passes ``strategy``."""
 
     def __post_init__(self) -> None:
@@ -55,7 +65,7 @@ class TrollFSDPActorConfig(FSDPActorConfig):
 
 
 @dataclass
-class TrollMegatronActorConfig(McoreActorConfig):
+class TrollMegatronActorConfig(_Announced, McoreActorConfig):
     """verl's Megatron actor settings; passes the TROLL settings to the engine."""
 
     def __post_init__(self) -> None:

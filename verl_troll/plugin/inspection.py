@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf.errors import OmegaConfBaseException
 from verl.plugin.platform import get_platform
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
@@ -17,6 +20,8 @@ from verl_troll.patches import registry
 from verl_troll.plugin import backends
 from verl_troll.plugin.engines.mixin import TrollEngineMixin
 from verl_troll.plugin.settings import LOSS_MODE
+
+SEARCH_PATH = "hydra_plugins.verl_troll_search_path"
 
 
 def _engine(backend: str) -> dict[str, Any]:
@@ -32,9 +37,20 @@ def _engine(backend: str) -> dict[str, Any]:
     }
 
 
+def _search_path_error() -> str | None:
+    """Why Hydra does not find the configuration groups by itself; None if it does."""
+    if any(plugin.__module__ == SEARCH_PATH for plugin in Plugins.instance().discover(SearchPathPlugin)):
+        return None
+    spec = find_spec("hydra_plugins")
+    if spec is not None and spec.origin is not None:
+        return f"{spec.origin} hides the plugins of other packages"
+    return f"it did not load {SEARCH_PATH}"
+
+
 def _config_error() -> str | None:
     """Why verl's configuration does not build with ``+troll=default``; None if it does."""
     overrides = [
+        # Whether it is needed is said on its own.
         "hydra.searchpath=[pkg://verl_troll.configs]",
         "+troll=default",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
@@ -61,6 +77,7 @@ def inspect() -> dict[str, Any]:
         "policy_loss": f"{loss.__module__}.{loss.__qualname__}",
         "engines": {name: _engine(name) for name, backend in backends.BACKENDS.items() if backend.engine},
         "missing_engines": {name: backend.needs for name, backend in backends.BACKENDS.items() if not backend.engine},
+        "search_path_error": _search_path_error(),
         "config_error": _config_error(),
         "patches": [
             {"name": patch.name, "host": patch.host, "why": patch.why, "upstream": patch.upstream}

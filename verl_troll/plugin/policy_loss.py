@@ -66,8 +66,7 @@ def troll_policy_loss(
     if terms is None or config is None:
         raise RuntimeError(
             "policy loss 'troll' was called without projected terms: the actor does not run on a TROLL engine. "
-            "Switch TROLL on with 'hydra.searchpath=[pkg://verl_troll.configs]' +troll=default, and run "
-            "'verl-troll doctor' on this host."
+            "Switch TROLL on with +troll=default; 'verl-troll doctor -- <your overrides>' says what is wrong."
         )
     settings = terms.settings
     terms.losses = batch_losses(

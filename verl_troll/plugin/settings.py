@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from verl.base_config import BaseConfig
@@ -99,7 +99,10 @@ class RolloutSettings(BaseConfig):
 
 @dataclass
 class HostSettings(BaseConfig):
-    """The verl settings that TROLL depends on, read by interpolation, never set here."""
+    """What TROLL depends on elsewhere in the configuration, read by interpolation, never set here.
+
+    ``baseline`` is the loss that ``+baseline=...`` sets, ``misplaced`` a key ``troll`` that nothing else reads.
+    """
 
     use_v1: bool = True
     trainer_mode: str = "sync"
@@ -108,9 +111,18 @@ class HostSettings(BaseConfig):
     distillation: bool = False
     multi_token_prediction: bool = False
     external_lib: Any = None
+    baseline: str | None = None
+    misplaced: Any = None
 
     def check(self) -> None:
         """Raise :class:`TrollConfigError` for the first setting that TROLL does not support."""
+        if self.baseline is not None:
+            raise TrollConfigError(
+                f"+baseline={self.baseline} and +troll=... each set the policy loss. Leave out one: "
+                f"+baseline={self.baseline} to train with TROLL, +troll=... to train with {self.baseline}."
+            )
+        if self.misplaced is not None:
+            raise refusal("troll", self.misplaced, "no such key, nothing reads it", f"Write {PREFIX}.NAME=VALUE.")
         if not self.use_v1:
             raise refusal(
                 "trainer.use_v1",
@@ -198,6 +210,14 @@ class TrollConfig(BaseConfig):
         ):
             if getattr(self, name) not in choices:
                 self._reject(name, f"one of {', '.join(map(str, choices))}")
+
+    @property
+    def announcement(self) -> str:
+        """One line that says that TROLL trains, and with which settings."""
+        names = [one.name for one in fields(self) if one.name not in ("_target_", "host")]
+        source = "rollout engine" if self.host.bypass_mode else "actor"
+        settings = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return f"TROLL is on: {settings}, old policy from the {source}"
 
     @property
     def selection(self) -> Selection:

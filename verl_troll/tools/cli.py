@@ -16,7 +16,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="verl-troll", description="TROLL for verl")
     parser.add_argument("--version", action="version", version=f"verl_troll {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="show what is installed, registered and patched on this host, and what is wrong")
+    doctor_help = "show what is installed, registered and patched on this host, and what is wrong"
+    doctors = commands.add_parser("doctor", help=doctor_help, description=doctor_help)
+    doctors.add_argument(
+        "arguments",
+        nargs="*",
+        help="after --: the arguments of your python -m verl.trainer.main_ppo; says what it would train with",
+    )
     plan_help = "predict what TROLL adds per GPU and per step at any scale, compared with vanilla clipping"
     plan.add_options(commands.add_parser("plan", help=plan_help, description=plan_help))
     report_help = "compare runs by arm, with intervals over seeds, on one HTML page"
@@ -26,4 +32,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return plan.run(options)
     if options.command == "report":
         return report.run(options)
-    return doctor.run()
+    return doctor.run(options.arguments)

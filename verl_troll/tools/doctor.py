@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from verl_troll import __version__
@@ -22,7 +22,7 @@ from verl_troll.versions import OVERRIDE_VARIABLE, TESTED_VERL, VERL, is_tested
 _REQUIRED = ("torch", "verl", "ray", "hydra-core", "tensordict", "TransferQueue", "transformers")
 _OPTIONAL = ("vllm", "sglang", "megatron-core", "flash-attn")
 _VARIABLES = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "VERL_ENGINE_DEVICE", "VERL_ENGINE_VENDOR")
-_TIMEOUT_SECONDS = 180
+_TIMEOUT_SECONDS = 600
 
 
 def _version(distribution: str) -> str | None:
@@ -46,12 +46,17 @@ class _Report:
 
     def bad(self, text: str, hint: str) -> None:
         self.failures += 1
-        print(f"  FAIL  {text}")
+        indented = text.expandtabs(4).replace("\n", "\n        ")
+        print(f"  FAIL  {indented}")
         print(f"        -> {hint}")
 
 
-def run() -> int:
-    """Print the report. Return 0 if TROLL would run on this host, 1 if something needs fixing."""
+def run(arguments: Sequence[str] = ()) -> int:
+    """Print the report. Return 0 if TROLL would run on this host, 1 if something needs fixing.
+
+    Args:
+        arguments: those of ``python -m verl.trainer.main_ppo``, to say what they would train with.
+    """
     report = _Report()
     print(f"verl_troll {__version__} on Python {platform.python_version()}")
     print("Versions")
@@ -62,9 +67,14 @@ def run() -> int:
             "not loaded: verl is not installed", f"pip install 'verl_troll[cpu]', or verl=={VERL} with your stack"
         )
     else:
-        facts = _inspect(report)
+        facts = _ask(report, "verl_troll.plugin.inspection")
         if facts is not None:
             _report_facts(report, facts)
+            if arguments:
+                print("Command line")
+                found = _ask(report, "verl_troll.plugin.command_line", *arguments)
+                if found is not None:
+                    _report_command_line(report, found)
     print("No problem found." if report.failures == 0 else f"{report.failures} problem(s) found.")
     return 0 if report.failures == 0 else 1
 
@@ -98,20 +108,19 @@ def _check_verl(report: _Report, version: str) -> None:
         )
 
 
-def _inspect(report: _Report) -> dict[str, Any] | None:
-    command = [sys.executable, "-W", "ignore", "-m", "verl_troll.plugin.inspection"]
+def _ask(report: _Report, module: str, *arguments: str) -> dict[str, Any] | None:
+    """The JSON that ``module`` prints."""
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        report.bad(
-            f"the plugin did not load within {_TIMEOUT_SECONDS} s", "run 'python -m verl_troll.plugin.inspection'"
-        )
+        report.bad(f"the plugin did not load within {_TIMEOUT_SECONDS} s", f"run 'python -m {module}'")
         return None
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         report.bad(
             f"the plugin does not load: {lines[-1] if lines else f'exit status {done.returncode}'}",
-            "fix this error, a run would fail on it too; 'python -m verl_troll.plugin.inspection' shows the traceback",
+            f"fix this error, a run would fail on it too; 'python -m {module}' shows the traceback",
         )
         return None
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -135,8 +144,13 @@ def _report_facts(report: _Report, facts: dict[str, Any]) -> None:
             )
     for backend, needs in facts["missing_engines"].items():
         report.note(f"engine {backend}: not available, verl's needs {needs}")
+    if facts["search_path_error"] is not None:
+        report.bad(
+            f"Hydra would take +troll=default for a key that nothing reads: {facts['search_path_error']}",
+            "reinstall verl_troll; until then write 'hydra.searchpath=[pkg://verl_troll.configs]' before it",
+        )
     if facts["config_error"] is None:
-        report.good("configuration: 'hydra.searchpath=[pkg://verl_troll.configs]' +troll=default builds")
+        report.good("configuration: +troll=default builds")
     else:
         report.bad(
             f"configuration group troll=default does not build: {facts['config_error']}",
@@ -145,6 +159,20 @@ def _report_facts(report: _Report, facts: dict[str, Any]) -> None:
     for patch in facts["patches"]:
         report.good(f"patch {patch['name']} on {patch['host']}: {patch['why']}")
         report.note(f"no longer needed once: {patch['upstream']}")
+
+
+def _report_command_line(report: _Report, found: dict[str, Any]) -> None:
+    if found["refused"] is not None:
+        report.bad(
+            f"the run would be refused: {found['refused']}",
+            "change the command line: a run would end with this error before Ray starts",
+        )
+    for problem, hint in found["problems"]:
+        report.bad(problem, hint)
+    if found["announcement"] is not None:
+        report.good(found["announcement"])
+    elif found["loss"] is not None and found["loss"] != "troll":
+        report.note(f"TROLL is off: the policy loss is {found['loss']!r}; +troll=default switches it on")
 
 
 def _listed(pairs: Iterable[Iterable[str]]) -> str:
