@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from benchmarks import guardian
+from verl_troll.tools import disk
 
 IDLE_SECONDS = 600.0
 """Without progress; then a process counts as hung."""
@@ -168,6 +169,8 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Like :func:`subprocess.run` with captured output, for as long as the command makes progress.
 
+    If it fails and a disk is full, its standard error ends with that.
+
     Raises:
         HungError: no progress; the message ends with the output.
         subprocess.CalledProcessError: the command failed, and ``check`` is set.
@@ -184,8 +187,9 @@ def run(
             except HungError as error:
                 tail = "\n".join(path.read_text(errors="replace")[-3000:] for path in (out, err))
                 raise HungError(f"{error}\n{tail}") from None
+        disks = disk.Watch([disk.Place("captured output", Path(folder), "TMPDIR=FOLDER")]).complaint() if code else ""
         done = subprocess.CompletedProcess(
-            command, code, out.read_text(errors="replace"), err.read_text(errors="replace")
+            command, code, out.read_text(errors="replace"), err.read_text(errors="replace") + (disks and f"\n{disks}\n")
         )
     if check:
         done.check_returncode()

@@ -96,6 +96,11 @@ fi
 out=${out:-$repository/runs/quickstart/$name-seed$seed}
 began=$SECONDS
 
+# Says so if a disk is full; needs no package.
+full_disk() {
+  "${PYTHON:-python3}" "$repository/verl_troll/tools/disk.py" "$repository" "${HOME:-/}" || true
+}
+
 package_fingerprint() {
   (
     cd "$repository"
@@ -118,6 +123,7 @@ logged() {
   wait "$pid" || {
     echo "quickstart: the installation failed. The end of $log:" >&2
     tail -n 30 "$log" >&2
+    full_disk
     exit 1
   }
 }
@@ -136,7 +142,10 @@ if [[ ! -f $installed || $(<"$installed") != "$requirements" ]]; then
   echo "  creating $venv (a few minutes, once)"
   "${PYTHON:-python3}" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
     fail "needs Python 3.10 to 3.12; name one with PYTHON=..."
-  "${PYTHON:-python3}" -m venv --clear "$venv"
+  "${PYTHON:-python3}" -m venv --clear "$venv" || {
+    full_disk
+    exit 1
+  }
   if [[ $rollout == vllm ]]; then
     logged bash "$repository/examples/vllm_cpu/install.sh" "$venv/bin/python" "${repository}[$extras]"
   else
@@ -157,7 +166,10 @@ if [[ $backend == megatron ]] && ! "$venv/bin/python" -c 'import mbridge' 2>/dev
 fi
 
 echo "2/3 data set and warm start"
-"$venv/bin/python" "$repository/examples/quickstart/prepare.py" "$data"
+"$venv/bin/python" "$repository/examples/quickstart/prepare.py" "$data" || {
+  full_disk
+  exit 1
+}
 
 echo "3/3 training: GRPO, $name, $steps steps, seed $seed"
 "$venv/bin/python" "$repository/examples/quickstart/train.py" \

@@ -44,6 +44,7 @@ ALONE = (
     "tests/tools/test_plan.py::test_kernels_in_the_interpreter",
     "tests/trainer/test_async.py",
     "tests/trainer/test_estimators.py",
+    "tests/trainer/test_full_disk.py",
     "tests/trainer/test_megatron_trainer.py",
     "tests/trainer/test_trainer.py",
     "tests/trainer/test_two_nodes.py",

@@ -20,6 +20,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from benchmarks.attack.launchers import WORDS
 from benchmarks.processes import Tree, run
 from tests.test_examples import ROOT, SCRIPTS
 
@@ -70,6 +71,9 @@ import sys
 assert sys.argv[1:] == ["show", "hostnames", "node[1-2]"], sys.argv
 print("node1\\nnode2")
 """
+
+
+HOSTILE = ["a=1", "b=two words", *WORDS]
 
 
 def free_port() -> int:
@@ -139,9 +143,9 @@ def slurm(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, li
 @pytest.mark.slow
 def test_slurm_runs_the_script_on_ray_of_all_nodes_and_clears_up(short_folder: Path) -> None:
     (short_folder / "run.sh").write_text(REPORT)
-    code, output, left = slurm(short_folder, "run.sh", "a=1", "b=two words", LOSS="vanilla", STATUS="7")
+    code, output, left = slurm(short_folder, "run.sh", *HOSTILE, LOSS="vanilla", STATUS="7")
     seen = report(output)
-    assert seen["arguments"] == ["a=1", "b=two words"]
+    assert seen["arguments"] == HOSTILE
     assert {name: seen["variables"][name] for name in ("LOSS", "NNODES", "GPUS_PER_NODE")} == {
         "LOSS": "vanilla",
         "NNODES": "2",
@@ -211,12 +215,10 @@ def test_ray_job_takes_script_arguments_and_variables_to_the_cluster(short_folde
         while socket.socket().connect_ex(("127.0.0.1", dashboard)) != 0:
             progress.check()
             time.sleep(1)
-        done = submit(
-            "run.sh", "a=1", "b=two words", LOSS="vanilla", NNODES="3", EXTRA="x", SECRET="y", FORWARD="EXTRA"
-        )
+        done = submit("run.sh", *HOSTILE, LOSS="vanilla", NNODES="3", EXTRA="x", SECRET="y", FORWARD="EXTRA")
         seen = report(done.stdout)
         assert done.returncode == 0
-        assert seen["arguments"] == ["a=1", "b=two words"]
+        assert seen["arguments"] == HOSTILE
         # Only named variables are passed on.
         assert seen["variables"] == {
             "LOSS": "vanilla",
@@ -226,6 +228,20 @@ def test_ray_job_takes_script_arguments_and_variables_to_the_cluster(short_folde
             "SECRET": None,
         }
         assert submit("fails.sh").returncode != 0
+
+
+@pytest.mark.parametrize("value", ["$HOME/model", "${HOME}", "a $_x"])
+def test_ray_job_refuses_a_variable_that_ray_would_change(value: str) -> None:
+    done = subprocess.run(
+        ["bash", str(CLUSTER / "ray_job.sh"), "examples/run_qwen3_8b_fsdp.sh"],
+        env={"PATH": os.environ["PATH"], "MODEL": value},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"ray_job.sh: MODEL is {value!r}, in which Ray would replace variables: leave `$` out\n"
 
 
 def test_ray_job_knows_every_variable_of_the_run_scripts() -> None:
@@ -283,7 +299,13 @@ def sky_task() -> Any:
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_skypilot_runs_the_script_on_the_first_node(sky_task: Any, tmp_path: Path, rank: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "arrived", "code"),
+    [("a=1 b=2", "a=1 b=2", 0), ("""a='two  words' "b=*" $(id)""", "a=two  words b=* $(id)", 0), ("a='", "", 1)],
+)
+def test_skypilot_runs_the_script_on_the_first_node(
+    sky_task: Any, tmp_path: Path, rank: str, settings: str, arrived: str, code: int
+) -> None:
     assert set(sky_task["envs"]) - {"SCRIPT", "SETTINGS"} <= VARIABLES
     (tmp_path / "verl_troll" / "bin").mkdir(parents=True)
     (tmp_path / "verl_troll" / "bin" / "activate").touch()
@@ -300,15 +322,16 @@ def test_skypilot_runs_the_script_on_the_first_node(sky_task: Any, tmp_path: Pat
             **{name: str(value) for name, value in sky_task["envs"].items()},
             **variables,
             "SCRIPT": "run.sh",
-            "SETTINGS": "a=1 b=2",
+            "SETTINGS": settings,
         },
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    ran = "ran: a=1 b=2 2 8 troll 127.0.0.1:6379\n" if rank == "0" else ""
+    ran = f"ran: {arrived} 2 8 troll 127.0.0.1:6379\n" if rank == "0" and code == 0 else ""
     assert done.stdout == f"ray started\n{ran}"
+    assert done.returncode == (code if rank == "0" else 0)
 
 
 @pytest.mark.parametrize("part", ["setup", "run"])

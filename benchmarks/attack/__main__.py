@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.attack.attack import Attack, Extent, Outcome
 
-MODULES: tuple[str, ...] = ("support", "rewards")
+MODULES: tuple[str, ...] = ("support", "rewards", "report", "launchers")
 """Modules of this package; each has ``ATTACKS``."""
 
 

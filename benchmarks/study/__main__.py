@@ -14,6 +14,7 @@ from benchmarks.study import grid, results
 from benchmarks.study.cells import LOSSES, TASKS_FOLDER, Cell
 from benchmarks.study.pool import Pool
 from benchmarks.study.tasks import TASKS
+from verl_troll.tools import disk
 
 
 def _prepare(names: Sequence[str]) -> None:
@@ -159,6 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.act(options))
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        place = disk.Place("results of the study", options.results, "--results FILE")
+        print(f"{error}\n{disk.Watch([place]).complaint()}".rstrip(), file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.processes import HungError, Tree
 from benchmarks.study import results
 from benchmarks.study.cells import ROOT, TASKS_FOLDER, Cell
+from verl_troll.tools import disk
 
 SCRATCH = ROOT / "runs" / "study" / "cells"
 ATTEMPTS = 2
@@ -63,8 +64,15 @@ class SessionProcess:
         """Train one cell and return its seconds, without process start-up.
 
         Raises:
-            SessionError: with the traceback if there is one.
+            SessionError: with the traceback if there is one, and what is known of full disks.
         """
+        disks = disk.Watch([disk.Place("log and metrics of the study", metrics.parent, "a clone on another disk")])
+        try:
+            return self._run(cell, tasks, metrics, disks)
+        except SessionError as error:
+            raise SessionError("\n".join(filter(None, (str(error), disks.complaint())))) from None
+
+    def _run(self, cell: Cell, tasks: Path, metrics: Path, disks: disk.Watch) -> float:
         process = self._tree.process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -78,6 +86,7 @@ class SessionProcess:
             waiting.register(process.stdout, selectors.EVENT_READ)
             progress = self._tree.progress((self._log, metrics))
             while not waiting.select(progress.interval):
+                disks.look()
                 try:
                     progress.check()
                 except HungError as error:
@@ -143,8 +152,7 @@ class Pool:
             self._taken.add(cell.key)
             return cell
 
-    def _ended(self, cell: Cell, metrics: Path, seconds: float, workers: int) -> None:
-        line = results.record(cell, metrics, seconds)
+    def _ended(self, cell: Cell, line: results.Record, seconds: float, workers: int) -> None:
         with self._lock:
             results.append(line, self._file)
             self._done[cell.key] = line
@@ -159,7 +167,7 @@ class Pool:
                 f"{left} known runs left, about {minutes:.0f} min"
             )
 
-    def _failed(self, cell: Cell, error: SessionError) -> None:
+    def _failed(self, cell: Cell, error: Exception) -> None:
         with self._lock:
             self._taken.discard(cell.key)
             self._failures[cell.key] = self._failures.get(cell.key, 0) + 1
@@ -179,12 +187,14 @@ class Pool:
                 metrics = SCRATCH / f"{cell.key}.jsonl"
                 try:
                     seconds = self._session(name, cell).run(cell, self._tasks, metrics)
-                except SessionError as error:
+                    line = results.record(cell, metrics, seconds)
+                # A full disk leaves metrics that cannot be read.
+                except (SessionError, ValueError) as error:
                     self._end(name)
                     if not self._stop.is_set():
                         self._failed(cell, error)
                 else:
-                    self._ended(cell, metrics, seconds, workers)
+                    self._ended(cell, line, seconds, workers)
                     metrics.unlink()
         finally:
             self._end(name)

@@ -19,15 +19,19 @@ shift
 
 runtime_env=$(
   python3 - <<'PYTHON'
-import json, os
+import json, os, re, sys
 
 names = "MODEL ESTIMATOR LOSS TASK ROLLOUT NNODES GPUS_PER_NODE TP PP CP EP ROUTER_REPLAY".split()
 names += os.environ.get("FORWARD", "").split()
-runtime_env = {"env_vars": {name: os.environ[name] for name in names if name in os.environ}}
+values = {name: os.environ[name] for name in names if name in os.environ}
+for name, value in values.items():
+    if re.search(r"\$[\w{]", value):
+        sys.exit(f"ray_job.sh: {name} is {value!r}, in which Ray would replace variables: leave `$` out")
+runtime_env = {"env_vars": values}
 if pip := os.environ.get("PIP", "").split():
     runtime_env["pip"] = pip
 print(json.dumps(runtime_env))
 PYTHON
 )
 
-ray job submit --working-dir . --runtime-env-json "$runtime_env" -- bash "$script" "$@"
+ray job submit --working-dir . --runtime-env-json "$runtime_env" -- bash -- "$script" "$@"

@@ -68,4 +68,9 @@ while (alive := sum(node["Alive"] for node in ray.nodes())) < nodes:
 PYTHON
 echo "slurm.sh: Ray has $NNODES nodes at $RAY_ADDRESS"
 
-bash "$script" "$@"
+bash -- "$script" "$@" || {
+  status=$?
+  # Says so if a disk of this node is full.
+  python3 -m verl_troll.tools.disk "$PWD" || true
+  exit "$status"
+}

@@ -16,6 +16,8 @@ from typing import Any
 
 import plot
 
+from verl_troll.tools import disk
+
 HERE = Path(__file__).resolve().parent
 
 PROMPTS, SAMPLES, MINI_BATCHES = 16, 8, 8
@@ -106,7 +108,11 @@ def new_rows(stream: Any, rest: list[str]) -> Iterator[dict[str, Any]]:
     rest[0] += stream.read()
     *lines, rest[0] = rest[0].split("\n")
     for line in lines:
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except ValueError:
+            print("  a damaged line of the metrics, as a full disk leaves it", file=sys.stderr)
+            continue
         yield {"step": row["step"], **row["data"]}
 
 
@@ -126,15 +132,16 @@ def show(row: dict[str, Any], steps: int, begin: float | None) -> None:
     print("   ".join(parts).rstrip(), flush=True)
 
 
-def follow(process: subprocess.Popen[bytes], metrics: Path, steps: int) -> None:
-    """Print steps as they are logged, until the trainer ends."""
+def follow(process: subprocess.Popen[bytes], metrics: Path, steps: int, disks: disk.Watch) -> None:
+    """Print steps as they are logged, and watch the disks, until the trainer ends."""
     begin: float | None = None
     rest = [""]
     stream = None
     while True:
         ended = process.poll() is not None
+        disks.look()
         if stream is None and metrics.exists():
-            stream = metrics.open(encoding="utf-8")
+            stream = metrics.open(encoding="utf-8", errors="replace")
         if stream is not None:
             for row in new_rows(stream, rest):
                 if begin is None:
@@ -158,6 +165,16 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
+def places(args: argparse.Namespace) -> list[disk.Place]:
+    """What the run writes."""
+    chosen = [word.partition("=")[2] for word in args.overrides if word.startswith("trainer.default_local_dir=")]
+    checkpoints = args.out / Path(chosen[-1] if chosen else "checkpoints")
+    return [
+        disk.Place("log, metrics and curves", args.out, "--out FOLDER"),
+        disk.Place("checkpoints", checkpoints, "-- trainer.default_local_dir=FOLDER"),
+    ]
+
+
 def main() -> int:
     """Run the trainer and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -172,13 +189,26 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides for verl, after --")
     args = parser.parse_args()
     args.out, args.data = args.out.resolve(), args.data.resolve()
+    disks = disk.Watch(places(args))
+    try:
+        status = run(args, disks)
+    except OSError as error:
+        print(f"\n{error}", file=sys.stderr)
+        status = 1
+    if status != 0 and (complaint := disks.complaint()):
+        print(f"\n{complaint}", file=sys.stderr)
+    return status
+
+
+def run(args: argparse.Namespace, disks: disk.Watch) -> int:
+    """Run the trainer with the options of :func:`main` and return its exit status."""
     args.out.mkdir(parents=True, exist_ok=True)
     metrics, log_path = args.out / "metrics.jsonl", args.out / "train.log"
     metrics.unlink(missing_ok=True)
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(args)]
     print(f"  verl's own log: {log_path}\n  starting Ray and verl, up to a minute", flush=True)
     with log_path.open("wb") as log:
-        log.write(f"{shlex.join(command)}\n".encode())
+        log.write(f"{shlex.join(command)}\n".encode(errors="surrogateescape"))
         log.flush()
         process = subprocess.Popen(
             command,
@@ -190,7 +220,7 @@ def main() -> int:
             start_new_session=True,
         )
         try:
-            follow(process, metrics, args.steps)
+            follow(process, metrics, args.steps, disks)
         finally:
             stop(process)
     if process.returncode != 0:

@@ -6,10 +6,13 @@ import base64
 import dataclasses
 import json
 import math
+import os
 import random
 import re
 import statistics as plain
 import sys
+import tempfile
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
+from benchmarks.attack import launchers
+from benchmarks.attack.report import KINDS, LEFT_OUT, NOTED, Kind, _event
 from benchmarks.processes import run
 from verl_troll.plugin.settings import TrollConfig
 from verl_troll.tools import cli
@@ -307,8 +312,11 @@ class TestReading:
                 writer.add_scalar("actor/entropy", step, step)
         (file,) = tmp_path.glob("*tfevents*")
         file.write_bytes(file.read_bytes()[:-7])
-        (run,) = read_runs([f"union={file}"], refuse_to_warn)
+        said: list[str] = []
+        (run,) = read_runs([f"union={file}"], said.append)
         assert run.metric("actor/entropy").steps == tuple(range(9))
+        assert len(said) == 1
+        assert said[0].startswith(f"{file}: the last record is incomplete")
 
     def test_collected_file(self, tmp_path: Path) -> None:
         file = tmp_path / "study.jsonl"
@@ -414,6 +422,179 @@ class TestReading:
         )
         found = read.held_out_keys(metrics)
         assert found == {"chain": "val-core/chain/reward/mean@4", "openai/gsm8k": "val-core/openai/gsm8k/acc/mean@16"}
+
+
+class TestHostileFiles:
+    @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+    def test_each_is_left_out_noted_or_read(self, tmp_path: Path, kind: Kind) -> None:
+        (tmp_path / "good.jsonl").write_text(collected("good", 0, (0.1, 0.2)) + "\n")
+        (tmp_path / "hostile").mkdir()
+        hostile = tmp_path / "hostile" / kind.file
+        kind.make(hostile)
+        notes, faults = list[str](), list[str]()
+        runs = read_runs([tmp_path], notes.append, faults.append)
+        assert runs[0].arm == "good"
+        assert len(faults) == (kind.expected == LEFT_OUT)
+        assert len(notes) >= (kind.expected == NOTED)
+        assert all(str(tmp_path / "hostile") in text for text in notes + faults)
+        assert all(len(text) < 1000 and text.isprintable() for text in notes + faults)
+        if faults:
+            with pytest.raises(ReportError) as error:
+                read_runs([hostile], notes.append)
+            # How the parser words that it is too deep depends on where it was called.
+            if "RecursionError" not in faults[0]:
+                assert str(error.value).replace("'", "") == faults[0].replace("'", "")
+
+    def test_damage_is_on_the_page_and_in_the_exit_status(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = study(tmp_path, ["vanilla"], rates=[1e-4])
+        damaged = tmp_path / "damaged.jsonl"
+        damaged.write_text("{\n" + logged((1, {})))
+        out = tmp_path / "report.html"
+        long = "x" * 5000
+        assert cli.main(["report", str(file), str(damaged), "gone", "", long, f"{long}=", "--out", str(out)]) == 1
+        said = capsys.readouterr()
+        words = "".join(Page(out.read_text(encoding="utf-8")).words)
+        assert "Left out, because it could not be read: 5 inputs" in words
+        for text in (f"{damaged}:1: not JSON", "'gone' does not exist", "File name too long", "NAME=PATH"):
+            assert text in said.err
+            assert text in words
+        assert "5 left out" in said.out
+        assert max(map(len, said.err.splitlines())) < 1000
+
+    def test_long_name_of_an_arm(self, tmp_path: Path) -> None:
+        file = study(tmp_path, ["vanilla"])
+        assert {run.arm for run in read_runs([f"{'x' * 5000}={file}"], refuse_to_warn)} == {"x" * 5000}
+
+    def test_what_may_not_be_read_as_another_user(self, tmp_path: Path) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("needs root to become another user")
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            folder.chmod(0o755)
+            (folder / "good.jsonl").write_text(collected("good", 0, (0.1,)) + "\n")
+            for part, make in (("secret.jsonl", Path.touch), ("closed", Path.mkdir), ("run/.hydra", Path.mkdir)):
+                (folder / part).parent.mkdir(exist_ok=True)
+                make(folder / part)
+                (folder / part).chmod(0)
+            (folder / "run" / "metrics.jsonl").write_text(logged((0, {HELD_OUT: 0.5})))
+            faults: list[str] = []
+            os.seteuid(65534)
+            try:
+                (found,) = read_runs([folder], refuse_to_warn, faults.append)
+            finally:
+                os.seteuid(0)
+        assert found.arm == "good"
+        for part in ("secret.jsonl cannot be read", "closed cannot be searched", "config.yaml cannot be read"):
+            assert any(f"{part}: Permission denied" in fault for fault in faults)
+
+    def test_a_page_that_cannot_be_written(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        file = study(tmp_path, ["vanilla"], rates=[1e-4])
+        with launchers.small_disk(tmp_path / "disk", 64 * 1024) as disk:
+            if disk is None:
+                pytest.skip("needs the right to mount")
+            assert cli.main(["report", str(file), "--out", str(disk / "report.html")]) == 2
+        assert "cannot be written: No space left on device" in capsys.readouterr().err
+        (tmp_path / "taken-figures").touch()
+        assert cli.main(["report", str(file), "--out", str(tmp_path / "taken.html")]) == 2
+        assert "taken-figures' cannot be written: File exists" in capsys.readouterr().err
+
+    def test_a_name_that_is_not_utf8(self, tmp_path: Path) -> None:
+        study(tmp_path, ["vanilla"], rates=[1e-4])
+        program = "import sys; from verl_troll.tools import cli; sys.exit(cli.main(sys.argv[1:]))"
+        folder = Path(os.fsdecode(bytes(tmp_path) + b"/\xff"))
+        folder.mkdir()
+        done = run(
+            [sys.executable, "-c", program, "report", tmp_path / "study.jsonl", "--out", folder / "report.html"],
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert "\\udcff" in done.stdout
+
+    def test_more_arms_than_a_page_can_show(self) -> None:
+        with pytest.raises(ReportError, match=r"^501 arms, .* 500 of a page"):
+            compare([make_run(f"arm {number}") for number in range(501)])
+
+    def test_restarted_tensorboard_drops_what_it_replaces(self, tmp_path: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(tmp_path)) as writer:
+            for step in range(10):
+                writer.add_scalar(HELD_OUT, 0.1, step, new_style=step % 2 == 0)
+        with SummaryWriter(str(tmp_path), purge_step=5, filename_suffix=".later") as writer:
+            writer.add_scalar(HELD_OUT, 0.2, 5, new_style=True)
+        (found,) = read_runs([tmp_path], refuse_to_warn)
+        assert found.held_out().steps == tuple(range(6))
+        assert found.held_out().values == pytest.approx([0.1] * 5 + [0.2])
+
+    def test_the_other_event_files_of_a_folder_are_read(self, tmp_path: Path) -> None:
+        (tmp_path / "events.out.tfevents.1").write_bytes(_event(0, HELD_OUT, 0.5))
+        (tmp_path / "events.out.tfevents.2").symlink_to("gone")
+        faults: list[str] = []
+        (found,) = read_runs([tmp_path], refuse_to_warn, faults.append)
+        assert found.held_out() == Series((0,), (0.5,))
+        assert faults == [f"{tmp_path}/events.out.tfevents.2 is a link to what does not exist"]
+
+    def test_resumed_log_keeps_the_later_value_of_a_step(self, tmp_path: Path) -> None:
+        file = tmp_path / "metrics.jsonl"
+        steps = ((0, 0.1), (5, 0.2), (10, 0.3), (5, 0.4), (7, 0.5))
+        file.write_text(logged(*((step, {HELD_OUT: value}) for step, value in steps)))
+        (found,) = read_runs([file], refuse_to_warn)
+        assert found.held_out() == Series((0, 5, 7, 10), (0.1, 0.4, 0.5, 0.3))
+
+
+class TestLargeFiles:
+    def test_memory_does_not_grow_with_what_is_not_shown(self, tmp_path: Path) -> None:
+        file = tmp_path / "metrics.jsonl"
+        other = {f"timing_s/part{number}": 0.123456789 for number in range(500)}
+        file.write_text(logged(*((step, {HELD_OUT: 0.5, **other}) for step in range(1000))))
+        size = file.stat().st_size
+        tracemalloc.start()
+        try:
+            (found,) = read_runs([file], refuse_to_warn)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert len(found.held_out().steps) == 1000
+        assert size > 10 * 2**20
+        assert peak < size / 10
+
+    def test_a_line_without_an_end_is_not_read_as_a_whole(self, tmp_path: Path) -> None:
+        file = tmp_path / "metrics.jsonl"
+        with file.open("wb") as stream:
+            stream.truncate(2**40)
+        with pytest.raises(ReportError, match=r":1: a line of more than 32 MiB is not read"):
+            read_runs([file], refuse_to_warn)
+
+    @pytest.mark.parametrize(("limit", "message"), [("MAX_VALUES", "values of the metrics"), ("MAX_RUNS", "runs")])
+    def test_limits_of_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, message: str) -> None:
+        file = tmp_path / "runs.jsonl"
+        file.write_text("".join(collected("a", seed, (0.1, 0.2)) + "\n" for seed in range(5)))
+        monkeypatch.setattr(read, limit, 3)
+        with pytest.raises(ReportError, match=f"has more than 3 {message}"):
+            read_runs([file], refuse_to_warn)
+
+    def test_long_curves_are_drawn_at_some_steps_and_keep_the_largest(self) -> None:
+        steps = tuple(range(5000))
+        spike = tuple(9.0 if step == 1234 else 0.1 for step in steps)
+        runs = [
+            make_run(seed=seed, metrics={name: Series(steps, spike) for name in (read.ENTROPY, read.KL_AFTER_MAX)})
+            for seed in range(3)
+        ]
+        found = drawn(only(compare(runs)))
+        (curve, *_) = found["entropy"].figure.axes[0].lines
+        assert (len(curve.get_xdata()), curve.get_xdata()[0], curve.get_xdata()[-1]) == (1000, 0, 4999)
+        (largest, *_) = found["kl-largest"].figure.axes[0].lines
+        assert len(largest.get_xdata()) == 1000
+        assert max(largest.get_ydata()) == 9.0
+
+    def test_intervals_in_parts_are_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        dice = random.Random(0)
+        runs = [Series(tuple(range(20)), tuple(dice.random() for _ in range(20))) for _ in range(4)]
+        whole = mean_curve(runs)
+        monkeypatch.setattr(statistics, "_MAX_RESAMPLED", 4 * statistics.RESAMPLES)
+        assert mean_curve(runs) == whole
 
 
 class TestComparison:

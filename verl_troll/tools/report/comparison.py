@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from verl_troll.tools.report.read import ReportError, Run, Series
+from verl_troll.tools.report.read import ReportError, Run, Series, short
 from verl_troll.tools.report.statistics import (
     Interval,
     PairedDifference,
@@ -23,6 +23,8 @@ from verl_troll.tools.report.statistics import (
 )
 
 BASELINES = ("vanilla", "clip")
+MAX_CELLS = 500
+"""Arms, counted once for each of their learning rates, on one page: tables and legends have a row for each."""
 
 Measure = Callable[[Run], "float | None"]
 
@@ -195,15 +197,22 @@ def compare(runs: Sequence[Run], baseline: str | None = None, threshold: float |
         threshold: success to reach; by default halfway from the mean start to the best arm's final.
 
     Raises:
-        ReportError: no run has the arm ``baseline``.
+        ReportError: no run has the arm ``baseline``, or there are more than :data:`MAX_CELLS` arms and rates.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.task, run.section), []).append(run)
     labelled = {key: _labelled(group) for key, group in groups.items()}
+    if (count := sum(map(len, labelled.values()))) > MAX_CELLS:
+        raise ReportError(
+            f"{count} arms, by learning rate, task and section, are more than the {MAX_CELLS} of a page: give fewer "
+            "runs, or name their arms with NAME=PATH"
+        )
     if baseline is not None and all(_named(baseline, cells) is None for cells in labelled.values()):
         arms = sorted({cell.arm for cells in labelled.values() for cell in cells})
-        raise ReportError(f"--baseline {baseline!r} is no arm of these runs: give one of {', '.join(map(repr, arms))}")
+        raise ReportError(
+            f"--baseline {short(baseline)} is no arm of these runs: give one of {', '.join(map(short, arms))}"
+        )
     return [_comparison(*key, cells, baseline, threshold) for key, cells in labelled.items()]
 
 

@@ -23,7 +23,7 @@ from verl_troll.tools.report.comparison import (
     series_of,
 )
 from verl_troll.tools.report.read import Series
-from verl_troll.tools.report.statistics import Curve, Interval, mean_curve
+from verl_troll.tools.report.statistics import Curve, Interval, mean_curve, spread
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 _LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
@@ -354,13 +354,20 @@ def _bound_words(bounds: Sequence[float]) -> str:
 
 
 def _largest_curve(runs: Sequence[Series]) -> Curve:
+    """The largest value at each step (:func:`spread`), or between it and the one before."""
     values: dict[int, float] = {}
     for series in map(Series.finite, runs):
         for step, value in zip(series.steps, series.values, strict=True):
             values[step] = max(value, values.get(step, value))
-    steps = sorted(values)
+    every = sorted(values)
+    steps = spread(every)
+    largest = dict.fromkeys(steps, -math.inf)
+    number = 0
+    for step in every:
+        number += step > steps[number]
+        largest[steps[number]] = max(values[step], largest[steps[number]])
     nothing = (math.nan,) * len(steps)
-    return Curve(tuple(steps), tuple(values[step] for step in steps), nothing, nothing)
+    return Curve(tuple(steps), tuple(largest.values()), nothing, nothing)
 
 
 def _left_out_mass(comparison: TaskComparison) -> Picture | None:

@@ -15,6 +15,7 @@ from verl_troll.tools.report import tables
 from verl_troll.tools.report.comparison import TaskComparison
 from verl_troll.tools.report.figures import Picture, pictures
 from verl_troll.tools.report.read import Run
+from verl_troll.tools.report.statistics import MAX_CURVE_STEPS
 
 _PACKAGES = ("numpy", "scipy", "matplotlib", "jinja2", "tensorboard")
 
@@ -33,6 +34,15 @@ RULES = (
         "is the area under the held-out success curve (trapezoid rule), divided by the number of steps. A run that "
         "ended early keeps its last value, here and in the success and reward curves; other curves average the runs "
         "that have the step.",
+    ),
+    (
+        "Long curves",
+        f"are drawn at {MAX_CURVE_STEPS:,} of their steps, evenly spaced, first and last included; a curve of largest "
+        "values shows the largest since the step before. Tables use every step.",
+    ),
+    (
+        "Range",
+        "is that of float32: a larger value counts as infinite, a smaller one as 0.",
     ),
     (
         "Steps to a threshold",
@@ -179,7 +189,12 @@ def _versions() -> str:
 
 
 def write(
-    comparisons: Sequence[TaskComparison], runs: Sequence[Run], out: Path, command: str, notes: Sequence[str]
+    comparisons: Sequence[TaskComparison],
+    runs: Sequence[Run],
+    out: Path,
+    command: str,
+    notes: Sequence[str],
+    faults: Sequence[str] = (),
 ) -> list[Path]:
     """Write the page, and its pictures to a folder beside it; both are overwritten.
 
@@ -188,7 +203,8 @@ def write(
         runs: all runs.
         out: the page; the folder is named after it, with ``-figures``.
         command: the command line, shown on the page.
-        notes: what reading left out.
+        notes: what reading left out, as expected.
+        faults: what could not be read, file by file.
 
     Returns:
         The paths of the pictures.
@@ -226,6 +242,7 @@ def write(
         versions=_versions(),
         command=command,
         notes=notes,
+        faults=faults,
         rules=RULES,
     )
     # Names in logs may contain lone surrogates, which UTF-8 cannot encode.

@@ -1,17 +1,26 @@
-"""Reads runs from verl's file logger, from TensorBoard, or from a file of collected runs, one per line."""
+"""Reads runs from verl's file logger, from TensorBoard, or from a file of collected runs, one per line.
+
+Files are read as a stream; of their metrics only those that the report shows are kept.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import re
+import reprlib
+import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from verl_troll.tools.report import events
 
 INSTALL = "pip install 'verl_troll[report]'"
 
@@ -48,7 +57,18 @@ READ = frozenset(
     )
 )
 
-_HELD_OUT = re.compile(r"val-core/(?P<source>.+?)(?:/(?P<variable>[^/]+))?/mean@(?P<samples>\d+)")
+MAX_LINE_BYTES = 32 * 2**20
+"""A longer line is refused: parsed, it may take twenty times as much memory."""
+MAX_VALUES = 20_000_000
+"""Values kept of one file, at about 40 bytes each."""
+MAX_RUNS = 100_000
+"""Runs of one file of collected runs."""
+MAX_CONFIG_BYTES = 16 * 2**20
+MAX_STEP = 10**12
+LARGEST, SMALLEST = 3.4028234663852886e38, 1.401298464324817e-45
+"""float32's range, in which verl computes its metrics: a value beyond counts as infinite, one below as 0."""
+
+_HELD_OUT = re.compile(r"val-core/(?P<source>.+?)(?:/(?P<variable>[^/]+))?/mean@(?P<samples>[0-9]+)", re.DOTALL)
 _SEED_IN_NAME = re.compile(r"(?:^|[-_. ])seed[-_=]?(\d+)(?=$|[-_. ])", re.IGNORECASE)
 _RATE_IN_NAME = re.compile(r"(?:^|[-_ ])lr[-_=]?(\d+(?:\.\d+)?(?:e[-+]?\d+)?)(?=$|[-_ ])", re.IGNORECASE)
 _NAMES_OF_NO_ARM = frozenset(("metrics", "tensorboard", "logs"))
@@ -81,6 +101,10 @@ _SETTINGS = {
 
 Warn = Callable[[str], None]
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_MAX_FAULTS_SHOWN = 20
+
 
 class ReportError(ValueError):
     """The inputs give no report; the message says why and what to do."""
@@ -98,6 +122,8 @@ class Series:
 
     def finite(self) -> Series:
         """The points whose value is finite."""
+        if all(map(math.isfinite, self.values)):
+            return self
         return _series(
             {step: value for step, value in zip(self.steps, self.values, strict=True) if math.isfinite(value)}
         )
@@ -114,7 +140,7 @@ class Run:
         lr: the actor's learning rate; None if unknown.
         status: ``diverged``, or another word for how it ended; empty if unknown.
         settings: other settings that distinguish the run, by name.
-        metrics: by verl's metric name.
+        metrics: those that the report shows, by verl's metric name.
         section: what it is compared within; runs of different sections are never averaged.
         source: file or folder, as given.
         argument: the command-line argument that it was found under.
@@ -146,10 +172,11 @@ class Run:
         return self._derived["held_out"]
 
     def kl_bound(self) -> float | None:
-        """The projection's KL bound per token, in nats; None for a run without one."""
+        """The projection's KL bound per token, in nats; None for a run without one, or with none that is finite."""
         for name, value in self.settings.items():
             if name.split(".")[-1] == "kl_bound":
-                return _as_float(value)
+                bound = _as_float(value)
+                return None if bound is None or not math.isfinite(bound) else bound
         return None
 
 
@@ -160,13 +187,34 @@ def _names(key: str) -> tuple[str, str]:
 
 def held_out_keys(metrics: Mapping[str, Any]) -> dict[str, str]:
     """The held-out success metric of each data source: the one with most samples, then with the longest name."""
-    found: dict[str, tuple[int, int, str]] = {}
+    found: dict[str, tuple[int, str, int, str]] = {}
     for key in metrics:
         match = _HELD_OUT.fullmatch(key)
         if match:
-            rank = (int(match["samples"]), len(key), key)
+            # Compared as text: Python converts at most 4,300 digits.
+            samples = match["samples"].lstrip("0")
+            rank = (len(samples), samples, len(key), key)
             found[match["source"]] = max(rank, found.get(match["source"], rank))
-    return {source: rank[2] for source, rank in sorted(found.items())}
+    return {source: rank[3] for source, rank in sorted(found.items())}
+
+
+def _shown_metric(key: str) -> bool:
+    """Whether the report shows a metric."""
+    return not READ.isdisjoint(_names(key)) or (key.startswith("val-core/") and _HELD_OUT.fullmatch(key) is not None)
+
+
+def short(value: object) -> str:
+    """A value for a message, shortened."""
+    try:
+        return _SHORT.repr(value)
+    except (ValueError, RecursionError):
+        return f"{type(value).__name__} too long to show"
+
+
+def _shown_path(path: str | Path) -> str:
+    """A path for a message: as it is, if that fits on a line."""
+    text = str(path)
+    return text if text.isprintable() and len(text) <= 400 else short(text)
 
 
 def warn_on_stderr(text: str) -> None:
@@ -174,32 +222,45 @@ def warn_on_stderr(text: str) -> None:
     print(f"verl-troll report: {text}", file=sys.stderr)
 
 
-def read_runs(paths: Sequence[str | Path], warn: Warn = warn_on_stderr) -> list[Run]:
+def read_runs(paths: Sequence[str | Path], warn: Warn = warn_on_stderr, fault: Warn | None = None) -> list[Run]:
     """Every run under ``paths``, in order; of duplicates the later one.
+
+    A file that is damaged or cannot be read is left out as a whole; the others are read.
 
     Args:
         paths: files, or folders to search; ``NAME=PATH`` sets the arm of every run under PATH.
-        warn: called with what was left out: damaged last lines, duplicates, files without a run.
+        warn: called with what is as expected and yet left out: incomplete last lines, duplicates, files without a run.
+        fault: called once for each file that is damaged or cannot be read, with the reason; ``warn`` by default.
 
     Raises:
-        ReportError: a path does not exist, a file is damaged before its last line, or there is no run.
+        ReportError: there is no run; the message has the faults.
     """
-    runs = [run for argument in paths for run in _under(str(argument), warn)]
+    faults: list[str] = []
+    runs = [run for argument in paths for run in _under(str(argument), warn, faults.append)]
     if not runs:
-        raise ReportError(
-            f"no run in {', '.join(map(str, paths)) or 'no path'}: give metrics.jsonl of verl's file logger, "
-            "TensorBoard event files, a file of collected runs, or a folder that holds any of them"
-        )
+        raise ReportError(_no_run(paths, faults))
+    for text in faults:
+        (fault or warn)(text)
     kept: dict[object, Run] = {}
     for number, run in enumerate(runs):
         key = number if run.seed is None else _description(run)
         if key in kept:
             warn(
-                f"{run.source}: {_words(run)} was read before, from {kept.pop(key).source}; the later one counts. If "
-                "the runs differ, give their arms different names with NAME=PATH"
+                f"{_shown_path(run.source)}: {_words(run)} was read before, from {_shown_path(kept.pop(key).source)}; "
+                "the later one counts. If the runs differ, give their arms different names with NAME=PATH"
             )
         kept[key] = run
     return list(kept.values())
+
+
+def _no_run(paths: Sequence[str | Path], faults: Sequence[str]) -> str:
+    if not faults:
+        return (
+            f"no run in {', '.join(map(_shown_path, paths)) or 'no path'}: give metrics.jsonl of verl's file logger, "
+            "TensorBoard event files, a file of collected runs, or a folder that holds any of them"
+        )
+    more = len(faults) - _MAX_FAULTS_SHOWN
+    return "\n".join([*faults[:_MAX_FAULTS_SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _description(run: Run) -> tuple[object, ...]:
@@ -209,107 +270,314 @@ def _description(run: Run) -> tuple[object, ...]:
 
 def _words(run: Run) -> str:
     rate = "" if run.lr is None else f", learning rate {run.lr:g}"
-    return f"arm {run.arm!r}, seed {run.seed}{rate}{f', task {run.task!r}' if run.task else ''}"
+    return f"arm {short(run.arm)}, seed {run.seed}{rate}{f', task {short(run.task)}' if run.task else ''}"
 
 
-def _under(argument: str, warn: Warn) -> Iterator[Run]:
+def _under(argument: str, warn: Warn, fault: Warn) -> Iterator[Run]:
     name, path = None, Path(argument)
-    if not path.exists() and "=" in argument:
-        name, _, rest = argument.partition("=")
-        path = Path(rest)
-        if not name or not rest:
-            raise ReportError(f"{argument!r}: an arm is named as NAME=PATH, with neither left out")
-    if not path.exists():
-        raise ReportError(f"{str(path)!r} does not exist: give a file or a folder of a run")
-    for run in _in_folder(path, warn) if path.is_dir() else _in_file(path, warn, searched=False):
+    try:
+        if not argument:
+            raise ReportError("'' is no path: give a file or a folder of a run")
+        if not os.path.lexists(argument) and "=" in argument:
+            name, _, rest = argument.partition("=")
+            path = Path(rest)
+            if not name or not rest:
+                raise ReportError(f"{short(argument)}: an arm is named as NAME=PATH, with neither left out")
+        folder = stat.S_ISDIR(_status(path, short(str(path))).st_mode)
+    except ReportError as error:
+        fault(str(error))
+        return
+    for run in _in_folder(path, warn, fault) if folder else _in_file(path, warn, fault, searched=False):
         yield dataclasses.replace(run, argument=argument, arm=run.arm if name is None else name)
 
 
-def _in_folder(folder: Path, warn: Warn) -> Iterator[Run]:
-    for parent, folders, files in os.walk(folder):
+def _in_folder(folder: Path, warn: Warn, fault: Warn) -> Iterator[Run]:
+    def unreadable(error: OSError) -> None:
+        fault(f"{_shown_path(error.filename)} cannot be searched: {error.strerror}")
+
+    for parent, folders, files in os.walk(folder, onerror=unreadable):
         folders.sort()
-        if any(_EVENT_FILE in name for name in files):
-            yield from _tensorboard(Path(parent), warn)
+        if found := sorted(name for name in files if _EVENT_FILE in name):
+            yield from _tensorboard(Path(parent), [Path(parent) / name for name in found], warn, fault)
         for name in sorted(files):
             if name.endswith(".jsonl"):
-                yield from _in_file(Path(parent) / name, warn, searched=True)
+                yield from _in_file(Path(parent) / name, warn, fault, searched=True)
 
 
-def _in_file(path: Path, warn: Warn, searched: bool) -> Iterator[Run]:
+def _in_file(path: Path, warn: Warn, fault: Warn, searched: bool) -> Iterator[Run]:
     if _EVENT_FILE in path.name:
-        yield from _tensorboard(path, warn)
+        yield from _tensorboard(path, [path], warn, fault)
+    else:
+        yield from _all_or_none(lambda: _runs_in_lines(path, warn, searched), path, fault)
+
+
+def _all_or_none(read: Callable[[], Iterable[Run]], path: Path, fault: Warn) -> list[Run]:
+    """The runs, or none and a fault."""
+    try:
+        return list(read())
+    except ReportError as error:
+        fault(str(error))
+    except OSError as error:
+        fault(f"{_shown_path(path)} cannot be read: {error.strerror}")
+    except RecursionError:
+        fault(f"{_shown_path(path)} is nested too deeply")
+    return []
+
+
+def _status(path: Path, shown: str) -> os.stat_result:
+    """What is at ``path``.
+
+    Raises:
+        ReportError: nothing, or nothing that can be reached.
+    """
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ENOENT and os.path.islink(path):
+            raise ReportError(f"{shown} is a link to what does not exist") from None
+        if error.errno == errno.ENOENT:
+            raise ReportError(f"{shown} does not exist: give a file or a folder of a run") from None
+        raise ReportError(f"{shown} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ReportError(f"{shown} cannot be read: {error}") from None
+
+
+def _opened(path: Path) -> BinaryIO:
+    """An open file. Others are refused: reading a pipe or a device may never end.
+
+    Raises:
+        ReportError: it is none, or cannot be read.
+    """
+    kind = stat.S_IFMT(_status(path, _shown_path(path)).st_mode)
+    if kind != stat.S_IFREG:
+        raise ReportError(f"{_shown_path(path)} is {_KINDS.get(kind, 'not a file')}: give a file or a folder of a run")
+    try:
+        # Were it replaced by a pipe just now, opening would not wait.
+        return os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+    except OSError as error:
+        raise ReportError(f"{_shown_path(path)} cannot be read: {error.strerror}") from None
+
+
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+class _Kept:
+    """Counts what is kept of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._values = 0
+
+    def more(self, values: int) -> None:
+        """Count values.
+
+        Raises:
+            ReportError: they are too many.
+        """
+        self._values += values
+        if self._values > MAX_VALUES:
+            raise ReportError(
+                f"{_shown_path(self._path)} has more than {MAX_VALUES:,} values of the metrics shown: keep fewer steps"
+            )
+
+
+def _runs_in_lines(path: Path, warn: Warn, searched: bool) -> Iterator[Run]:
+    lines = _json_lines(path, warn)
+    number, first = next(lines, (0, None))
+    if not number:
+        warn(f"{_shown_path(path)} holds no step: the run ended before its first one")
         return
-    lines = list(_json_lines(path, warn))
-    if not lines:
-        warn(f"{path} holds no step: the run ended before its first one")
-        return
-    first = lines[0][1]
     keys = set(first) if isinstance(first, dict) else set()
     if {"run", "metrics"} <= keys:
-        for number, line in lines:
-            yield _collected(line, f"{path}:{number}", path)
+        kept = _Kept(path)
+        yield _collected(first, f"{_shown_path(path)}:{number}", path, kept)
+        for count, (number, line) in enumerate(lines, 2):
+            if count > MAX_RUNS:
+                raise ReportError(f"{_shown_path(path)} has more than {MAX_RUNS:,} runs: split it")
+            yield _collected(line, f"{_shown_path(path)}:{number}", path, kept)
     elif {"step", "data"} <= keys:
-        yield _file_logger(lines, path)
+        yield _file_logger(number, first, lines, path)
     elif searched:
-        warn(f"{path} is left out: it is neither a log of verl's file logger nor a file of collected runs")
+        warn(f"{_shown_path(path)} is left out: it is neither a log of verl's file logger nor a file of collected runs")
     else:
         raise ReportError(
-            f"{path}:{lines[0][0]}: a line has either 'step' and 'data' (verl's file logger) or 'run' and 'metrics' "
-            f"(collected runs), got {sorted(keys) if keys else type(first).__name__}"
+            f"{_shown_path(path)}:{number}: a line has either 'step' and 'data' (verl's file logger) or 'run' and "
+            f"'metrics' (collected runs), got {short(sorted(keys)) if keys else type(first).__name__}"
         )
 
 
 def _json_lines(path: Path, warn: Warn) -> Iterator[tuple[int, Any]]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ReportError(f"{path} cannot be read: {error.strerror}") from None
-    lines = [(number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
-    for number, line in lines:
+    """Number and content of each line that is not blank."""
+    damaged: tuple[int, Exception] | None = None
+    for number, line in _lines(path):
+        if damaged:
+            raise ReportError(
+                f"{_shown_path(path)}:{damaged[0]}: not JSON ({damaged[1]}): only the last line of an interrupted run "
+                "may be damaged; fix or remove the line"
+            )
         try:
             value = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            damaged = number, error
+            continue
         except (ValueError, RecursionError) as error:
-            if number != lines[-1][0]:
-                raise ReportError(
-                    f"{path}:{number}: not JSON ({error}): only the last line of an interrupted run may be damaged; "
-                    "fix or remove the line"
-                ) from None
-            warn(f"{path}:{number}: the last line is damaged and was skipped, as an interrupted run leaves it")
-            return
+            raise ReportError(f"{_shown_path(path)}:{number}: not JSON that can be read ({error})") from None
         yield number, value
+    if damaged:
+        warn(
+            f"{_shown_path(path)}:{damaged[0]}: the last line is damaged and was skipped, as an interrupted run "
+            "leaves it"
+        )
 
 
-def _file_logger(lines: Sequence[tuple[int, Any]], path: Path) -> Run:
-    points: dict[str, dict[int, float]] = {}
-    for number, line in lines:
-        where = f"{path}:{number}"
-        if not isinstance(line, dict) or not isinstance(line.get("data"), dict) or not _whole(line.get("step")):
-            raise ReportError(f"{where}: expected {{'step': whole number, 'data': {{metric: number}}}}")
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    with _opened(path) as stream:
+        while line := stream.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                raise ReportError(
+                    f"{_shown_path(path)}:{number}: a line of more than {MAX_LINE_BYTES / 2**20:g} MiB is not read"
+                )
+            if line.strip():
+                yield number, line
+
+
+class _Points:
+    """The points of one metric in the order read; a later one of the same step counts."""
+
+    def __init__(self) -> None:
+        self.steps = array("q")
+        self.values = array("d")
+        self.increase = True
+
+    def add(self, step: int, value: float) -> None:
+        if self.steps and step <= self.steps[-1]:
+            self.increase = False
+        self.steps.append(step)
+        self.values.append(value)
+
+    def without(self, first: int) -> _Points:
+        """Those of steps before ``first``."""
+        kept = _Points()
+        for step, value in zip(self.steps, self.values, strict=True):
+            if step < first:
+                kept.add(step, value)
+        return kept
+
+
+def _as_series(points: dict[str, _Points]) -> dict[str, Series]:
+    """The series of each metric; takes the points, which are large, one by one."""
+    known: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    found = {}
+    for key in list(points):
+        one = points.pop(key)
+        if one.increase:
+            steps, values = tuple(one.steps), tuple(one.values)
+        else:
+            by_step = dict(sorted(dict(zip(one.steps, one.values, strict=True)).items()))
+            steps, values = tuple(by_step), tuple(by_step.values())
+        # Most metrics are logged at the same steps.
+        alike = known.setdefault((len(steps), sum(steps)), [])
+        if (same := next((other for other in alike if other == steps), None)) is None:
+            alike.append(steps)
+        found[key] = Series(same or steps, values)
+    return {key: series for key, series in found.items() if series}
+
+
+def _file_logger(number: int, line: Any, rest: Iterator[tuple[int, Any]], path: Path) -> Run:
+    points: dict[str, _Points] = {}
+    kept = _Kept(path)
+    while number:
+        where = f"{_shown_path(path)}:{number}"
+        if not isinstance(line, dict) or not isinstance(line.get("data"), dict) or not _is_step(line.get("step")):
+            raise ReportError(
+                f"{where}: expected {{'step': whole number, 'data': {{metric: number}}}}, with a step of at most "
+                f"{MAX_STEP:,}"
+            )
         for key, value in line["data"].items():
-            # verl's logger writes non-finite values as null.
-            number_or_none = math.nan if value is None else _as_float(value)
-            if number_or_none is not None:
-                points.setdefault(key, {})[line["step"]] = number_or_none
-            elif not READ.isdisjoint(_names(key)) or _HELD_OUT.fullmatch(key):
-                raise ReportError(f"{where}: {key} must be a number, got {value!r}")
-    return _described({key: _series(found) for key, found in points.items()}, path, "verl's file logger")
+            if _shown_metric(key):
+                # verl's logger writes non-finite values as null.
+                _add(points, kept, where, key, line["step"], math.nan if value is None else value)
+        number, line = next(rest, (0, None))
+    return _described(_as_series(points), path, "verl's file logger")
 
 
-def _tensorboard(path: Path, warn: Warn) -> Iterator[Run]:
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    except ImportError:
-        raise ReportError(f"{path} holds TensorBoard events, and tensorboard is not installed: {INSTALL}") from None
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
-    events.Reload()
-    metrics = {
-        key: _series({event.step: float(event.value) for event in events.Scalars(key)})
-        for key in events.Tags()["scalars"]
-    }
-    if metrics:
-        yield _described(metrics, path, "TensorBoard")
-    else:
-        warn(f"{path} holds no scalar: the run ended before its first step, or its events are damaged")
+def _add(points: dict[str, _Points], kept: _Kept, where: str, key: str, step: int, value: Any) -> None:
+    number = _as_float(value)
+    if number is None:
+        raise ReportError(f"{where}: {_shown_path(key)} must be a number, got {short(value)}")
+    kept.more(1)
+    if key not in points:
+        points[key] = _Points()
+    points[key].add(step, number)
+
+
+def _tensorboard(path: Path, files: Sequence[Path], warn: Warn, fault: Warn) -> Iterator[Run]:
+    """The run whose event files are ``files``, all in or at ``path``."""
+    points: dict[str, _Points] = {}
+    read = 0
+    for file in files:
+        try:
+            found, restart = _scalars(file, warn)
+        except ReportError as error:
+            fault(str(error))
+            continue
+        except OSError as error:
+            fault(f"{_shown_path(file)} cannot be read: {error.strerror}")
+            continue
+        read += 1
+        _drop_from(points, restart)
+        for key, more in found.items():
+            for step, value in zip(more.steps, more.values, strict=True):
+                points.setdefault(key, _Points()).add(step, value)
+    if metrics := _as_series(points):
+        yield from _all_or_none(lambda: [_described(metrics, path, "TensorBoard")], path, fault)
+    elif read:
+        warn(f"{_shown_path(path)} holds no scalar that the report shows: the run ended before its first step")
+
+
+def _scalars(file: Path, warn: Warn) -> tuple[dict[str, _Points], int]:
+    """The points of an event file, and the first step of earlier files that they replace."""
+    shown = _shown_path(file)
+
+    def cut() -> None:
+        warn(f"{shown}: the last record is incomplete and was skipped, as an interrupted run leaves it")
+
+    points: dict[str, _Points] = {}
+    kept = _Kept(file)
+    restart = MAX_STEP + 1
+    with _opened(file) as stream:
+        try:
+            for key, step, value in events.scalars(stream, _shown_metric, cut):
+                if not key:
+                    restart = min(restart, step)
+                    _drop_from(points, step)
+                elif not _is_step(step):
+                    raise ReportError(
+                        f"{shown}: the step of {_shown_path(key)} must be from 0 to {MAX_STEP:,}, got {step}"
+                    )
+                else:
+                    _add(points, kept, shown, key, step, value)
+        except events.DamagedError as error:
+            raise ReportError(f"{shown}: {error}") from None
+        except ImportError:
+            raise ReportError(
+                f"{shown} holds TensorBoard events, and tensorboard is not installed: {INSTALL}"
+            ) from None
+    return points, restart
+
+
+def _drop_from(points: dict[str, _Points], first: int) -> None:
+    for key, one in points.items():
+        if one.steps and max(one.steps) >= first:
+            points[key] = one.without(first)
 
 
 def _described(metrics: dict[str, Series], path: Path, kind: str) -> Run:
@@ -339,22 +607,40 @@ def _configuration(path: Path) -> tuple[dict[str, Any], tuple[Any, Any], float |
     folder = path if path.is_dir() else path.parent
     folders = [folder, folder.parent] if folder.name in _NAMES_OF_NO_ARM else [folder]
     candidates = [parent / part / "config.yaml" for parent in folders for part in (".hydra", "hydra/.hydra")]
-    config = next((candidate for candidate in candidates if candidate.is_file()), None)
+    config = next(filter(_is_there, candidates), None)
     if config is None:
         return {}, (None, None), None
+    shown = _shown_path(config)
     try:
         import yaml
     except ImportError:
-        raise ReportError(f"{config} says what the run is, and PyYAML is not installed: {INSTALL}") from None
+        raise ReportError(f"{shown} says what the run is, and PyYAML is not installed: {INSTALL}") from None
+    with _opened(config) as stream:
+        content = stream.read(MAX_CONFIG_BYTES + 1)
+    if len(content) > MAX_CONFIG_BYTES:
+        raise ReportError(f"{shown} has more than {MAX_CONFIG_BYTES / 2**20:g} MiB")
     try:
-        tree = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ReportError(f"{config} is not YAML: {error}") from None
-    settings = {name: value for name, key in _SETTINGS.items() if (value := _select(tree, key)) is not None}
+        tree = yaml.safe_load(content.decode("utf-8"))
+    # What it raises depends on the tag: IndexError for an empty `!!int`, KeyError for a `!!bool` that is none.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ReportError(f"{shown} is not YAML that can be read: {type(error).__name__}: {reason}") from None
+    settings = {
+        name: _setting(value, shown) for name, key in _SETTINGS.items() if (value := _select(tree, key)) is not None
+    }
     if settings.get("loss_mode") != "troll":
         settings = {name: value for name, value in settings.items() if ".troll." not in _SETTINGS[name]}
     seeds = (_select(tree, "data.seed"), _select(tree, "actor_rollout_ref.rollout.seed"))
-    return settings, seeds, _as_float(_select(tree, "actor_rollout_ref.actor.optim.lr"))
+    return settings, seeds, _rate(_select(tree, "actor_rollout_ref.actor.optim.lr"), f"{shown}: the actor's optim.lr")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something has that name, a link to nothing included; what cannot be looked at counts."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+    return True
 
 
 def _select(tree: Any, key: str) -> Any:
@@ -375,7 +661,7 @@ def _from_name(path: Path) -> tuple[str, int | None, float | None]:
     for part in reversed(parts):
         if seed is None and (match := _SEED_IN_NAME.search(part)):
             seed = int(match[1])
-        if rate is None and (match := _RATE_IN_NAME.search(part)):
+        if rate is None and (match := _RATE_IN_NAME.search(part)) and _is_rate(float(match[1])):
             rate = float(match[1])
         rest = _RATE_IN_NAME.sub("", _SEED_IN_NAME.sub("", part)).strip("-_. ")
         if rest and rest not in _NAMES_OF_NO_ARM:
@@ -383,34 +669,34 @@ def _from_name(path: Path) -> tuple[str, int | None, float | None]:
     return path.stem, seed, rate
 
 
-def _collected(line: Any, where: str, path: Path) -> Run:
+def _collected(line: Any, where: str, path: Path, kept: _Kept) -> Run:
     if not isinstance(line, dict) or not isinstance(line.get("run"), dict) or not isinstance(line.get("metrics"), dict):
         raise ReportError(f"{where}: expected {{'run': {{...}}, 'metrics': {{...}}}}")
     run, columns = line["run"], line["metrics"]
     if not isinstance(run.get("arm"), str) or not run["arm"]:
-        raise ReportError(f"{where}: run.arm must be a string, got {run.get('arm')!r}")
+        raise ReportError(f"{where}: run.arm must be a string, got {short(run.get('arm'))}")
     for key in ("task", "section", "status"):
         if not isinstance(run.get(key, ""), str):
-            raise ReportError(f"{where}: run.{key} must be a string, got {run[key]!r}")
+            raise ReportError(f"{where}: run.{key} must be a string, got {short(run[key])}")
     if run.get("seed") is not None and not _whole(run["seed"]):
-        raise ReportError(f"{where}: run.seed must be a whole number, got {run['seed']!r}")
-    rate = _as_float(run.get("lr"))
-    if run.get("lr") is not None and (rate is None or not 0 <= rate < math.inf):
-        raise ReportError(f"{where}: run.lr must be a learning rate of at least 0, got {run['lr']!r}")
+        raise ReportError(f"{where}: run.seed must be a whole number below 2^64, got {short(run['seed'])}")
     settings = run.get("settings", {})
     if not isinstance(settings, dict):
-        raise ReportError(f"{where}: run.settings must be a mapping, got {settings!r}")
+        raise ReportError(f"{where}: run.settings must be a mapping, got {short(settings)}")
     steps = columns.get("step")
-    if not isinstance(steps, list) or not all(map(_whole, steps)) or sorted(set(steps)) != steps:
-        raise ReportError(f"{where}: metrics.step must be a list of increasing whole numbers")
+    if not isinstance(steps, list) or not all(map(_is_step, steps)) or sorted(set(steps)) != steps:
+        raise ReportError(f"{where}: metrics.step must be a list of increasing whole numbers from 0 to {MAX_STEP:,}")
+    metrics = {name: _column(name, column, steps, where) for name, column in columns.items() if name != "step"}
+    shown = {name: series for name, series in metrics.items() if _shown_metric(name)}
+    kept.more(sum(len(series.steps) for series in shown.values()))
     return Run(
         task=run.get("task", ""),
         arm=run["arm"],
         seed=run.get("seed"),
-        lr=rate,
+        lr=_rate(run.get("lr"), f"{where}: run.lr"),
         status=run.get("status", ""),
-        settings=dict(_flat(settings)),
-        metrics={name: _column(name, column, steps, where) for name, column in columns.items() if name != "step"},
+        settings={name: _setting(value, where) for name, value in _flat(settings)},
+        metrics=shown,
         section=run.get("section", ""),
         source=str(path),
         kind="collected runs",
@@ -420,13 +706,17 @@ def _collected(line: Any, where: str, path: Path) -> Run:
 def _column(name: str, column: Any, steps: list[int], where: str) -> Series:
     if not isinstance(column, list) or len(column) != len(steps):
         got = f"{len(column)} values" if isinstance(column, list) else type(column).__name__
-        raise ReportError(f"{where}: metrics[{name!r}] must be a list of {len(steps)} values, one per step, got {got}")
+        raise ReportError(
+            f"{where}: metrics[{short(name)}] must be a list of {len(steps)} values, one per step, got {got}"
+        )
     points: dict[int, float] = {}
     for step, value in zip(steps, column, strict=True):
         if value is not None:
             number = _as_float(value)
             if number is None:
-                raise ReportError(f"{where}: metrics[{name!r}] at step {step} must be a number or null, got {value!r}")
+                raise ReportError(
+                    f"{where}: metrics[{short(name)}] at step {step} must be a number or null, got {short(value)}"
+                )
             points[step] = number
     return _series(points)
 
@@ -440,8 +730,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _average(parts: Sequence[Series]) -> Series:
-    if not parts:
-        return Series()
+    if len(parts) < 2:
+        return parts[0] if parts else Series()
     by_step = [dict(zip(part.steps, part.values, strict=True)) for part in parts]
     shared = set.intersection(*(set(values) for values in by_step))
     return _series({step: sum(values[step] for values in by_step) / len(by_step) for step in shared})
@@ -452,12 +742,45 @@ def _series(points: Mapping[int, float]) -> Series:
     return Series(steps, tuple(points[step] for step in steps))
 
 
+def _is_step(value: Any) -> bool:
+    return _whole(value) and 0 <= value <= MAX_STEP
+
+
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether it is a whole number, in 64 bits and a sign."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64
+
+
+def _is_rate(value: float | None) -> bool:
+    return value is not None and 0 <= value <= LARGEST
+
+
+def _rate(value: Any, name: str) -> float | None:
+    """A learning rate; None for None."""
+    rate = _as_float(value)
+    if value is not None and not _is_rate(rate):
+        raise ReportError(f"{name} must be a learning rate of at least 0, got {short(value)}")
+    return rate
+
+
+def _setting(value: Any, where: str) -> Any:
+    """A setting as a scalar: what is none becomes text."""
+    if value is None or isinstance(value, (str, float, bool)) or _whole(value):
+        return value
+    try:
+        return json.dumps(value, default=str)
+    except (TypeError, ValueError, RecursionError):
+        raise ReportError(f"{where}: a setting is too long or nested too deeply") from None
 
 
 def _as_float(value: Any) -> float | None:
+    """A number in float32's range (:data:`LARGEST`); None if it is none."""
     try:
-        return None if isinstance(value, (list, dict)) or value is None else float(value)
-    except (ValueError, OverflowError):
+        number = float(value)
+    except OverflowError:
+        number = math.inf if value > 0 else -math.inf
+    except (TypeError, ValueError):
         return None
+    if abs(number) > LARGEST:
+        return math.copysign(math.inf, number)
+    return 0.0 if abs(number) < SMALLEST else number

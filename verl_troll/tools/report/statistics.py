@@ -22,6 +22,10 @@ MIN_FOR_INTERVAL = 3
 STABLE_SHARE = 0.9
 COLLAPSED_SHARE = 0.5
 TAIL_SHARE = 0.1
+MAX_CURVE_STEPS = 1000
+"""Of a curve with more steps, this many are drawn: a picture has fewer pixels."""
+_MAX_RESAMPLED = 2**23
+"""Values resampled at once."""
 
 
 @dataclass(frozen=True)
@@ -99,16 +103,24 @@ def _interval_ends(columns: Sequence[Sequence[float]]) -> tuple[list[float], lis
     """Intervals of several means at once; all ``columns`` have the same length."""
     from scipy.stats import bootstrap
 
-    result = bootstrap(
-        ([list(column) for column in columns],),
-        _means,
-        axis=-1,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=RANDOM_STATE,
-    ).confidence_interval
-    return [float(value) for value in result.low], [float(value) for value in result.high]
+    low, high = list[float](), list[float]()
+    count = len(columns[0])
+    # Each call draws the same resamples, so the parts make no difference.
+    part = max(1, _MAX_RESAMPLED // (RESAMPLES * count))
+    for start in range(0, len(columns), part):
+        result = bootstrap(
+            ([list(column) for column in columns[start : start + part]],),
+            _means,
+            axis=-1,
+            n_resamples=RESAMPLES,
+            batch=min(RESAMPLES, max(1, _MAX_RESAMPLED // count)),
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=RANDOM_STATE,
+        ).confidence_interval
+        low += map(float, result.low)
+        high += map(float, result.high)
+    return low, high
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -231,21 +243,28 @@ def tail_mean(values: Sequence[float]) -> float:
     return math.fsum(tail) / len(tail)
 
 
+def spread(steps: Sequence[int]) -> list[int]:
+    """The steps; of more than :data:`MAX_CURVE_STEPS` that many, evenly spaced, first and last included."""
+    last = len(steps) - 1
+    if last < MAX_CURVE_STEPS:
+        return list(steps)
+    return [steps[last * number // (MAX_CURVE_STEPS - 1)] for number in range(MAX_CURVE_STEPS)]
+
+
 def mean_curve(runs: Sequence[Series], hold: bool = False) -> Curve:
-    """Mean and interval at each step, over the runs that have a finite value there.
+    """Mean and interval at each step (:func:`spread`), over the runs that have a finite value there.
 
     Args:
         runs: one metric of each run.
         hold: runs that ended early keep their last value at later steps.
     """
     tables = [dict(zip(run.steps, run.values, strict=True)) for run in map(Series.finite, runs) if run]
-    steps = sorted(set().union(*tables)) if tables else []
+    steps = spread(sorted(set().union(*tables)))
+    ends = [(last, table[last]) for table in tables for last in [max(table)]] if hold else []
     columns: list[list[float]] = []
     for step in steps:
         column = [table[step] for table in tables if step in table]
-        if hold:
-            column += [table[last] for table in tables if (last := max(table)) < step]
-        columns.append(column)
+        columns.append(column + [value for last, value in ends if last < step])
     low, high = [math.nan] * len(steps), [math.nan] * len(steps)
     for count in {len(column) for column in columns if len(column) >= MIN_FOR_INTERVAL}:
         alike = [index for index, column in enumerate(columns) if len(column) == count]
