@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.attack.attack import Attack, Extent, Outcome
 
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = ("cluster", "kernels")
 """Modules of this package; each has ``ATTACKS``."""
 
 
