@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.attack.attack import Attack, Extent, Outcome
 
-MODULES: tuple[str, ...] = ("support", "rewards", "report", "launchers")
+MODULES: tuple[str, ...] = ("kernels", "support", "rewards", "report", "launchers", "cluster")
 """Modules of this package; each has ``ATTACKS``."""
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import importlib
 import importlib.metadata
 import pkgutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from verl_troll import patches
-from verl_troll.patches import registry
+from verl_troll.patches import registry, transfer_queue_lost
 from verl_troll.patches.registry import Patch, PatchError, source_fingerprint
 
 PATCHES: list[Patch[...]] = [
@@ -95,3 +100,89 @@ def test_metric_names_keep_their_namespace() -> None:
             "actor/lr": 2,
             "actor/pg_loss": 3,
         }
+
+
+class Actor:
+    """Of TransferQueue, as Ray's handle of it."""
+
+    def __init__(self, *, dies: bool = False, busy: bool = False) -> None:
+        self.dies, self.busy, self.asked = dies, busy, 0
+        self.get_zmq_server_info = self
+
+    def remote(self) -> Actor:
+        self.asked += 1
+        return self
+
+    @property
+    def dead(self) -> bool:
+        return self.dies and self.asked > 2
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of TransferQueue that is connected to nothing; Ray knows :class:`Actor`."""
+    import ray
+    from transfer_queue.client import TransferQueueClient
+
+    import verl_troll.plugin  # noqa: F401
+
+    def get(actor: Actor) -> None:
+        if actor.dead:
+            raise ray.exceptions.ActorDiedError
+
+    monkeypatch.setattr(transfer_queue_lost, "PATIENCE", 0.01)
+    monkeypatch.setattr(ray, "wait", lambda actors, **_: ([actor for actor in actors if not actor.busy], []))
+    monkeypatch.setattr(ray, "get", get)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield functools.partial(TransferQueueClient._run_coroutine, mock.Mock(_loop=loop))
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def use(monkeypatch: pytest.MonkeyPatch, controller: Actor, *units: Actor) -> None:
+    from transfer_queue import interface
+
+    monkeypatch.setattr(interface, "_TQ_CONTROLLER", controller)
+    named = {f"TransferQueueStorageUnit#{number}": unit for number, unit in enumerate(units)}
+    monkeypatch.setattr(interface, "_TQ_STORAGE", {"SimpleStorage": named} if units else None)
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+async def at_once() -> str:
+    return "answer"
+
+
+def ask_for_ever(client: Any, request: Callable[[], Any]) -> None:
+    while True:
+        client(request())
+
+
+@pytest.mark.parametrize("request_", [never, at_once])
+def test_a_lost_actor_of_transfer_queue_is_named(monkeypatch: pytest.MonkeyPatch, client: Any, request_: Any) -> None:
+    use(monkeypatch, Actor(dies=True))
+    with pytest.raises(RuntimeError, match="has lost its actor TransferQueueController: "):
+        ask_for_ever(client, request_)
+    use(monkeypatch, Actor(busy=True), Actor(), Actor(dies=True))
+    with pytest.raises(RuntimeError, match="has lost its actor TransferQueueStorageUnit#1: "):
+        ask_for_ever(client, request_)
+
+
+def test_transfer_queue_may_take_its_time(monkeypatch: pytest.MonkeyPatch, client: Any) -> None:
+    controller = Actor()
+    use(monkeypatch, controller)
+
+    async def slow(answer: list[str]) -> str:
+        begun = controller.asked
+        while controller.asked < begun + 2:
+            await asyncio.sleep(0.01)
+        return answer.pop()
+
+    assert client(slow(["finished"])) == "finished"
+    with pytest.raises(IndexError):
+        client(slow([]))

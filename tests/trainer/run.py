@@ -19,6 +19,7 @@ from tests.device import environment as platform_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE_MODULE = "tests.trainer.probe_loader"
+METRICS = "metrics.jsonl"
 
 
 def make_assets(folder: Path, hidden_size: int = 32) -> None:
@@ -66,15 +67,38 @@ def run_trainer(
     Raises:
         AssertionError: the trainer failed or hung; the message ends with its log.
     """
+    command, environment = trainer(assets, out, overrides, ranks=ranks, probe=probe, group=group, device=device)
+    log, metrics = out / "trainer.log", out / METRICS
+    ended = ""
+    with log.open("w") as file, Tree(command, cwd=out, env=environment, stdout=file, stderr=subprocess.STDOUT) as tree:
+        try:
+            if (code := tree.wait((log, metrics), limit=limit)) != 0:
+                ended = f"ended with {code}"
+        except HungError as error:
+            ended = f"hung: {error}"
+    assert not ended, f"the trainer {ended}:\n{log.read_text(errors='replace')[-6000:]}"
+    return metric_rows(out)
+
+
+def trainer(
+    assets: Path,
+    out: Path,
+    overrides: list[str],
+    *,
+    ranks: int = 1,
+    probe: bool = False,
+    group: str = "default",
+    device: str = DEVICE,
+) -> tuple[list[str], dict[str, str]]:
+    """The command that :func:`run_trainer` runs in ``out``, which is made, and its environment."""
     out.mkdir(parents=True, exist_ok=True)
-    metrics = out / "metrics.jsonl"
     verls = platform_variables(device)
     if probe:
         verls["VERL_USE_EXTERNAL_MODULES"] += f",{PROBE_MODULE}"
     environment = {
         **os.environ,
         **verls,
-        "VERL_FILE_LOGGER_PATH": str(metrics),
+        "VERL_FILE_LOGGER_PATH": str(out / METRICS),
         "TROLL_TEST_PROBE": str(out),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "HYDRA_FULL_ERROR": "1",
@@ -112,16 +136,12 @@ def run_trainer(
         f"trainer.default_local_dir={out}/checkpoints",
         *overrides,
     ]
-    log = out / "trainer.log"
-    ended = ""
-    with log.open("w") as file, Tree(command, cwd=out, env=environment, stdout=file, stderr=subprocess.STDOUT) as tree:
-        try:
-            if (code := tree.wait((log, metrics), limit=limit)) != 0:
-                ended = f"ended with {code}"
-        except HungError as error:
-            ended = f"hung: {error}"
-    assert not ended, f"the trainer {ended}:\n{log.read_text(errors='replace')[-6000:]}"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return command, environment
+
+
+def metric_rows(out: Path) -> list[dict[str, Any]]:
+    """One row of metrics per step logged so far."""
+    rows = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
     return [{"step": row["step"], **row["data"]} for row in rows]
 
 
