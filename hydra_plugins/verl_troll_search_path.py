@@ -1,7 +1,7 @@
 """Puts verl_troll's configuration groups on Hydra's search path, so that ``+troll=default`` works alone.
 
-Hydra imports this module in every Hydra application of the environment, so it imports nothing but Hydra's own base
-class, and names the folder of the groups instead of the package, which would import torch.
+Hydra imports this module in every Hydra application of the environment, so it imports nothing but Hydra's own
+classes, and names the folder of the groups instead of the package, which would import torch.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class HostSettings(BaseConfig):
                 f"+baseline={self.baseline} to train with TROLL, +troll=... to train with {self.baseline}."
             )
         if self.misplaced is not None:
-            raise refusal("troll", self.misplaced, "no such key, nothing reads it", f"Write {PREFIX}.NAME=VALUE.")
+            raise TrollConfigError(f"troll={self.misplaced!r}: nothing reads this key. Write {PREFIX}.NAME=VALUE.")
         if not self.use_v1:
             raise refusal(
                 "trainer.use_v1",
