@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -18,13 +19,8 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_fuzz(tmp_path: Path) -> None:
-    outcome = report.fuzz(Extent(tmp_path, scale=0.02))
-    assert (outcome.tried, outcome.fell) == (200, 0), outcome.examples
-
-
-def test_large(tmp_path: Path) -> None:
-    outcome = report.large(Extent(tmp_path, scale=1e-3))
-    assert (outcome.tried, outcome.fell) == (3, 0), outcome.examples
+    outcome = report.fuzz(Extent(tmp_path, scale=0.01))
+    assert (outcome.tried, outcome.fell) == (100, 0), outcome.examples
 
 
 def test_a_pipe_that_is_waited_for_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,8 +39,12 @@ def test_an_error_of_another_kind_falls(tmp_path: Path, monkeypatch: pytest.Monk
     assert "Error" in outcome.examples[0]
 
 
-def test_memory_beyond_the_limit_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_fall_by_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = report.MEMORY_BYTES / 2**20
     monkeypatch.setattr(report, "MEMORY_BYTES", 2**20)
-    outcome = report.large(Extent(tmp_path, scale=1e-4))
-    assert outcome.fell == 3
-    assert "MiB of memory" in outcome.examples[0]
+    outcome = report.large(Extent(tmp_path, scale=1e-3))
+    assert (outcome.tried, outcome.fell) == (3, 3)
+    for example in outcome.examples:
+        found = re.search(r": (\d+) MiB of memory$", example)
+        assert found, example
+        assert int(found[1]) < limit
