@@ -27,7 +27,7 @@ def _check() -> None:
     units = (interface._TQ_STORAGE or {}).get("SimpleStorage", {})
     actors = {"TransferQueueController": interface._TQ_CONTROLLER, **units}
     answers = {name: actor.get_zmq_server_info.remote() for name, actor in actors.items() if actor is not None}
-    ready, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=PATIENCE)
+    ready = ray.wait(list(answers.values()), num_returns=len(answers), timeout=PATIENCE)[0] if answers else []
     for name, answer in answers.items():
         try:
             if answer in ready:

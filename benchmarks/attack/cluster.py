@@ -275,8 +275,7 @@ STORAGE = Victim(
 )
 ACTOR = Victim("the actor's worker", _called("ray::WorkerDict"), r"class_name: .*WorkerDict")
 SERVER = Victim("the rollout server", _called("ray::EmbeddedServer"), r"class_name: EmbeddedServer")
-# The other rank may notice first that the connection is closed, and name the peer.
-NODE = Victim("the second node", _of_node("127.0.0.3"), r"Connection closed by peer \[|ip: 127\.0\.0\.3")
+NODE = Victim("the second node", _of_node("127.0.0.3"), r"node 127\.0\.0\.3 .* does not answer")
 
 _PROMISE = "the run ends, fails, says what was lost, leaves no process, and resumes with the next step"
 ATTACKS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import socket
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,14 @@ from verl_troll.plugin.cluster_check import ClusterError, check_cluster
 
 A, B, C, D = (letter * 56 for letter in "abcd")
 HERE = {"verl_troll": verl_troll.__version__, "verl": importlib.metadata.version("verl")}
+
+
+@pytest.fixture(autouse=True)
+def at_exit(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the process would do when it exits."""
+    registered: list[Any] = []
+    monkeypatch.setattr("atexit.register", lambda *call: registered.append(call))
+    return registered
 
 
 class FakeRay:
@@ -68,10 +77,11 @@ def check(monkeypatch: pytest.MonkeyPatch, fake: FakeRay) -> list[str]:
     return fake.asked
 
 
-def test_nodes_like_the_driver_pass_and_take_no_resources(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_like_the_driver_pass_and_take_no_resources(monkeypatch: pytest.MonkeyPatch, at_exit: list[Any]) -> None:
     fake = FakeRay({A: HERE, B: HERE, C: HERE})
     assert check(monkeypatch, fake) == [A, B, C]
     assert fake.resources == {"num_cpus": 0}
+    assert at_exit == [(cluster_check.name_lost, fake.nodes())]
 
 
 def test_the_drivers_own_node_alone_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,3 +127,15 @@ def test_what_is_not_installed_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(importlib.metadata, "version", unknown)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cluster_check._question()() == {"verl_troll": "missing", "verl": "missing"}
+
+
+def test_a_node_that_was_lost_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as here, socket.create_server(("127.0.0.1", 0)) as gone:
+        ports = [server.getsockname()[1] for server in (here, gone)]
+        gone.close()
+        cluster_check.name_lost(
+            {"NodeID": name, "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}
+            for name, port in zip(("here", "gone"), ports, strict=True)
+        )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("node 127.0.0.1 (gone) of the Ray cluster does not answer")

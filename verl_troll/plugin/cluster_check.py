@@ -1,11 +1,16 @@
-"""Checks that every node of a Ray cluster has the driver's versions before verl starts anything there.
+"""Checks that every node of a Ray cluster has the driver's versions before verl starts anything there, and names at the
+end of a run the nodes that were lost.
 
 verl spreads its processes, the trainer's included, over all nodes, and each process imports the plugin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import atexit
+import socket
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -74,6 +79,25 @@ def check_cluster() -> None:
             + "\nEvery node runs verl with TROLL. On each of these, in the Python environment that 'ray start' runs "
             f"in: pip install 'verl_troll=={here['verl_troll']}' 'verl=={here['verl']}'"
         )
+    atexit.register(name_lost, nodes)
+
+
+def name_lost(nodes: Iterable[Mapping[str, Any]]) -> None:
+    """Print which of these nodes does not answer any more.
+
+    A run whose node is lost ends with the error of whatever waited for it, which may name neither. Ray itself takes
+    longer to notice.
+    """
+    for node in nodes:
+        try:
+            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=5).close()
+        except OSError as error:
+            print(
+                f"node {node['NodeManagerAddress']} ({node['NodeID']}) of the Ray cluster does not answer ({error}): "
+                "it was lost, or has left. A run that ended with an error resumes from its last checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _listed(versions: dict[str, str]) -> str:
