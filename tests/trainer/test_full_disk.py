@@ -9,7 +9,7 @@ import pytest
 from benchmarks.attack.launchers import small_disk
 from tests.trainer.run import make_assets, run_trainer
 
-pytestmark = pytest.mark.trainer
+pytestmark = [pytest.mark.trainer, pytest.mark.slow]
 
 DISK_BYTES = 800_000
 """One checkpoint of about 0.5 MB fits, two do not."""
