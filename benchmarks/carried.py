@@ -12,6 +12,7 @@ from benchmarks.inputs import make_batch
 from benchmarks.measure import Contender, Spread, take_turns
 from benchmarks.rows import Case, Row, parameters, phase_seconds
 from benchmarks.troll import DROPPED_MASS, compact, support_facts
+from verl_troll.core import wire
 from verl_troll.core.support import Selection, SparsePolicy, select
 from verl_troll.core.vocab import VocabLogits
 from verl_troll.plugin import carry
@@ -94,7 +95,7 @@ def run(case: Case, repeat: int, shard: None = None) -> list[Row]:
 
 def _packed_row(case: Case, policy: SparsePolicy, sampled_ids: Tensor, repeat: int, kept: int | None) -> Row:
     data, tokens = micro_batch(sampled_ids)
-    unpack = partial(carry.unpack, data, tokens, k=case.k, vocab_size=case.vocab)
+    unpack = partial(carry.unpack, data, tokens, k=policy.ids.shape[1], vocab_size=wire.MAX_VOCAB_SIZE)
     fields = carry.pack(policy.ids, policy.log_probs, tokens)
     for name, field in fields.items():
         data[name] = field

@@ -34,7 +34,7 @@ def make_assets(folder: Path, hidden_size: int = 32) -> None:
     tokenizer.save_pretrained(folder / "model")
     rows = [
         {
-            "data_source": "even-digits",
+            "data_source": "even-characters",
             "prompt": [{"role": "user", "content": "say" + " please" * (index % 3)}],
             "ability": "form",
             "reward_model": {"style": "rule", "ground_truth": ""},
