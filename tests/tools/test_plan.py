@@ -578,7 +578,9 @@ def test_invalid_options_are_refused_by_name(arguments: str, message: str, capsy
     assert message in output
 
 
-@pytest.mark.parametrize("arguments", ["--tokens many", "--tokens 1.5", "--support other", "--dtype int8"])
+@pytest.mark.parametrize(
+    "arguments", ["--tokens many", "--tokens 1.5", "--tokens 1e400", "--tokens nan", "--support other", "--dtype int8"]
+)
 def test_what_is_no_number_or_choice_is_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["plan", *shlex.split(f"{SIZES} {arguments}")])

@@ -36,7 +36,7 @@ def _number(text: str) -> float:
 
 def _whole(text: str) -> int:
     value = _number(text)
-    if value != int(value):
+    if not value.is_integer():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(value)
 
