@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from verl_troll.core.vocab import VocabLogits
 from verl_troll.plugin import carry
 
 VOCAB, K = 97, 6
+NAMED = re.compile(r"sample \d+ of |the batch has no field 'troll_old_|the micro-batch: .* support is wrong: troll_old_")
+"""How an error starts: with the sample, or with what concerns all of them."""
 
 
 @dataclass
@@ -336,7 +339,7 @@ def _run(extent: Extent) -> Outcome:
                 try:
                     unpacked(corrupt(rng, batch), fixed_width=width)
                 except carry.SupportError as error:
-                    outcome.record("sample" in str(error) or "field" in str(error), f"{name}: names no sample: {error}")
+                    outcome.record(NAMED.match(str(error)) is not None, f"{name}: names no sample: {error}")
                 except Exception as error:
                     outcome.record(False, f"{name}: {type(error).__name__}: {error}")
                 else:
