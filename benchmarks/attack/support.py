@@ -18,7 +18,7 @@ from verl_troll.core.vocab import VocabLogits
 from verl_troll.plugin import carry
 
 VOCAB, K = 97, 6
-NAMED = re.compile(r"sample \d+ of |the batch has no field 'troll_old_|the micro-batch: .* support is wrong: troll_old_")
+NAMED = re.compile(r"sample \d+ of |the batch has no field|the micro-batch: .* support is wrong: troll_old_")
 """How an error starts: with the sample, or with what concerns all of them."""
 
 
