@@ -11,6 +11,7 @@ import multiprocessing.connection
 import os
 import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -21,6 +22,8 @@ from benchmarks.guardian import descendants, stay_behind
 from benchmarks.processes import IDLE_SECONDS, HungError, Progress
 from tests.device import DEVICE, backend
 
+# How long the other ranks may take to end once one has failed; only failing tests wait.
+GRACE_SECONDS = 10
 PRELOAD = ("torch", "torch.distributed", "tests.distributed.preload")
 
 
@@ -96,11 +99,10 @@ def run_ranks(
                         progress.check()
                     except HungError as error:
                         raise RankFailedError(f"ranks {sorted(waiting)} of {world_size} hang: {error}") from None
-                ended = [rank for rank, process in waiting.items() if not process.is_alive()]
-                # The first failure is the cause: ranks that wait for a failed one fail too.
-                for rank in sorted(ended, key=lambda rank: _last_write(rank, folder)):
+                for rank in [rank for rank, process in waiting.items() if not process.is_alive()]:
+                    if _failure(rank, ranks[rank].exitcode, folder):
+                        raise _first_failure(ranks, folder)
                     waiting.pop(rank)
-                    _raise_if_failed(rank, ranks[rank].exitcode, folder)
         finally:
             for process in ranks:
                 process.terminate()
@@ -109,16 +111,27 @@ def run_ranks(
         return [pickle.loads(Path(folder, f"result{rank}").read_bytes())[1] for rank in range(world_size)]
 
 
+def _first_failure(ranks: Sequence[Any], folder: str) -> RankFailedError:
+    """The cause: ranks that wait for a failed one fail too, and may end before it."""
+    limit = time.monotonic() + GRACE_SECONDS
+    while any(process.is_alive() for process in ranks) and time.monotonic() < limit:
+        time.sleep(0.05)
+    ended = [rank for rank, process in enumerate(ranks) if not process.is_alive()]
+    failures = {rank: _failure(rank, ranks[rank].exitcode, folder) for rank in ended}
+    first = min((rank for rank in ended if failures[rank]), key=lambda rank: _last_write(rank, folder))
+    return RankFailedError(failures[first])
+
+
 def _last_write(rank: int, folder: str) -> int:
     written = [path for path in (Path(folder, f"result{rank}"), Path(folder, f"log{rank}")) if path.exists()]
     return written[0].stat().st_mtime_ns if written else 0
 
 
-def _raise_if_failed(rank: int, exit_code: int | None, folder: str) -> None:
+def _failure(rank: int, exit_code: int | None, folder: str) -> str:
+    """What went wrong on a rank that has ended; nothing if nothing did."""
     path = Path(folder, f"result{rank}")
     if not path.exists():
         log = Path(folder, f"log{rank}").read_text(errors="replace")[-4000:]
-        raise RankFailedError(f"rank {rank} ended with exit code {exit_code} before it had a result:\n{log}")
+        return f"rank {rank} ended with exit code {exit_code} before it had a result:\n{log}"
     passed, value = pickle.loads(path.read_bytes())
-    if not passed:
-        raise RankFailedError(f"rank {rank} failed:\n{value}")
+    return "" if passed else f"rank {rank} failed:\n{value}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 
 import psutil
 import pytest
@@ -27,6 +28,21 @@ def fail_on(rank: int) -> None:
     dist.barrier()
 
 
+def fail_and_end_late(rank: int) -> None:
+    """As on a busy machine: the failing rank lets go of the others and is still there when they have ended."""
+    if dist.get_rank() == rank:
+        end = os._exit
+
+        def end_late(code: int) -> None:
+            dist.destroy_process_group()
+            time.sleep(2)
+            end(code)
+
+        os._exit = end_late  # type: ignore[assignment]
+        raise ArithmeticError("the sum is off")
+    dist.barrier()
+
+
 def die_on(rank: int) -> None:
     if dist.get_rank() == rank:
         print("last words", flush=True)
@@ -43,9 +59,10 @@ def test_results_come_back_by_rank() -> None:
     assert run_ranks(add_ranks, 3) == [6, 6, 6]
 
 
-def test_failing_rank_fails_the_test_at_once_with_its_traceback() -> None:
-    with pytest.raises(RankFailedError, match=r"(?s)rank 1 failed.*in fail_on.*ArithmeticError: the sum is off"):
-        run_ranks(fail_on, 2, (1,))
+@pytest.mark.parametrize("fail", [fail_on, fail_and_end_late])
+def test_failing_rank_fails_the_test_at_once_with_its_traceback(fail: Callable[[int], None]) -> None:
+    with pytest.raises(RankFailedError, match=r"(?s)rank 1 failed.*in fail_.*ArithmeticError: the sum is off"):
+        run_ranks(fail, 2, (1,))
 
 
 def test_dying_rank_is_named_with_its_last_words() -> None:
