@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks.study run``, ``list``, ``cell``, ``export``, ``tables``."""
+"""The command line: ``python -m benchmarks.study --help`` lists the commands."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.study import grid, results
+from benchmarks.study import grid, pretrained, results
 from benchmarks.study.cells import LOSSES, TASKS_FOLDER, Cell
 from benchmarks.study.pool import Pool
-from benchmarks.study.tasks import TASKS
+from benchmarks.study.tasks import NAMES, PRETRAINED
 from verl_troll.tools import disk
+
+SECTIONS = {**grid.SECTIONS, **pretrained.SECTIONS}
 
 
 def _prepare(names: Sequence[str]) -> None:
@@ -29,13 +31,17 @@ def _say(text: str) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    tasks = options.task or grid.TASKS
+    part = pretrained if options.pretrained else grid
+    tasks, sections = options.task or part.TASKS, options.section or tuple(part.SECTIONS)
+    if strange := [name for name in sections if name not in part.SECTIONS]:
+        print(f"--section {strange[0]}: must be one of {', '.join(part.SECTIONS)}", file=sys.stderr)
+        return 2
     _prepare(tasks)
 
-    sections = options.section or tuple(grid.SECTIONS)
-    failed = Pool(lambda done: grid.in_order(done, sections, tasks), options.results, say=_say).run(
-        options.workers, options.minutes
-    )
+    def cells(done: results.Results) -> Iterator[Cell]:
+        return part.in_order(done, sections, tasks)
+
+    failed = Pool(cells, options.results, say=_say).run(options.workers, options.minutes)
     return 1 if failed else 0
 
 
@@ -53,6 +59,30 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    done = results.read(options.results)
+    total = 0.0
+    print(f"{'stage':<26} {'runs':>4} {'done':>4} {'hours':>6} {'so far':>6}   two cores, two runs at a time")
+    for name, cells in pretrained.planned(done).items():
+        left = [cell for cell in cells if cell.key not in done]
+        hours = sum(pretrained.seconds(cell, done) for cell in left) / 2 / 3600
+        total += hours
+        about = SECTIONS[name].about
+        print(f"{name:<26} {len(cells):>4} {len(cells) - len(left):>4} {hours:>6.1f} {total:>6.1f}   {about}")
+    print("Arms whose best rate is at the end of the range take a run or two more.")
+    return 0
+
+
+def _survey(options: argparse.Namespace) -> int:
+    from benchmarks.study import survey
+    from benchmarks.study.prepare import MODEL, prepare_model
+
+    prepare_model(model := TASKS_FOLDER / MODEL)
+    survey.run(model, options.results, options.prompts, say=_say)
+    print("\n".join(survey.table(survey.read(options.results))))
+    return 0
+
+
 def _cell(options: argparse.Namespace) -> int:
     cell = Cell(
         options.task,
@@ -60,12 +90,12 @@ def _cell(options: argparse.Namespace) -> int:
         options.lr,
         options.seed,
         estimator=options.estimator,
-        mini_batches=options.mini_batches,
+        mini_batches=options.mini_batches or (pretrained.ONCE["mini_batches"] if options.task in PRETRAINED else 8),
         epochs=options.epochs,
         staleness=options.staleness,
         old_policy=options.old_policy,
         temperature=options.temperature,
-        steps=options.steps,
+        steps=options.steps or (pretrained.ONCE["steps"] if options.task in PRETRAINED else grid.STEPS),
         settings=tuple(options.set),
     )
     _prepare([cell.task])
@@ -84,7 +114,7 @@ def _cell(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     done = results.read(options.results)
-    lines = [done[cell.key] for cell in grid.SECTIONS[options.section].cells(done) if cell.key in done]
+    lines = [done[cell.key] for cell in SECTIONS[options.section].cells(done) if cell.key in done]
     if not lines:
         print(f"{options.results} holds no run of the section {options.section}", file=sys.stderr)
         return 1
@@ -97,8 +127,13 @@ def _tables(options: argparse.Namespace) -> int:
     from benchmarks.study import tables
 
     done = results.read(options.results)
-    lines = [done[cell.key] for cell in grid.SECTIONS[options.section].cells(done) if cell.key in done]
-    text = tables.by_rate(lines) if options.by_rate else tables.by_arm(lines, options.baseline)
+    lines = [done[cell.key] for cell in SECTIONS[options.section].cells(done) if cell.key in done]
+    if options.by_rate:
+        text = tables.by_rate(lines)
+    elif options.section in pretrained.SECTIONS:
+        text = tables.pretrained(lines, options.baseline)
+    else:
+        text = tables.by_arm(lines, options.baseline)
     print("\n".join(text))
     return 0
 
@@ -110,8 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser("run", help="train the rest of the grid; safe to interrupt and restart")
-    run.add_argument("--section", action="append", choices=grid.SECTIONS, help="only this section; may be repeated")
-    run.add_argument("--task", action="append", choices=grid.TASKS, help="only this task; may be repeated")
+    run.add_argument("--section", action="append", choices=SECTIONS, help="only this section; may be repeated")
+    run.add_argument("--task", action="append", choices=NAMES, help="only this task; may be repeated")
+    run.add_argument("--pretrained", action="store_true", help="the part on the pretrained model")
     run.add_argument("--workers", type=int, default=2, help="parallel runs, one core each (default 2)")
     run.add_argument("--minutes", type=float, default=math.inf, help="start no run after this many minutes")
     run.add_argument("--results", type=Path, default=results.FILE, help="file to append runs to")
@@ -121,18 +157,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     listed.add_argument("--results", type=Path, default=results.FILE)
     listed.set_defaults(act=_list)
 
+    plan = commands.add_parser("plan", help="what the part on the pretrained model will take")
+    plan.add_argument("--results", type=Path, default=results.FILE)
+    plan.set_defaults(act=_plan)
+
+    survey = commands.add_parser("survey", help="how the pretrained model does on candidate tasks, about a minute each")
+    survey.add_argument("--prompts", type=int, default=32)
+    survey.add_argument("--results", type=Path, default=results.FILE.with_name("survey.jsonl"))
+    survey.set_defaults(act=_survey)
+
     cell = commands.add_parser("cell", help="train one run of the grid, or one of your own")
-    cell.add_argument("--task", choices=TASKS, default="chain")
+    cell.add_argument("--task", choices=NAMES, default="chain")
     cell.add_argument("--loss", choices=LOSSES, default="union")
     cell.add_argument("--lr", type=float, default=2e-4)
     cell.add_argument("--seed", type=int, default=0)
     cell.add_argument("--estimator", default="grpo")
-    cell.add_argument("--mini-batches", type=int, default=8)
+    cell.add_argument("--mini-batches", type=int, help="default 8, with a pretrained model 4")
     cell.add_argument("--epochs", type=int, default=1)
     cell.add_argument("--staleness", type=int, default=0)
     cell.add_argument("--old-policy", choices=("rescored", "behaviour"), default="rescored")
     cell.add_argument("--temperature", type=float, default=1.0)
-    cell.add_argument("--steps", type=int, default=grid.STEPS)
+    cell.add_argument("--steps", type=int, help="default 40, with a pretrained model 12")
     cell.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a verl setting, or troll.NAME=VALUE"
     )
@@ -140,13 +185,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cell.set_defaults(act=_cell)
 
     export = commands.add_parser("export", help="export the runs of one section, for verl-troll report")
-    export.add_argument("section", choices=grid.SECTIONS)
+    export.add_argument("section", choices=SECTIONS)
     export.add_argument("out", type=Path)
     export.add_argument("--results", type=Path, default=results.FILE)
     export.set_defaults(act=_export)
 
     shown = commands.add_parser("tables", help="print the tables of docs/study.md")
-    shown.add_argument("section", choices=grid.SECTIONS)
+    shown.add_argument("section", choices=SECTIONS)
     shown.add_argument("--by-rate", action="store_true", help="show final success at each rate")
     shown.add_argument("--baseline", choices=LOSSES, default="clip", help="loss to compare the others with")
     shown.add_argument("--results", type=Path, default=results.FILE)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.tasks import TASKS
+from benchmarks.study.tasks import NAMES, PRETRAINED, TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS_FOLDER = ROOT / "runs" / "study" / "tasks"
@@ -19,9 +19,32 @@ PROMPTS, SAMPLES = 16, 8
 TEST_EVERY = 5
 """Steps between evaluations."""
 
+PRETRAINED_SAMPLES = 4
+"""Samples per prompt with a pretrained model."""
+PRETRAINED_ROWS = 16
+"""Samples per forward and backward pass with a pretrained model."""
+PRETRAINED_EVALUATIONS = 3
+"""Evaluations of a pretrained model in training, besides the one before."""
+PROBED_K = (16, 64, 256)
+"""Support sizes at which :mod:`benchmarks.study.probe` looks at a pretrained model."""
+
 _ACTOR = "actor_rollout_ref.actor"
 _TROLL = f"{_ACTOR}.policy_loss.troll"
 _WIDE_OPEN = "1e9"
+
+
+def _with_regression(loss: str, *, low: float, high: float, c: float) -> tuple[str, ...]:
+    """``+baseline=loss``, plus TROLL's regression (:mod:`benchmarks.study.losses`)."""
+    return (
+        "+troll=default",
+        f"{_ACTOR}._target_=benchmarks.study.losses.RegressionActorConfig",
+        f"{_ACTOR}.policy_loss.loss_mode={loss}_regression",
+        "actor_rollout_ref.model.external_lib=[verl_troll.plugin,benchmarks.study.losses]",
+        f"{_ACTOR}.clip_ratio_low={low}",
+        f"{_ACTOR}.clip_ratio_high={high}",
+        f"{_ACTOR}.clip_ratio_c={c}",
+    )
+
 
 LOSSES: dict[str, tuple[str, ...]] = {
     "clip": ("+baseline=vanilla",),
@@ -36,9 +59,12 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "cispo": ("+baseline=cispo",),
     "sapo": ("+baseline=sapo",),
     "dppo_kl": ("+baseline=dppo_kl",),
+    "dppo_tv": ("+baseline=dppo_tv",),
     "union": ("+troll=default",),
     "anchored": ("+troll=default", f"{_TROLL}.support=anchored"),
     "union_sequence": ("+troll=sequence", f"{_ACTOR}.loss_agg_mode=seq-mean-token-mean"),
+    "clip_regression": _with_regression("vanilla", low=0.2, high=0.2, c=3.0),
+    "dppo_kl_regression": _with_regression("dppo_kl", low=0.05, high=0.05, c=10000.0),
 }
 """Arms of the study, as overrides for verl. ``none`` is the plain ratio without a trust region."""
 
@@ -48,7 +74,7 @@ class Cell:
     """One run.
 
     Attributes:
-        task: name in :data:`benchmarks.study.tasks.TASKS`.
+        task: name in :data:`benchmarks.study.tasks.NAMES`.
         loss: name in :data:`LOSSES`.
         lr: Adam's constant learning rate.
         seed: seed for the data order and for sampling.
@@ -77,8 +103,8 @@ class Cell:
 
     def __post_init__(self) -> None:
         """Raise :class:`ValueError` if the run is impossible."""
-        if self.task not in TASKS:
-            raise ValueError(f"task={self.task!r}: must be one of {', '.join(TASKS)}")
+        if self.task not in NAMES:
+            raise ValueError(f"task={self.task!r}: must be one of {', '.join(NAMES)}")
         if self.loss not in LOSSES:
             raise ValueError(f"loss={self.loss!r}: must be one of {', '.join(LOSSES)}")
         if self.old_policy not in ("rescored", "behaviour"):
@@ -140,7 +166,7 @@ class Cell:
             tasks: folder that holds the task's folder, made by :func:`benchmarks.study.prepare.prepare`.
         """
         data = tasks / self.task
-        task = TASKS[self.task]
+        task = TASKS.get(self.task) or PRETRAINED[self.task]
         mini_batch = PROMPTS // self.mini_batches
         chosen = [
             "+cpu=default",
@@ -180,9 +206,25 @@ class Cell:
             f"+study.staleness={self.staleness}",
             f"+study.old_policy={self.old_policy}",
         ]
+        if self.task in PRETRAINED:
+            # Later words win.
+            chosen += self._for_a_pretrained_model(mini_batch)
         if self.estimator == "ppo":
             chosen += [f"critic.optim.lr={self.lr}", f"critic.ppo_mini_batch_size={mini_batch}"]
         return [
             *chosen,
             *(s.replace("troll.", f"{_TROLL}.", 1) if s.startswith("troll.") else s for s in self.settings),
+        ]
+
+    def _for_a_pretrained_model(self, mini_batch: int) -> list[str]:
+        """Fewer samples, in small pieces: with 49,152 ids the logits of a token take 200 kB."""
+        rollout, rows = "actor_rollout_ref.rollout", PRETRAINED_ROWS
+        return [
+            f"{rollout}.n={PRETRAINED_SAMPLES}",
+            f"{_ACTOR}.ppo_micro_batch_size_per_gpu={min(rows, mini_batch * PRETRAINED_SAMPLES)}",
+            f"{rollout}.log_prob_micro_batch_size_per_gpu={rows}",
+            f"actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu={rows}",
+            f"trainer.test_freq={max(1, self.steps // PRETRAINED_EVALUATIONS)}",
+            "+study.greedy=True",
+            f"+study.probe={list(PROBED_K)}".replace(" ", ""),
         ]

@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from tokenizers import AddedToken
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.study.reward import compute_score
-from benchmarks.study.tasks import TASKS, Problem, Task
+from benchmarks.study.tasks import NAMES, PRETRAINED, TASKS, PretrainedTask, Problem, Task
 from benchmarks.study.tasks.quickstart import quickstart
+from verl_troll.tasks.reasoning_gym import SPLITS, prepare_problems
 
 _quickstart = quickstart("prepare")
 
@@ -32,6 +34,9 @@ VERSION = 1
 
 KEPT = 64
 """The mass of this many most likely ids is reported; TROLL's default ``k``."""
+
+MODEL = "smollm2"
+"""Folder of the pretrained model, beside those of the tasks."""
 
 SAMPLES = 8
 """Samples per held-out problem in :func:`measure`."""
@@ -118,6 +123,29 @@ def fill(task: Task, folder: Path) -> None:
     (folder / "done.json").write_text(json.dumps(done, indent=2) + "\n")
 
 
+def prepare_model(folder: Path) -> None:
+    """Write the pretrained model to ``folder``, unless complete; 540 MB, shared by all its tasks."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
+            quickstart("smollm2").write_model(Path(made, "new"))
+            os.rename(Path(made, "new"), folder)
+
+
+def fill_pretrained(task: PretrainedTask, folder: Path, model: Path) -> None:
+    """Make a pretrained task's files in an empty folder; see :func:`prepare`."""
+    prepare_problems(task.problems, SPLITS, folder)
+    done: dict[str, int] = {"version": VERSION}
+    for split, name in zip(SPLITS, ("train", "held_out"), strict=True):
+        rows = pd.read_parquet(folder / f"{split}.parquet")
+        (folder / f"{split}.parquet").unlink()
+        # verl names its metrics of held-out problems after it.
+        rows.assign(data_source=task.name).to_parquet(folder / f"{name}.parquet")
+        done[name] = len(rows)
+    (folder / "model").symlink_to(model, target_is_directory=True)
+    (folder / "done.json").write_text(json.dumps(done, indent=2) + "\n")
+
+
 def prepare(name: str, folder: Path) -> dict[str, float]:
     """Fill ``folder`` with ``train.parquet``, ``held_out.parquet``, ``model/`` and ``done.json``, unless complete.
 
@@ -127,7 +155,8 @@ def prepare(name: str, folder: Path) -> dict[str, float]:
 
     Returns:
         ``done.json``: ``version``, the results of :func:`measure`, ``longest_prompt``, ``longest_response`` (in
-        tokens, including the end of the turn), ``parameters``.
+        tokens, including the end of the turn), ``parameters``. Of a pretrained task ``version``, ``train``,
+        ``held_out``.
     """
     done = folder / "done.json"
     if not done.exists() or json.loads(done.read_text()).get("version") != VERSION:
@@ -138,7 +167,11 @@ def prepare(name: str, folder: Path) -> dict[str, float]:
         try:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
                 (new := Path(made, "new")).mkdir()
-                fill(TASKS[name], new)
+                if name in PRETRAINED:
+                    prepare_model(model := folder.parent / MODEL)
+                    fill_pretrained(PRETRAINED[name], new, model.resolve())
+                else:
+                    fill(TASKS[name], new)
                 shutil.rmtree(folder, ignore_errors=True)
                 os.rename(new, folder)
         finally:
@@ -150,7 +183,7 @@ def prepare(name: str, folder: Path) -> dict[str, float]:
 def main() -> None:
     """Prepare the task given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("task", choices=NAMES)
     parser.add_argument("--out", type=Path, required=True, help="folder for the task's data set and model")
     arguments = parser.parse_args()
     transformers_logging.disable_progress_bar()

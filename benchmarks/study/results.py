@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.cells import Cell
+from benchmarks.study import names
+from benchmarks.study.cells import PROBED_K, Cell
 from verl_troll.tools.report.read import read_runs
 from verl_troll.tools.report.statistics import diverged
 
@@ -31,7 +32,8 @@ KEPT = (
     "actor/ppo_kl",
     "actor/pg_clipfrac",
     "response_length/mean",
-    "study/distinct_answers",
+    names.DISTINCT,
+    names.GREEDY,
     "training/off_policy/trajectory_staleness/mean",
     "timing_s/step",
     "timing_s/old_log_prob",
@@ -47,6 +49,8 @@ KEPT = (
     "troll/new_kept_mass",
     "troll/cap_hit_share",
     "troll/unconverged",
+    "timing_s/gen",
+    *names.probed(PROBED_K),
 )
 """Curves to keep, besides held-out success."""
 

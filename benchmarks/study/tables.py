@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TypeVar
 
-from benchmarks.study import results
+from benchmarks.study import names, results
+from benchmarks.study.cells import PROBED_K
+from benchmarks.study.names import of_k
 from benchmarks.study.results import Record
 from verl_troll.tools.report.figures import rate_text
 from verl_troll.tools.report.statistics import (
@@ -174,3 +177,108 @@ def by_rate(lines: list[Record]) -> Iterator[str]:
                 ]
             )
         yield from _table(["arm", *map(rate_text, rates), "stable rates", "diverged"], rows)
+
+
+SUCCESS = 0.3
+"""Share of right samples at which a rare answer has become common."""
+
+
+def take_off(line: Record) -> int | None:
+    """The first step whose samples reach :data:`SUCCESS`."""
+    steps = zip(line["metrics"]["step"], line["metrics"]["critic/score/mean"], strict=True)
+    return next((step for step, value in steps if value is not None and value >= SUCCESS), None)
+
+
+def final_greedy(line: Record) -> float:
+    """Greedy held-out success at the last evaluation."""
+    return [value for value in line["metrics"][names.GREEDY] if value is not None][-1]
+
+
+def _at(name: str, place: float) -> Callable[[Record], float | None]:
+    def value(line: Record) -> float | None:
+        found = [value for value in line["metrics"].get(name, []) if value is not None]
+        return found[round(place * (len(found) - 1))] if found else None
+
+    return value
+
+
+def _median(name: str) -> Callable[[Record], float | None]:
+    def value(line: Record) -> float | None:
+        found = [value for value in line["metrics"].get(name, []) if value is not None]
+        return statistics.median(found) if found else None
+
+    return value
+
+
+def _difference(own: list[Record], reference: list[Record], measure: Callable[[Record], float]) -> str:
+    ours, theirs = ({seed: measure(line) for seed, line in _by_seed(lines).items()} for lines in (own, reference))
+    return _interval(paired_difference(ours, theirs).interval, signed=True) if set(ours) & set(theirs) else ""
+
+
+def pretrained(lines: list[Record], baseline: str = BASELINE) -> Iterator[str]:
+    """For each task and regime: what was learnt, what the policy looks like, what left the region, what it cost."""
+    for (task, section), group in _by(lines, _part).items():
+        arms = _by(group, lambda line: (arm(line), line["run"]["lr"]))
+        for title, header, row in (
+            ("Success", _SUCCESS, _success_row),
+            ("Policy: at the start, halfway and at the end", _POLICY, _policy_row),
+            ("Share of tokens, in % of all, over the probed steps", _REGION, _region_row),
+            ("Median seconds per step", _COST, _cost_row),
+        ):
+            yield f"\n{task}, {section}. {title}.\n"
+            rows = []
+            for (name, lr), runs in arms.items():
+                against = _reference(runs[0], baseline)
+                reference = [line for (other, _), found in arms.items() if other == against for line in found]
+                rows += [[name, rate_text(lr), *cells] for cells in row(runs, reference)]
+            yield from _table(["arm", "rate", *header], rows)
+
+
+_SUCCESS = ["seeds", "greedy", "difference", "sampled", "difference", "mean over steps", f"steps to {SUCCESS:g}"]
+
+
+def _success_row(runs: list[Record], reference: list[Record]) -> Iterator[list[str]]:
+    cells = [str(len(runs))]
+    for measure in (final_greedy, results.final_success):
+        cells += [_interval(mean_interval([measure(line) for line in runs])), _difference(runs, reference, measure)]
+    cells.append(_interval(mean_interval([_mean_over_steps(line) for line in runs])))
+    yield [*cells, ", ".join(str(take_off(line) or "-") for line in runs)]
+
+
+_POLICY = ["entropy", "distinct", f"mass on {PROBED_K[1]}", f"cap {PROBED_K[1]} binds", "diverged"]
+
+
+def _policy_row(runs: list[Record], reference: list[Record]) -> Iterator[list[str]]:
+    shown = (
+        ("actor/entropy", ".2f"),
+        (names.DISTINCT, ".2f"),
+        (of_k(PROBED_K[1], "kept_mass"), ".3f"),
+        (of_k(PROBED_K[1], "cap_hits"), ".0%"),
+    )
+    yield [
+        *(" ".join(_mean(runs, _at(name, place), form) for place in (0, 0.5, 1)) for name, form in shown),
+        str(sum(line["run"]["status"] == "diverged" for line in runs)),
+    ]
+
+
+_REGION = ["k", "in training", "true", *(f"{s} {w}" for s in names.SUPPORTS for w in ("sees", "false", "missed"))]
+
+
+def _region_row(runs: list[Record], reference: list[Record]) -> Iterator[list[str]]:
+    def share(name: str) -> str:
+        return _mean(runs, lambda line: _percent(_over_steps(name)(line)), ".2f")
+
+    for k in PROBED_K:
+        seen = [share(of_k(k, what, s)) for s in names.SUPPORTS for what in ("projected", "false", "missed")]
+        yield [str(k), share("troll/projected_share"), share(names.OUTSIDE), *seen]
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+_COST = ["step", "sampling", "old pass", "update"]
+
+
+def _cost_row(runs: list[Record], reference: list[Record]) -> Iterator[list[str]]:
+    yield [_mean(runs, _median(f"timing_s/{name}"), ".1f") for name in ("step", "gen", "old_log_prob", "update_actor")]

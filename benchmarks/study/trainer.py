@@ -10,12 +10,15 @@ synchronous trainer, with these changes:
   (:class:`BatchedAgentLoops`); verl's own agent loops send several messages per sample.
 - Samples can be stale by a fixed number of steps, and the old policy can be the behaviour policy.
 - Samples of a batch are ordered by prompt, so equal seeds give equal runs.
+- For a pretrained model, evaluations also give greedy success, and the steps before them say which tokens left the
+  trust region (:mod:`benchmarks.study.probe`), both measured on the rollout server's copy of the weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -34,10 +37,13 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
+from benchmarks.study import probe
+from benchmarks.study.names import DISTINCT, GREEDY
 from benchmarks.study.reward import compute_score
 from verl_troll.embedded.generation import Completion, generate
 
-DISTINCT = "study/distinct_answers"
+Sampled = list[tuple[list[int], list[int]]]
+"""Prompt and response, as token ids."""
 
 
 class StudyWorker(ActorRolloutRefWorker):
@@ -78,6 +84,8 @@ class BatchedAgentLoops:
     def __init__(self, trainer: StudyTrainer) -> None:
         self.trainer = trainer
         self.distinct_answers = 0.0
+        self.first_samples: Sampled = []
+        self.greedy_scores: list[float] = []
 
     def generate_sequences(self, batch: TensorDict) -> None:
         """Sample and score responses to all prompts, and put them into the transfer queue as verl's workers do."""
@@ -107,7 +115,7 @@ class BatchedAgentLoops:
         keys, fields, tags = [], [], []
         for index, (answer, text) in enumerate(zip(answers, texts, strict=True)):
             prompt, ids, sample = prompts[index // count], tokens[index // count], index % count
-            score = compute_score(prompt["data_source"], text, prompt["reward_model"]["ground_truth"])
+            score = _score(prompt, text)
             output = AgentLoopOutput(
                 prompt_ids=ids,
                 response_ids=answer.token_ids,
@@ -139,7 +147,11 @@ class BatchedAgentLoops:
                     "max_global_steps": version,
                 }
             )
-        if not validate:
+        if validate:
+            if self.trainer.config.study.get("greedy", False):
+                self._score_greedily(prompts, tokens, sampling)
+        else:
+            self.first_samples = [(ids, answer.token_ids) for ids, answer in zip(tokens, answers[::count], strict=True)]
             groups = [texts[start : start + count] for start in range(0, len(texts), count)]
             self.distinct_answers = float(np.mean([len(set(group)) / count for group in groups]))
         partition = "val" if validate else "train"
@@ -149,6 +161,16 @@ class BatchedAgentLoops:
             tags=[{"status": "finished"}] * len(prompts),
             partition_id=partition,
         )
+
+    def _score_greedily(self, prompts: list[dict[str, Any]], tokens: list[list[int]], sampling: dict[str, Any]) -> None:
+        greedy = {**sampling, "temperature": 0.0}
+        _, answers = ray.get(self.trainer.rollout_server.__ray_call__.remote(_sample, tokens, greedy, 1))
+        texts = self.trainer.tokenizer.batch_decode([answer.token_ids for answer in answers], skip_special_tokens=True)
+        self.greedy_scores += [_score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _score(prompt: dict[str, Any], text: str) -> float:
+    return compute_score(prompt["data_source"], text, prompt["reward_model"]["ground_truth"], prompt.get("extra_info"))
 
 
 def _is_trained_on(name: str, value: Any) -> bool:
@@ -170,13 +192,16 @@ class StudyTrainer(PPOTrainerSync):
     Args:
         config: verl's configuration, with the group ``study`` added by :mod:`benchmarks.study.cells`: ``staleness`` in
             steps, and ``old_policy``, ``rescored`` (with the weights at the update, verl's default) or ``behaviour``
-            (with the weights that sampled).
+            (with the weights that sampled). Optional: ``greedy``, to evaluate greedily too, and ``probe``, the support
+            sizes to probe.
     """
 
     def __init__(self, config: DictConfig) -> None:
         super().__init__(config)
         self.agent_loops = BatchedAgentLoops(self)
         self._prompts = 0
+        self._submitted = 0
+        self._waiting: deque[Sampled] = deque()
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
@@ -200,6 +225,8 @@ class StudyTrainer(PPOTrainerSync):
                 tq.kv_clear(keys=list(items), partition_id=partition)
         self.config = config
         self._prompts = 0
+        self._submitted = 0
+        self._waiting.clear()
         self.global_steps = 0
         self.local_trigger_step = 0
         self.replay_buffer = self._build_replay_buffer()
@@ -231,6 +258,8 @@ class StudyTrainer(PPOTrainerSync):
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
         uids = set(_entries(batch.get("uid"), len(batch)))
         count: int = super()._submit_batch_to_rollout(batch)
+        self._submitted += 1
+        self._waiting.append(self.agent_loops.first_samples)
         if self.config.study.old_policy == "behaviour":
             items = {key: tag for key, tag in tq.kv_list("train")["train"].items() if key.split("_")[0] in uids}
             keys = sorted(key for key in items if "_" in key)
@@ -238,6 +267,7 @@ class StudyTrainer(PPOTrainerSync):
             sampled.extra_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
             self._old_policy_metrics: dict[str, Any] = {}
             super()._compute_old_log_prob(sampled, metrics=self._old_policy_metrics)
+            self._note_old_policy(self._submitted, self.agent_loops.first_samples)
         return count
 
     def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
@@ -246,6 +276,29 @@ class StudyTrainer(PPOTrainerSync):
             return batch
         return super()._compute_old_log_prob(batch, metrics)
 
+    def _is_probed(self, step: int) -> bool:
+        frequency = self.config.trainer.test_freq
+        return bool(self.config.study.get("probe")) and (
+            step % frequency == 0 or step == self.config.trainer.total_training_steps
+        )
+
+    def _note_old_policy(self, step: int, samples: Sampled) -> None:
+        """The server's policy is the old one in ``step``."""
+        if self._is_probed(step):
+            ray.get(self.rollout_server.__ray_call__.remote(_keep_logits, samples))
+
+    def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        if self.config.study.old_policy == "rescored":
+            self._note_old_policy(self.global_steps, self._waiting[0])
+        return super()._update_actor(batch, metrics)
+
+    def _validate(self) -> dict[str, float]:
+        self.agent_loops.greedy_scores.clear()
+        metrics: dict[str, float] = super()._validate()
+        if scores := self.agent_loops.greedy_scores:
+            metrics[GREEDY] = float(np.mean(scores))
+        return metrics
+
     def _balance_batch(self, batch: Any, metrics: Any, *args: Any, **kwargs: Any) -> Any:
         batch.reorder(sorted(range(len(batch.keys)), key=batch.keys.__getitem__))
         return super()._balance_batch(batch, metrics, *args, **kwargs)
@@ -253,6 +306,10 @@ class StudyTrainer(PPOTrainerSync):
     def _compute_metrics(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super()._compute_metrics(batch, metrics, *args, **kwargs)
         metrics[DISTINCT] = self.agent_loops.distinct_answers
+        samples = self._waiting.popleft()
+        if self._is_probed(self.global_steps):
+            ks = list(self.config.study.probe)
+            metrics.update(ray.get(self.rollout_server.__ray_call__.remote(_compare_with_old_policy, samples, ks)))
 
 
 def _sample(
@@ -269,6 +326,17 @@ def _sample(
 def _reseed(server: Any, seed: int) -> None:
     server.config = dataclasses.replace(server.config, seed=seed)
     server._asked.clear()
+    server.noted = deque()
+
+
+def _keep_logits(server: Any, samples: Sampled) -> None:
+    server.noted.append(probe.response_logits(server.model, *zip(*samples, strict=True)))
+
+
+def _compare_with_old_policy(server: Any, samples: Sampled, ks: list[int]) -> dict[str, float]:
+    new = probe.response_logits(server.model, *zip(*samples, strict=True))
+    sampled = torch.tensor([token for _, response in samples for token in response])
+    return probe.compare_policies(server.noted.popleft(), new, sampled, ks)
 
 
 @ray.remote
