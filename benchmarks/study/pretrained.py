@@ -17,7 +17,7 @@ from benchmarks.study.cells import PRETRAINED_EVALUATIONS, Cell
 from benchmarks.study.grid import Section
 from benchmarks.study.results import Record, Results
 
-TASK, SECOND, TAKE_OFF = "sums", "bits", "bare_sums"
+TASK, SECOND, TAKE_OFF = "sums", "larger_sums", "bare_sums"
 TASKS = (TASK, SECOND, TAKE_OFF)
 
 ARMS = (

@@ -49,7 +49,6 @@ KEPT = (
     "troll/new_kept_mass",
     "troll/cap_hit_share",
     "troll/unconverged",
-    "timing_s/gen",
     *names.probed(PROBED_K),
 )
 """Curves to keep, besides held-out success."""

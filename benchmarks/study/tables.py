@@ -277,8 +277,14 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-_COST = ["step", "sampling", "old pass", "update"]
+_COST = ["step", "old pass", "update", "sampling and the rest"]
 
 
 def _cost_row(runs: list[Record], reference: list[Record]) -> Iterator[list[str]]:
-    yield [_mean(runs, _median(f"timing_s/{name}"), ".1f") for name in ("step", "gen", "old_log_prob", "update_actor")]
+    parts = [_median(f"timing_s/{name}") for name in ("step", "old_log_prob", "update_actor")]
+
+    def rest(line: Record) -> float | None:
+        step, *others = (part(line) or 0.0 for part in parts)
+        return step - sum(others)
+
+    yield [_mean(runs, part, ".1f") for part in (*parts, rest)]

@@ -29,17 +29,17 @@ class PretrainedTask:
     response_length: int = 16
 
 
-def _sums(*, strict: bool) -> Problems:
-    settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
-    return Problems("chain_sum", settings, TRAIN, HELD_OUT, answer_from="last-number", strict=strict)
+def _sums(*, digits: int, train: int, strict: bool = False) -> Problems:
+    settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": digits}
+    return Problems("chain_sum", settings, train, HELD_OUT, answer_from="last-number", strict=strict)
 
 
 PRETRAINED: dict[str, PretrainedTask] = {
     task.name: task
     for task in (
-        PretrainedTask("bits", Problems("count_bits", {"max_n": 63}, 32, 16, answer_from="last-number")),
-        PretrainedTask("sums", _sums(strict=False)),
-        PretrainedTask("bare_sums", _sums(strict=True)),
+        PretrainedTask("sums", _sums(digits=1, train=128)),
+        PretrainedTask("larger_sums", _sums(digits=2, train=TRAIN)),
+        PretrainedTask("bare_sums", _sums(digits=1, train=128, strict=True)),
     )
 }
 """The tasks by name."""
