@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from verl.trainer.ppo.reward import get_custom_reward_fn
 
+from verl_troll.tasks.__main__ import GENERATED
 from verl_troll.tasks.catalog import TASKS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "task"
@@ -21,6 +22,14 @@ RIGHT = {
     "dapo_math": ("Answer: 7", "7"),
     "eurus_math": ("\\boxed{14/2}", "7"),
     "eurus_code": ("```python\nprint(7)\n```", json.dumps({"inputs": [""], "outputs": ["7"]})),
+    "reasoning_gym": ("4 + 3 = 7", "7"),
+}
+SCORED_BY_ENTRY = {
+    "dataset": "chain_sum",
+    "settings": "{}",
+    "entry": json.dumps({"question": "4 + 3 =", "answer": "7", "metadata": {}}),
+    "answer_from": "last-number",
+    "strict": False,
 }
 
 
@@ -31,7 +40,7 @@ def composed(name: str, *overrides: str, base: str = "ppo_trainer") -> DictConfi
 
 
 def test_every_training_set_has_a_configuration() -> None:
-    assert sorted(name for name, task in TASKS.items() if "train" in task.sources) == NAMES
+    assert sorted([*(name for name, task in TASKS.items() if "train" in task.sources), GENERATED]) == NAMES
     assert sorted(RIGHT) == NAMES
 
 
@@ -46,7 +55,7 @@ def test_reward_loads_and_scores_through_verl(name: str, monkeypatch: pytest.Mon
     # Anything but a coroutine runs in a thread, so it does not block the worker's event loop.
     assert not inspect.iscoroutinefunction(score)
     response, truth = RIGHT[name]
-    given = {"data_source": "x", "ground_truth": truth, "extra_info": {"num_turns": None}}
+    given = {"data_source": "x", "ground_truth": truth, "extra_info": {"num_turns": None, **SCORED_BY_ENTRY}}
     assert score(solution_str=response, **given)["score"] == 1
     assert score(solution_str="no", **given)["score"] == 0
 

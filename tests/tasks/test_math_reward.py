@@ -13,12 +13,17 @@ import pytest
 from tests.tasks.hostile import ANSWERS
 from verl_troll.tasks.rewards import math
 from verl_troll.tasks.rewards.answers import final_answer
+from verl_troll.tasks.rewards.worker import Worker, WorkerPool
 
 SECONDS = 2.0
 
 
 def score(response: str, truth: Any = "7") -> dict[str, float]:
     return math.compute_score("x", response, truth, {}, seconds=SECONDS, workers=1)
+
+
+def question(answer: str, gold: str = "\\boxed{7}") -> dict[str, str]:
+    return {"gold": gold, "answer": answer}
 
 
 @pytest.mark.parametrize(
@@ -78,23 +83,23 @@ def test_hostile_answer_scores_zero_within_the_limit(name: str) -> None:
 
 def test_worker_that_was_stopped_is_gone() -> None:
     before = {child.pid for child in psutil.Process().children()}
-    pool = math.WorkerPool(1, 2 << 30, 1.0)
-    assert pool.equal("\\boxed{7}", "\\boxed{14/2}") is True
+    pool = WorkerPool(math.PROGRAM, 1, 2 << 30, 1.0)
+    assert pool.ask(question("\\boxed{14/2}")) == {"equal": True}
     (worker,) = {child.pid for child in psutil.Process().children()} - before
-    assert pool.equal("\\boxed{7}", ANSWERS["power tower"]) is None
+    assert pool.ask(question(ANSWERS["power tower"])) is None
     assert not psutil.pid_exists(worker)
-    assert pool.equal("\\boxed{7}", "\\boxed{14/2}") is True
+    assert pool.ask(question("\\boxed{14/2}")) == {"equal": True}
     worker_left = pool._idle.get()
     assert worker_left is not None
     worker_left.close()
 
 
 def test_worker_ends_itself_when_nobody_kills_it() -> None:
-    worker = math.Worker(2 << 30, 1.0)
+    worker = Worker(math.PROGRAM, 2 << 30, 1.0)
     try:
         # No wall-clock limit for half a minute; the processor-time limit is 3 s.
         begin = time.monotonic()
-        assert worker.equal("\\boxed{7}", ANSWERS["power tower"], 60.0) is None
+        assert worker.ask(question(ANSWERS["power tower"]), 60.0) is None
         assert time.monotonic() - begin < 30
     finally:
         worker.close()
@@ -102,10 +107,11 @@ def test_worker_ends_itself_when_nobody_kills_it() -> None:
 
 def test_threads_share_the_workers() -> None:
     before = len(psutil.Process().children())
-    pool = math.WorkerPool(2, 2 << 30, 30.0)
+    pool = WorkerPool(math.PROGRAM, 2, 2 << 30, 30.0)
+    questions = [question(f"\\boxed{{{n % 10 * 2}/2}}", f"\\boxed{{{n}}}") for n in range(20)]
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        answers = list(threads.map(lambda n: pool.equal(f"\\boxed{{{n}}}", f"\\boxed{{{n % 10 * 2}/2}}"), range(20)))
-    assert answers == [n == n % 10 for n in range(20)]
+        answers = list(threads.map(pool.ask, questions))
+    assert answers == [{"equal": n == n % 10} for n in range(20)]
     assert len(psutil.Process().children()) - before == 2
     for _ in range(2):
         worker = pool._idle.get()
@@ -116,7 +122,7 @@ def test_threads_share_the_workers() -> None:
 def test_worker_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match=r"did not start \(status 1\): try /bin/false -c 'import math_verify'"):
-        math.Worker(2 << 30, 1.0)
+        Worker(math.PROGRAM, 2 << 30, 1.0)
 
 
 @pytest.mark.parametrize("truth", ["", " ", "####"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,21 +139,32 @@ def prepare(name: str, task: Task, split: str, out: Path, *, local: Path | None,
     Raises:
         TaskError: the source cannot be read, is not what the task expects, or has no usable row.
     """
-    import pyarrow
-    from pyarrow import parquet
-
     source = task.sources[split]
     dataset = load(source, split, local)
     check_columns(dataset, task, f"{name}, split {split}")
+    left_out: Counter[str] = Counter()
+    path, count = write(rows(dataset, task, split, left_out, limit), split, out)
+    if not count:
+        raise TaskError(f"{name}, split {split}: no row is left of {len(dataset)}; left out: {dict(left_out)}")
+    return Written(path, count, dict(left_out))
+
+
+def write(rows: Iterable[Row], split: str, out: Path) -> tuple[Path, int]:
+    """Write ``out/<split>.parquet`` and return its path and number of rows; without rows there is no file.
+
+    An interrupted run leaves an older file unchanged.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{split}.parquet"
     unfinished = out / f".{split}.parquet.{os.getpid()}"
-    left_out: Counter[str] = Counter()
     count = 0
     writer: Any = None
     try:
         batch: list[Row] = []
-        for row in rows(dataset, task, split, left_out, limit):
+        for row in rows:
             batch.append(row)
             count += 1
             if len(batch) == BATCH:
@@ -161,13 +172,12 @@ def prepare(name: str, task: Task, split: str, out: Path, *, local: Path | None,
                 batch = []
         if batch:
             writer = _write(batch, writer, unfinished, pyarrow, parquet)
-        if writer is None:
-            raise TaskError(f"{name}, split {split}: no row is left of {len(dataset)}; left out: {dict(left_out)}")
-        writer.close()
-        unfinished.replace(path)
+        if writer:
+            writer.close()
+            unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-    return Written(path, count, dict(left_out))
+    return path, count
 
 
 def _write(batch: list[Row], writer: Any, path: Path, pyarrow: Any, parquet: Any) -> Any:

@@ -7,6 +7,17 @@ import re
 _BOXED = "\\boxed{"
 _FENCE = "```"
 _NUMBER = re.compile(r"\s*\\?\$?\s*(-?(?:\d[\d,]*)?\.?\d+)")
+# A sign belongs to a number unless an operand stands before it; set apart, it does only after = or :.
+_SIGNED = re.compile(
+    r"""(?: (?<=[=:])[ \t]*[-+\u2212][ \t]* | (?<![A-Za-z0-9_.)\]}%])[-+\u2212] )?
+        \\?[$\u20ac\u00a3]?
+        (?: (?<![A-Za-z0-9_])(?<![0-9]\.)
+            (?: 0[xX][0-9a-fA-F]+ | 0[bB][01]+
+              | [0-9]+/[0-9]+
+              | (?: [0-9]{1,3}(?:,[0-9]{3})+(?![0-9]) | [0-9]+ ) (?:\.[0-9]+)? (?:[eE][-+]?[0-9]+)? )
+          | (?<![A-Za-z0-9_.])\.[0-9]+(?:[eE][-+]?[0-9]+)? )""",
+    re.VERBOSE,
+)
 
 
 def final_answer(response: str) -> str | None:
@@ -49,3 +60,23 @@ def last_program(response: str) -> str | None:
         return None
     language, newline, program = pieces[index].partition("\n")
     return program if newline and language.strip().isalnum() else pieces[index]
+
+
+def last_number(response: str, *, alone: bool = False) -> str | None:
+    """The last number of a response: an integer, decimal, fraction ``3/4``, ``1e-3``, ``0x1f`` or ``0b101``.
+
+    A minus between two operands is no sign, and digits in a name (``x2``) are no number.
+
+    Args:
+        alone: the number must be the whole response, but for space around it.
+
+    Returns:
+        The number without thousands separators, currency and plus sign, with an ASCII minus; None without one.
+    """
+    found: re.Match[str] | None = None
+    if alone:
+        found = _SIGNED.fullmatch(response.strip())
+    else:
+        for found in _SIGNED.finditer(response):  # noqa: B007
+            pass
+    return re.sub(r"[,+\s$\\\u20ac\u00a3]", "", found.group()).replace("\u2212", "-") if found else None
