@@ -68,6 +68,17 @@ def test_the_rest_of_the_batch_does_not_matter(model: Qwen2ForCausalLM) -> None:
         assert alone.log_probs == pytest.approx(expected.log_probs, abs=1e-5)
 
 
+def test_equal_prompts_are_read_once(model: Qwen2ForCausalLM) -> None:
+    read: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, arguments, given: read.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    requests = [Request(p, 3, noise=(i,)) for i, p in enumerate([(5, 6, 7), (8, 9, 10), (5, 6, 7), (5, 6, 7)])]
+    generate(model, requests)
+    hook.remove()
+    assert read == [6, 4, 4]
+
+
 def test_noise_decides_the_sample(model: Qwen2ForCausalLM) -> None:
     one, again, other = generate(model, [Request((5,), 16, noise=(k,)) for k in (3, 3, 4)])
     assert one.token_ids == again.token_ids != other.token_ids

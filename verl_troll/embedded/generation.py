@@ -122,7 +122,7 @@ def generate(
     logprobs_mode: LogprobsMode = "processed_logprobs",
     aborted: Callable[[], bool] = lambda: False,
 ) -> list[Completion]:
-    """Complete all requests in one padded batch with a key-value cache.
+    """Complete all requests in one padded batch with a key-value cache; equal prompts are read once.
 
     Args:
         model: a transformers causal language model in evaluation mode, on any device.
@@ -146,7 +146,9 @@ def generate(
     temperature = torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=device)
     top_p = torch.tensor([r.top_p for r in requests], dtype=torch.float32, device=device)
     top_k = torch.tensor([r.top_k for r in requests], device=device)
-    ids, mask = (part.to(device) for part in _left_pad([r.prompt for r in requests]))
+    prompts = {prompt: index for index, prompt in enumerate(dict.fromkeys(r.prompt for r in requests))}
+    prompt_of = torch.tensor([prompts[r.prompt] for r in requests], device=device)
+    ids, mask = (part.to(device) for part in _left_pad(list(prompts)))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     rows = torch.arange(len(requests), device=device)  # index of the request of each running row
     cache: Any = None
@@ -162,6 +164,9 @@ def generate(
         )
         cache = output.past_key_values
         logits = output.logits[:, -1]
+        if step == 0 and len(prompts) < len(requests):
+            cache.batch_select_indices(prompt_of)
+            logits, mask, positions = logits[prompt_of], mask[prompt_of], positions[prompt_of]
         processed = token_log_probs(logits, temperature[rows], top_p[rows], top_k[rows])
         tokens = _choose(processed, draws[rows, step], temperature[rows] == 0)
         reported = processed if logprobs_mode == "processed_logprobs" else logits.float().log_softmax(-1)
