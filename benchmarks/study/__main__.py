@@ -7,8 +7,9 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.study import grid, pretrained, results
 from benchmarks.study.cells import LOSSES, TASKS_FOLDER, Cell
@@ -17,6 +18,19 @@ from benchmarks.study.tasks import NAMES, PRETRAINED
 from verl_troll.tools import disk
 
 SECTIONS = {**grid.SECTIONS, **pretrained.SECTIONS}
+
+
+class _Part(NamedTuple):
+    tasks: Sequence[str]
+    sections: Mapping[str, grid.Section]
+    in_order: Callable[[results.Results, Sequence[str], Sequence[str]], Iterator[Cell]]
+
+
+PARTS = {
+    False: _Part(grid.TASKS, grid.SECTIONS, grid.in_order),
+    True: _Part(pretrained.TASKS, pretrained.SECTIONS, pretrained.in_order),
+}
+"""The parts of the study, by whether the model is a pretrained one."""
 
 
 def _prepare(names: Sequence[str]) -> None:
@@ -31,17 +45,16 @@ def _say(text: str) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    part = pretrained if options.pretrained else grid
-    tasks, sections = options.task or part.TASKS, options.section or tuple(part.SECTIONS)
-    if strange := [name for name in sections if name not in part.SECTIONS]:
-        print(f"--section {strange[0]}: must be one of {', '.join(part.SECTIONS)}", file=sys.stderr)
+    part = PARTS[options.pretrained]
+    tasks, sections = options.task or part.tasks, options.section or tuple(part.sections)
+    if strange := [name for name in sections if name not in part.sections]:
+        print(f"--section {strange[0]}: must be one of {', '.join(part.sections)}", file=sys.stderr)
         return 2
     _prepare(tasks)
 
-    def cells(done: results.Results) -> Iterator[Cell]:
-        return part.in_order(done, sections, tasks)
-
-    failed = Pool(cells, options.results, say=_say).run(options.workers, options.minutes)
+    failed = Pool(lambda done: part.in_order(done, sections, tasks), options.results, say=_say).run(
+        options.workers, options.minutes
+    )
     return 1 if failed else 0
 
 

@@ -17,7 +17,7 @@ from benchmarks.study.cells import PRETRAINED_EVALUATIONS, Cell
 from benchmarks.study.grid import Section
 from benchmarks.study.results import Record, Results
 
-TASK, SECOND, TAKE_OFF = "sums", "larger_sums", "bare_sums"
+TASK, SECOND, TAKE_OFF = "sums", "divisors", "bare_sums"
 TASKS = (TASK, SECOND, TAKE_OFF)
 
 ARMS = (
@@ -45,7 +45,7 @@ SECONDS = {"step": 14.0, "epoch": 18.0, "evaluation": 20.0, "start": 20.0}
 
 def reward(line: Record) -> float:
     """Mean reward of the samples over the second half of training: more samples than held-out success has."""
-    values = [value for value in line["metrics"]["critic/score/mean"] if value is not None]
+    values: list[float] = [value for value in line["metrics"]["critic/score/mean"] if value is not None]
     half = values[len(values) // 2 :]
     return sum(half) / len(half)
 
@@ -143,12 +143,14 @@ class Stages:
 
 STAGES = ("rates", "once", "overused_rates", "overused", "stale", "support", "take_off", "second")
 
-SECTIONS: dict[str, Section] = {
-    f"pretrained_{name}": Section(
-        (getattr(Stages, name).__doc__ or "").strip(), lambda results, name=name: getattr(Stages(results), name)()
+
+def _section(name: str) -> Section:
+    return Section(
+        (getattr(Stages, name).__doc__ or "").strip(), lambda results: iter(getattr(Stages(results), name)())
     )
-    for name in STAGES
-}
+
+
+SECTIONS: dict[str, Section] = {f"pretrained_{name}": _section(name) for name in STAGES}
 """The stages as sections of the grid, for ``run``, ``list``, ``export`` and ``tables``."""
 
 
@@ -166,7 +168,7 @@ def planned(results: Results) -> dict[str, list[Cell]]:
 
 def seconds(cell: Cell, results: Results) -> float:
     """Expected seconds of one core: the mean of the runs of this regime and length, else from :data:`SECONDS`."""
-    known = [
+    known: list[float] = [
         line["run"]["seconds"]
         for line in results.values()
         if all(line["run"]["cell"].get(name) == getattr(cell, name) for name in ("task", "epochs", "steps"))

@@ -75,7 +75,8 @@ def _chain_sum(terms: int, digits: tuple[int, int], instruction: str = "") -> Ca
     return Candidate(f"{name}, told" if instruction else name, "chain_sum", settings, instruction=instruction)
 
 
-TOLD = "Answer with a number only."
+TOLD = "Give only the number as your final answer.\nAnswer:"
+"""Of a dozen instructions the one after which the model answers with a bare number most often."""
 
 _ANIMALS = {"min_animals": 1, "max_animals": 2, "min_instances": 1, "max_instances": 5}
 _SMALL_EQUATIONS = {"min_terms": 2, "max_terms": 2, "max_value": 10}
@@ -216,6 +217,9 @@ def measure(
         rows = pd.read_parquet(Path(folder, "test.parquet"))
     recorder = Recorder(model)
     sampled = _complete(recorder, tokenizer, rows, candidate, 1.0, SAMPLES)
+    # A prompt is read once for all its samples.
+    for noted in (recorder.entropies, recorder.masses):
+        noted[0] = noted[0].repeat_interleave(SAMPLES)
     greedy = _complete(model, tokenizer, rows, candidate, 0.0, 1)
     answers, best = (
         tokenizer.batch_decode([done.token_ids for done in found], skip_special_tokens=True)
@@ -256,10 +260,10 @@ def read(file: Path = FILE) -> list[dict[str, Any]]:
 
 
 def run(model_folder: Path, file: Path = FILE, prompts: int = PROMPTS, say: Callable[[str], None] = print) -> None:
-    """Measure the candidates that ``file`` does not hold, and append a row for each form of the answer."""
+    """Measure the candidates that ``file`` does not hold with as many prompts, and append a row for each form."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    done = {row["name"] for row in read(file)}
+    done = {row["name"] for row in read(file) if row["prompts"] >= prompts}
     left = [candidate for candidate in CANDIDATES if candidate.name not in done]
     if not left:
         return
@@ -274,12 +278,13 @@ def run(model_folder: Path, file: Path = FILE, prompts: int = PROMPTS, say: Call
 
 def table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     """The Markdown table of ``docs/study.md``."""
-    header = ["candidate", "answer", "success", "greedy", f"mixed of {SAMPLES}", f"mixed of {GROUP}"]
+    header = ["candidate", "answer", "prompts", "success", "greedy", f"mixed of {SAMPLES}", f"mixed of {GROUP}"]
     header += ["prompt", "response", "entropy", f"mass on {KEPT}"]
     yield f"| {' | '.join(header)} |"
     yield f"|{' --- |' * len(header)}"
-    for row in rows:
+    # Later rows replace earlier ones.
+    for row in {(row["name"], row["form"]): row for row in rows}.values():
         shares = [f"{row[name]:.2f}" for name in ("success", "greedy", "mixed", "mixed_of_group")]
         numbers = [f"{row['prompt_length']:.0f}", f"{row['response_length']:.0f}", f"{row['entropy']:.2f}"]
-        cells = [row["name"], row["form"], *shares, *numbers, f"{row['kept_mass']:.3f}"]
+        cells = [row["name"], row["form"], str(row["prompts"]), *shares, *numbers, f"{row['kept_mass']:.3f}"]
         yield f"| {' | '.join(cells)} |"

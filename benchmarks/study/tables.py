@@ -191,7 +191,8 @@ def take_off(line: Record) -> int | None:
 
 def final_greedy(line: Record) -> float:
     """Greedy held-out success at the last evaluation."""
-    return [value for value in line["metrics"][names.GREEDY] if value is not None][-1]
+    values: list[float] = [value for value in line["metrics"][names.GREEDY] if value is not None]
+    return values[-1]
 
 
 def _at(name: str, place: float) -> Callable[[Record], float | None]:

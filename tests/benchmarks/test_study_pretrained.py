@@ -267,9 +267,9 @@ def test_mixed_groups_of_fewer_samples() -> None:
 
 
 def test_survey_table() -> None:
-    row = {"name": "sums, small", "form": "last number", "success": 0.126, "greedy": 0.5, "mixed": 0.6}
+    row = {"name": "sums, small", "form": "last number", "prompts": 32, "success": 0.126, "greedy": 0.5, "mixed": 0.6}
     row |= {"mixed_of_group": 0.4, "prompt_length": 16.2, "response_length": 15.1}
     row |= {"entropy": 2.345, "kept_mass": 0.9355}
-    assert list(survey.table([row]))[-1] == (
-        "| sums, small | last number | 0.13 | 0.50 | 0.60 | 0.40 | 16 | 15 | 2.35 | 0.935 |"
+    assert list(survey.table([{**row, "prompts": 8}, row]))[-1] == (
+        "| sums, small | last number | 32 | 0.13 | 0.50 | 0.60 | 0.40 | 16 | 15 | 2.35 | 0.935 |"
     )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.processes import Tree
+from benchmarks.study import names
 from benchmarks.study.cells import Cell
 from benchmarks.study.pool import SessionProcess, environment
 from benchmarks.study.prepare import fill
@@ -106,6 +107,37 @@ def test_stale_samples(train: Callable[[Cell], list[dict[str, Any]]]) -> None:
     # The old policy is either the one that sampled, or one whose weights have changed since.
     assert all(row[gap] < 1e-5 for row in rows["behaviour"])
     assert all(row[gap] > 1e-3 for row in rows["rescored"][1:])
+
+
+def test_greedy_evaluation_and_the_probe_do_not_change_a_run(train: Callable[[Cell], list[dict[str, Any]]]) -> None:
+    cell = Cell("chain", "union", lr=1e-3, seed=0, steps=6, staleness=1, old_policy="behaviour")
+    rows = train(dataclasses.replace(cell, settings=("+study.greedy=True", "+study.probe=[4,64]")))
+    own = {names.GREEDY, *names.probed((4, 64))}
+    assert [{name: value for name, value in row.items() if name not in own} for row in rows] == train(cell)
+    assert [row["step"] for row in rows if names.GREEDY in row] == [0, 5, 6]
+    probed = [row for row in rows if names.KL in row]
+    assert [row["step"] for row in probed] == [5, 6]
+    for row in probed:
+        assert own <= set(row)
+        assert row[names.KL] > 0
+        # The 64 most likely ids are nearly all of this task's mass.
+        assert row[names.of_k(64, "kept_mass")] > 0.99
+        for support in names.SUPPORTS:
+            seen, false, missed = (row[names.of_k(64, what, support)] for what in ("projected", "false", "missed"))
+            assert seen - false + missed == pytest.approx(row[names.OUTSIDE])
+
+
+def test_the_regression_alone(train: Callable[[Cell], list[dict[str, Any]]]) -> None:
+    # With one update per batch the new policy is the old one, and there is nothing to regress.
+    once: dict[str, Any] = {"lr": 1e-3, "seed": 0, "mini_batches": 1, "steps": 2}
+    clip, regressed = (train(Cell("chain", loss, **once))[1:] for loss in ("clip", "clip_regression"))
+    for mine, reference in zip(regressed, clip, strict=True):
+        assert mine["troll/regression_loss"] == 0
+        for name in ("actor/entropy", "actor/grad_norm", "actor/pg_loss", "critic/score/mean"):
+            assert mine[name] == pytest.approx(reference[name], rel=1e-3, abs=1e-6), name
+    for loss in ("clip_regression", "dppo_kl_regression"):
+        row = train(Cell("chain", loss, lr=3e-3, seed=0, mini_batches=2, epochs=4, steps=1))[1]
+        assert row["troll/regression_loss"] > 0
 
 
 @pytest.mark.slow

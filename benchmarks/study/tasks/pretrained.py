@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from verl_troll.tasks.reasoning_gym import Problems
 
-TRAIN, HELD_OUT = 2000, 64
+HELD_OUT = 64
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,33 @@ class PretrainedTask:
     response_length: int = 16
 
 
-def _sums(*, digits: int, train: int, strict: bool = False) -> Problems:
-    settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": digits}
-    return Problems("chain_sum", settings, train, HELD_OUT, answer_from="last-number", strict=strict)
+SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+TRAIN = 128
+"""Training problems; there are 200 such sums, and 400 pairs of numbers up to 20."""
+BARE = "Give only the number as your final answer.\nAnswer:"
 
 
 PRETRAINED: dict[str, PretrainedTask] = {
     task.name: task
     for task in (
-        PretrainedTask("sums", _sums(digits=1, train=128)),
-        PretrainedTask("larger_sums", _sums(digits=2, train=TRAIN)),
-        PretrainedTask("bare_sums", _sums(digits=1, train=128, strict=True)),
+        PretrainedTask("sums", Problems("chain_sum", SUMS, TRAIN, HELD_OUT, answer_from="last-number")),
+        PretrainedTask(
+            "divisors",
+            Problems("gcd", {"max_value": 20}, TRAIN, HELD_OUT, answer_from="last-number"),
+            prompt_length=64,
+        ),
+        PretrainedTask(
+            "bare_sums",
+            Problems(
+                "chain_sum",
+                SUMS,
+                TRAIN,
+                HELD_OUT,
+                answer_from="last-number",
+                strict=True,
+                instruction=BARE,
+            ),
+        ),
     )
 }
 """The tasks by name."""
