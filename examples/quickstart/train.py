@@ -34,6 +34,7 @@ class Recipe:
     """What is trained with.
 
     Attributes:
+        title: the model's name in the picture.
         samples: responses per prompt.
         mini_batches: optimizer steps per batch.
         rate: Adam's constant learning rate.
@@ -45,6 +46,7 @@ class Recipe:
         settings: further overrides for verl.
     """
 
+    title: str
     samples: int
     mini_batches: int
     rate: float
@@ -59,6 +61,7 @@ class Recipe:
 _ACTOR = "actor_rollout_ref.actor"
 RECIPES = {
     "smollm2": Recipe(
+        title="SmolLM2-135M-Instruct",
         samples=4,
         mini_batches=4,
         rate=1e-5,
@@ -75,6 +78,7 @@ RECIPES = {
     ),
     # The rate is deliberately high for one batch: the policy leaves the trust region, and the projection acts.
     "tiny": Recipe(
+        title="tiny model",
         samples=8,
         mini_batches=8,
         rate=3e-4,
@@ -298,7 +302,12 @@ def run(args: argparse.Namespace, disks: disk.Watch) -> int:
         return process.returncode if process.returncode > 0 else 1
     rows = plot.read(metrics)
     picture = args.out / "curves.png"
-    plot.draw(rows, picture, f"{args.model}, GRPO, {args.loss}, seed {args.seed}", plot.kl_bound(args.out / "hydra"))
+    plot.draw(
+        rows,
+        picture,
+        f"{RECIPES[args.model].title}, GRPO, {args.loss}, seed {args.seed}",
+        plot.kl_bound(args.out / "hydra"),
+    )
     print()
     print(plot.summary(rows))
     print(answers.before_and_after(args.out / "answers", args.data / "held_out.parquet", SHOWN_PROBLEMS))

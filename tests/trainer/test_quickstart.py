@@ -50,13 +50,18 @@ def test_tokenizer_ends_turns_as_the_model_does(data: Path) -> None:
 
 def test_the_quickstart_trains_it(data: Path, tmp_path: Path) -> None:
     out, shown = tmp_path / "run", tmp_path / "output"
-    options = ["--model", "smollm2", "--data", data, "--out", out, "--loss", "troll", "--steps", "2", "--seed", "0"]
-    with (
-        shown.open("w") as stream,
-        Tree(
-            [sys.executable, SCRIPTS / "train.py", *options, "--", *SMALL], stdout=stream, stderr=subprocess.STDOUT
-        ) as tree,
-    ):
+    command: list[str | Path] = [
+        sys.executable,
+        SCRIPTS / "train.py",
+        "--model",
+        "smollm2",
+        "--data",
+        data,
+        "--out",
+        out,
+    ]
+    command += ["--loss", "troll", "--steps", "2", "--seed", "0", "--", *SMALL]
+    with shown.open("w") as stream, Tree(command, stdout=stream, stderr=subprocess.STDOUT) as tree:
         code = tree.wait((shown, out / "train.log"))
     output = shown.read_text()
     assert code == 0, output
