@@ -8,6 +8,7 @@ import datetime
 import enum
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from fractions import Fraction
@@ -444,11 +445,11 @@ def test_number_not_alone(response: str) -> None:
 
 
 def test_last_number_of_a_long_response_takes_no_time() -> None:
-    begin = datetime.datetime.now()
+    begin = time.process_time()
     for text in ("9", "1,", "1,234,", "- ", "= ", "1/", "1e", ".", "0x", "$", "=\t"):
         last_number(text * (10**6 // len(text)))
         last_number(text * (10**6 // len(text)), alone=True)
-    assert (datetime.datetime.now() - begin).total_seconds() < 60
+    assert time.process_time() - begin < 20
 
 
 ARITHMETIC = {"string_insertion", "spiral_matrix", "binary_matrix", "n_queens"}
