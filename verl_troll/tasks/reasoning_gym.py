@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def _ask(worker: Worker, problems: Problems, question: dict[str, Any]) -> dict[s
             f"{what}: no problem within {PROBLEM_SECONDS:.0f} s and {MEMORY >> 30} GiB: change the settings"
         )
     if "refused" in reply:
-        raise TaskError(reply["refused"] if reply["refused"].startswith("--") else f"{what}: {reply['refused']}")
+        raise TaskError(f"{what}: {reply['refused']}")
     return reply
 
 
@@ -112,14 +113,15 @@ def _draws(worker: Worker, problems: Problems) -> Iterator[dict[str, Any]]:
         begin, end = end, 2 * end
 
 
-def draw(worker: Worker, problems: Problems) -> dict[str, list[dict[str, Any]]]:
-    """The problems of the test split, then those of the training split.
+def draw(worker: Worker, problems: Problems) -> tuple[dict[str, list[dict[str, Any]]], Counter[str]]:
+    """The problems of each split, and how many repeats were left out on the way; those of test are drawn first.
 
     Raises:
         TaskError: the library refuses the settings, or has too few different problems.
     """
     chosen: dict[str, list[dict[str, Any]]] = {"test": [], "train": []}
     seen: dict[str, str] = {}
+    repeats: Counter[str] = Counter()
     fruitless = 0
     for entry in _draws(worker, problems):
         split = "test" if len(chosen["test"]) < problems.test_size else "train"
@@ -129,17 +131,18 @@ def draw(worker: Worker, problems: Problems) -> dict[str, list[dict[str, Any]]]:
             chosen[split].append(entry)
             fruitless = 0
             if len(chosen["train"]) == problems.train_size:
-                return chosen
+                return chosen, repeats
         else:
+            repeats[split] += 1
             fruitless += 1
             # Of equally likely problems, one that is left over is then missed with probability e^-10.
             if fruitless >= max(200, 10 * len(seen)):
                 break
-    repeats = "" if problems.allow_repeats else ", or --allow-repeats (in train, never of test)"
+    allow = "" if problems.allow_repeats else ", or --allow-repeats (in train, never of test)"
     raise TaskError(
         f"--dataset {problems.dataset}: only {len(seen)} different problems with these settings, {len(chosen['test'])} "
         f"of them for test, for --test-size {problems.test_size} and --train-size {problems.train_size}: lower the "
-        f"sizes, or choose settings (--set) with more problems{repeats}"
+        f"sizes, or choose settings (--set) with more problems{allow}"
     )
 
 
@@ -183,11 +186,11 @@ def prepare_problems(problems: Problems, splits: Sequence[str], out: Path) -> li
         raise TaskError(f"--answer {problems.answer_from}: must be one of {', '.join(ANSWERS)}")
     worker = Worker(PROGRAM, MEMORY, PROBLEM_SECONDS)
     try:
-        chosen = draw(worker, problems)
+        chosen, repeats = draw(worker, problems)
     finally:
         worker.close()
     written = []
     for split in splits:
         path, count = write((_row(problems, split, *item) for item in enumerate(chosen[split])), split, out)
-        written.append(Written(path, count, {}))
+        written.append(Written(path, count, {"repeats a problem": repeats[split]} if repeats[split] else {}))
     return written

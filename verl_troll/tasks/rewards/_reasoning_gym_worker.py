@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import enum
 import json
+import traceback
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
@@ -57,7 +58,7 @@ def pack(value: Any) -> Any:
         return {TAG: kind.__name__, "of": value.isoformat()}
     if kind.__module__ == "numpy" and not getattr(value, "shape", None):
         return pack(value.item())
-    raise RefusedError(f"it holds a {kind.__module__}.{kind.__qualname__}, which cannot be stored")
+    raise RefusedError(f"an entry holds a {kind.__module__}.{kind.__qualname__}, which cannot be stored")
 
 
 def unpack(value: Any) -> Any:
@@ -122,6 +123,8 @@ def describe(annotation: Any) -> str:
         return f"one of {list(typing.get_args(annotation))}"
     if dataclasses.is_dataclass(annotation):
         return f"a mapping with keys of {[field.name for field in dataclasses.fields(annotation)]}"
+    if annotation in TIMES.values():
+        return f"a {annotation.__name__} in ISO format"
     if isinstance(annotation, type) and not typing.get_args(annotation):
         return f"of type {annotation.__name__}"
     return f"of type {annotation}".replace("typing.", "")
@@ -192,7 +195,7 @@ class Datasets:
             RefusedError: no such data set or setting, or the library refuses it.
         """
         if name not in self._kinds:
-            raise RefusedError(f"--dataset {name}: must be one of {', '.join(sorted(self._kinds))}")
+            raise RefusedError(f"must be one of {', '.join(sorted(self._kinds))}")
         kind, configuration = self._kinds[name]
         annotations = typing.get_type_hints(configuration)
         fields = {field.name: field for field in dataclasses.fields(configuration)}
@@ -203,29 +206,30 @@ class Datasets:
             if key in ("seed", "size"):
                 raise RefusedError(f"{shown}: use --seed, --train-size and --test-size")
             if key not in fields:
-                raise RefusedError(f"{shown}: {name} has no setting {key}; its settings are {', '.join(own)}")
-            default = fields[key].default
-            # Some annotations are wrong: an int whose default is 0.2.
-            if type(value) in (int, float, str) and type(value) is type(default):
-                given[key] = value
-                continue
+                raise RefusedError(f"{shown}: no such setting; the settings are {', '.join(own)}")
             try:
                 given[key] = convert(value, annotations[key])
             except (ValueError, TypeError, AssertionError) as error:
-                raise RefusedError(
-                    f"{shown}: must be {describe(annotations[key])}" + (f" ({error})" if str(error) else "")
-                ) from None
+                # Some annotations are wrong: an int whose default is 0.2.
+                if annotations[key] in (int, tuple) and type(value) is type(fields[key].default) in (float, str):
+                    given[key] = value
+                    continue
+                why = f" ({error})" if str(error) else ""
+                raise RefusedError(f"{shown}: must be {describe(annotations[key])}{why}") from None
         try:
             made = configuration(**given, **more)
             if hasattr(made, "validate"):
                 made.validate()
             return kind(config=made)
         except Exception as error:
-            shown = " ".join(f"--set {key}={json.dumps(value)}" for key, value in settings.items())
-            shown = shown or "without --set"
+            shown = " ".join(f"--set {key}={json.dumps(value)}" for key, value in settings.items()) or "its defaults"
+            # Some of the library's assertions have no message.
+            reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+            defaults = [
+                f"{key}={fields[key].default}" for key in own if type(fields[key].default) in (int, float, bool)
+            ]
             raise RefusedError(
-                f"{shown}: {name} refuses this: {type(error).__name__}: {error}; its settings are "
-                + ", ".join(f"{key}={getattr(made, key)!r}" if "made" in locals() else key for key in own)
+                f"refuses {shown}: {type(error).__name__}: {reason} (defaults: {', '.join(defaults) or 'none'})"
             ) from error
 
     def known(self, name: str, settings: dict[str, Any]) -> Any:
@@ -256,7 +260,8 @@ def load() -> Callable[[Reply], Reply]:
         except IndexError:
             return {"end": True}
         except Exception as error:
-            raise RefusedError(f"problem {question['index']}: {type(error).__name__}: {error}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise RefusedError(f"cannot make problem {question['index']} with these settings: {reason}") from error
         return {"question": found["question"], "answer": found["answer"], "entry": json.dumps(pack(found))}
 
     def score(question: Reply) -> Reply:
