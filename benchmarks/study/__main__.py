@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.study import grid, results
-from benchmarks.study.cells import LOSSES, TASKS_FOLDER, Cell
+from benchmarks.study.cells import LOSSES, PROMPTS, TASKS_FOLDER, Cell
 from benchmarks.study.pool import Pool
 from benchmarks.study.tasks import TASKS
 from verl_troll.tools import disk
@@ -67,6 +67,7 @@ def _cell(options: argparse.Namespace) -> int:
         temperature=options.temperature,
         steps=options.steps,
         settings=tuple(options.set),
+        prompts=options.prompts,
     )
     _prepare([cell.task])
     failed = Pool(lambda done: [cell], options.results, say=_say).run(1, math.inf)
@@ -127,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cell.add_argument("--lr", type=float, default=2e-4)
     cell.add_argument("--seed", type=int, default=0)
     cell.add_argument("--estimator", default="grpo")
+    cell.add_argument("--prompts", type=int, default=PROMPTS, help="prompts per step")
     cell.add_argument("--mini-batches", type=int, default=8)
     cell.add_argument("--epochs", type=int, default=1)
     cell.add_argument("--staleness", type=int, default=0)

@@ -39,7 +39,9 @@ def test_a_cell_survives_the_file() -> None:
     assert again.key == cell.key
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"lr": 3e-4}, {"settings": ("troll.alpha=0",)}, {"epochs": 2}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"lr": 3e-4}, {"settings": ("troll.alpha=0",)}, {"epochs": 2}, {"prompts": 64}]
+)
 def test_different_cells_have_different_keys(change: dict[str, Any]) -> None:
     assert dataclasses.replace(CELL, **change).key != CELL.key
 
@@ -50,6 +52,8 @@ def test_different_cells_have_different_keys(change: dict[str, Any]) -> None:
         ({"task": "chess"}, "task='chess'"),
         ({"loss": "trol"}, "loss='trol'"),
         ({"mini_batches": 3}, "mini_batches=3"),
+        ({"mini_batches": 32}, "the 16 prompts of a step"),
+        ({"prompts": 0}, "the 0 prompts of a step"),
         ({"old_policy": "old"}, "old_policy='old'"),
         ({"lr": 0.0}, "lr must be above 0"),
     ],
@@ -57,6 +61,27 @@ def test_different_cells_have_different_keys(change: dict[str, Any]) -> None:
 def test_what_cannot_be_run_is_named(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         dataclasses.replace(CELL, **change)
+
+
+def test_larger_steps_have_as_many_optimizer_steps_and_are_evaluated_as_often_per_prompt(tmp_path: Path) -> None:
+    for prompts, steps, test_freq in ((16, 40, 5), (64, 10, 1), (128, 5, 1)):
+        cell = dataclasses.replace(CELL, prompts=prompts, mini_batches=prompts // 2, steps=steps)
+        overrides = cell.overrides(tmp_path)
+        assert cell.steps * cell.mini_batches == 320
+        for setting in (
+            f"data.train_batch_size={prompts}",
+            "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16",
+            f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={8 * prompts}",
+            f"trainer.test_freq={test_freq}",
+        ):
+            assert setting in overrides
+        assert Cell.from_json(json.loads(json.dumps(cell.to_json()))) == cell
+        assert (f"P{prompts}" in cell.regime) == (prompts != 16)
+
+
+def test_published_runs_keep_their_keys() -> None:
+    assert all(Cell.from_json(line["run"]["cell"]).key == key for key, line in results.read().items())
 
 
 def test_runs_with_and_without_the_plugin_never_share_processes() -> None:
