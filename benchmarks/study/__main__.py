@@ -99,7 +99,10 @@ def _tables(options: argparse.Namespace) -> int:
 
     done = results.read(options.results)
     lines = [done[cell.key] for cell in grid.SECTIONS[options.section].cells(done) if cell.key in done]
-    text = tables.by_rate(lines) if options.by_rate else tables.by_arm(lines, options.baseline)
+    if options.entropy:
+        text = tables.entropy_by_rate(lines)
+    else:
+        text = tables.by_rate(lines) if options.by_rate else tables.by_arm(lines, options.baseline)
     print("\n".join(text))
     return 0
 
@@ -150,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shown = commands.add_parser("tables", help="print the tables of docs/study.md")
     shown.add_argument("section", choices=grid.SECTIONS)
     shown.add_argument("--by-rate", action="store_true", help="show final success at each rate")
+    shown.add_argument("--entropy", action="store_true", help="show the last step's entropy at each rate")
     shown.add_argument("--baseline", choices=LOSSES, default="clip", help="loss to compare the others with")
     shown.add_argument("--results", type=Path, default=results.FILE)
     shown.set_defaults(act=_tables)

@@ -16,7 +16,7 @@ from benchmarks.study import grid, pool, results
 from benchmarks.study.__main__ import main
 from benchmarks.study.cells import Cell
 from benchmarks.study.pool import Pool, SessionError
-from benchmarks.study.tables import by_arm
+from benchmarks.study.tables import by_arm, entropy_by_rate
 from verl_troll.tools.report.read import DISTINCT_ANSWERS, read_runs
 
 CELL = Cell("chain", "union", lr=2e-4, seed=0)
@@ -361,6 +361,19 @@ def test_half_done_rates_are_not_compared_with_each_other(tmp_path: Path) -> Non
     ]
     rows = [row.split("|") for row in "\n".join(by_arm(lines)).splitlines() if row.startswith("| union")]
     assert [(row[2].strip(), bool(row[5].strip())) for row in rows] == [("2e-4", True), ("4e-4", False)]
+
+
+def test_entropy_is_that_of_the_last_step_at_each_rate() -> None:
+    lines = []
+    for loss, lr, entropy in (("clip", 1e-4, 0.5), ("clip", 2e-4, 0.25), ("union", 1e-4, 1.5)):
+        for seed in (100, 101):
+            line = line_of(Cell("chain", loss, lr, seed), 0.5)
+            line["run"] |= {"arm": loss, "lr": lr, "section": "grpo, M8 E1", "settings": {}}
+            line["metrics"]["actor/entropy"] = [2.0, 1.0, entropy + seed - 100.5, None]
+            lines.append(line)
+    rows = [row for row in entropy_by_rate(lines) if row.startswith("| ")]
+    assert rows[0] == "| arm | 1e-4 | 2e-4 |"
+    assert rows[1:] == ["| --- | --- | --- |", "| clip | 0.50 | 0.25 |", "| union | 1.50 | - |"]
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
