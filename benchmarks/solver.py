@@ -74,7 +74,7 @@ def _run(case: Case, repeat: int, rows: int, width: int, family: str) -> list[Ro
     projection = project(new, old, KL_BOUND)
     spent = projection.evaluations.float()
     evaluations = {
-        BRACKETING: (published.POINTS * published.STEPS,) * 2,
+        BRACKETING: (published.POINTS * published.ROUNDS,) * 2,
         "TROLL": (round(float(spent.mean()), 2), int(spent.max())),
     }
     base = phase_seconds(times, BRACKETING, ["solve"])

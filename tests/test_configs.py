@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,7 @@ ENGINES = ("fsdp=default", "megatron=dense", "megatron=moe")
 INFERENCE = ("vllm", "sglang")
 LOSSES = sorted({(name, loss) for name, one in ESTIMATORS.items() for loss in (one.troll, one.clipped)})
 LOSSES += [("grpo", f"baseline={name}") for name in RIVALS if name != "vanilla"]
+LOSSES += [("grpo", "troll=published")]
 
 
 def options(group: str) -> list[str]:
@@ -339,6 +341,84 @@ def test_a_setting_on_the_command_line_wins_wherever_it_stands() -> None:
 def test_dr_grpo_divides_by_the_response_length_of_the_task() -> None:
     config = composed("+estimator=dr_grpo", "data.max_response_length=4321", "actor_rollout_ref.rollout.name=vllm")
     assert config.actor_rollout_ref.actor.loss_scale_factor == 4321
+
+
+PUBLISHED_LOSS = {
+    "kl_bound": 0.05,
+    "alpha": 1.0,
+    "k": 64,
+    "dropped_mass": 1e-5,
+    "support": "union",
+    "importance_ratio": "token",
+    "step_size_gradient": "implicit",
+    "one_sided": False,
+}
+PUBLISHED_TRAINER = {
+    "data.train_batch_size": 256,
+    "data.max_prompt_length": 2048,
+    "data.max_response_length": 4096,
+    f"{ACTOR}.ppo_mini_batch_size": 32,
+    f"{ACTOR}.ppo_epochs": 1,
+    f"{ACTOR}.loss_agg_mode": "token-mean",
+    f"{ACTOR}.use_kl_loss": False,
+    f"{ACTOR}.entropy_coeff": 0,
+    f"{ACTOR}.optim.lr": 1e-6,
+    f"{ACTOR}.optim.weight_decay": 0,
+    f"{ACTOR}.optim.lr_scheduler_type": "constant",
+    f"{ACTOR}.optim.lr_warmup_steps_ratio": 0,
+    f"{ACTOR}.optim.clip_grad": 1,
+    "algorithm.adv_estimator": "grpo",
+    "algorithm.norm_adv_by_std_in_grpo": True,
+    "algorithm.use_kl_in_reward": False,
+    "actor_rollout_ref.rollout.n": 8,
+    "actor_rollout_ref.rollout.temperature": 1,
+    "actor_rollout_ref.rollout.top_p": 1,
+    "actor_rollout_ref.rollout.top_k": -1,
+    "actor_rollout_ref.rollout.val_kwargs.do_sample": False,
+    "actor_rollout_ref.rollout.val_kwargs.temperature": 0,
+    "actor_rollout_ref.rollout.val_kwargs.n": 1,
+    "trainer.test_freq": 10,
+    "trainer.total_training_steps": 1001,
+    "trainer.val_before_train": False,
+}
+
+
+def recipe_of_the_authors() -> tuple[list[str], dict[str, list[str]]]:
+    """The overrides of the command in docs/recipes.md, and those of its other arms."""
+    section = (CONFIGS.parent / "docs" / "recipes.md").read_text().partition("\n## As the authors ran it\n")[2]
+    section = section.partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("    ")]
+    words = shlex.split(" ".join(line.rstrip("\\") for line in lines))
+    assert words[:3] == ["python", "-m", "verl.trainer.main_ppo"]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ") and "`" in line]
+    return words[3:], {name: arm.strip("`").split() for name, arm in rows}
+
+
+def test_recipe_of_the_authors_sets_what_their_configuration_sets(model: str) -> None:
+    recipe, arms = recipe_of_the_authors()
+    path = f"actor_rollout_ref.model.path={model}"
+    config = composed(*recipe, path)
+    actor = checked(config)
+    assert {name: getattr(actor.policy_loss.troll, name) for name in PUBLISHED_LOSS} == PUBLISHED_LOSS
+    assert {key: OmegaConf.select(config, key) for key in PUBLISHED_TRAINER} == PUBLISHED_TRAINER
+
+    replaced = {"+estimator=grpo", "+troll=published"}
+    assert replaced < set(recipe)
+    shared = [word for word in recipe if word not in replaced]
+    clip, gspo, gspo_troll = (checked(composed(*shared, *arm, path)) for arm in arms.values())
+    assert (clip.policy_loss.loss_mode, clip.clip_ratio_low, clip.clip_ratio_high, clip.clip_ratio_c) == (
+        "vanilla",
+        0.2,
+        0.2,
+        10,
+    )
+    assert (gspo.policy_loss.loss_mode, gspo.clip_ratio_low, gspo.clip_ratio_high) == ("gspo", 0.2, 0.2)
+    assert (gspo_troll.policy_loss.troll.importance_ratio, gspo_troll.loss_agg_mode) == ("sequence", "token-mean")
+
+
+def test_published_is_written_out_and_does_not_follow_the_defaults() -> None:
+    written = OmegaConf.load(CONFIGS / "troll" / "published.yaml")
+    assert OmegaConf.select(written, f"{ACTOR}.policy_loss.troll") == PUBLISHED_LOSS
 
 
 def test_235b_places_its_layers() -> None:

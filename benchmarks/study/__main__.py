@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.study import grid, pretrained, results
-from benchmarks.study.cells import LOSSES, TASKS_FOLDER, Cell
+from benchmarks.study.cells import LOSSES, PROMPTS, TASKS_FOLDER, Cell
 from benchmarks.study.pool import Pool
 from benchmarks.study.tasks import NAMES, PRETRAINED
 from verl_troll.tools import disk
@@ -110,6 +110,7 @@ def _cell(options: argparse.Namespace) -> int:
         temperature=options.temperature,
         steps=options.steps or (pretrained.ONCE["steps"] if options.task in PRETRAINED else grid.STEPS),
         settings=tuple(options.set),
+        prompts=options.prompts,
     )
     _prepare([cell.task])
     failed = Pool(lambda done: [cell], options.results, say=_say).run(1, math.inf)
@@ -141,7 +142,9 @@ def _tables(options: argparse.Namespace) -> int:
 
     done = results.read(options.results)
     lines = [done[cell.key] for cell in SECTIONS[options.section].cells(done) if cell.key in done]
-    if options.by_rate:
+    if options.entropy:
+        text = tables.entropy_by_rate(lines)
+    elif options.by_rate:
         text = tables.by_rate(lines)
     elif options.section in pretrained.SECTIONS:
         text = tables.pretrained(lines, options.baseline)
@@ -185,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cell.add_argument("--lr", type=float, default=2e-4)
     cell.add_argument("--seed", type=int, default=0)
     cell.add_argument("--estimator", default="grpo")
+    cell.add_argument("--prompts", type=int, default=PROMPTS, help="prompts per step")
     cell.add_argument("--mini-batches", type=int, help="default 8, with a pretrained model 4")
     cell.add_argument("--epochs", type=int, default=1)
     cell.add_argument("--staleness", type=int, default=0)
@@ -206,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shown = commands.add_parser("tables", help="print the tables of docs/study.md")
     shown.add_argument("section", choices=SECTIONS)
     shown.add_argument("--by-rate", action="store_true", help="show final success at each rate")
+    shown.add_argument("--entropy", action="store_true", help="show the last step's entropy at each rate")
     shown.add_argument("--baseline", choices=LOSSES, default="clip", help="loss to compare the others with")
     shown.add_argument("--results", type=Path, default=results.FILE)
     shown.set_defaults(act=_tables)

@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TASKS_FOLDER = ROOT / "runs" / "study" / "tasks"
 
 PROMPTS, SAMPLES = 16, 8
-"""Prompts per step and samples per prompt, the same for all runs."""
+"""Prompts per step, unless a run has its own, and samples per prompt."""
 TEST_EVERY = 5
-"""Steps between evaluations."""
+"""Steps between evaluations, of :data:`PROMPTS` prompts each; fewer if steps are larger."""
 
 PRETRAINED_SAMPLES = 4
 """Samples per prompt with a pretrained model."""
@@ -56,6 +56,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
         f"{_ACTOR}.clip_ratio_c={_WIDE_OPEN}",
     ),
     "gspo": ("+baseline=gspo",),
+    "gspo_wide": ("+baseline=gspo", f"{_ACTOR}.clip_ratio_low=0.2", f"{_ACTOR}.clip_ratio_high=0.2"),
     "cispo": ("+baseline=cispo",),
     "sapo": ("+baseline=sapo",),
     "dppo_kl": ("+baseline=dppo_kl",),
@@ -86,6 +87,7 @@ class Cell:
         temperature: temperature of sampling and training.
         steps: number of training steps.
         settings: further settings, each ``key=value``; ``troll.NAME=VALUE`` sets one of TROLL's.
+        prompts: prompts per step.
     """
 
     task: str
@@ -100,6 +102,7 @@ class Cell:
     temperature: float = 1.0
     steps: int = 50
     settings: tuple[str, ...] = ()
+    prompts: int = PROMPTS
 
     def __post_init__(self) -> None:
         """Raise :class:`ValueError` if the run is impossible."""
@@ -109,8 +112,8 @@ class Cell:
             raise ValueError(f"loss={self.loss!r}: must be one of {', '.join(LOSSES)}")
         if self.old_policy not in ("rescored", "behaviour"):
             raise ValueError(f"old_policy={self.old_policy!r}: must be rescored or behaviour")
-        if self.mini_batches < 1 or PROMPTS % self.mini_batches:
-            raise ValueError(f"mini_batches={self.mini_batches}: must divide the {PROMPTS} prompts of a step")
+        if self.mini_batches < 1 or self.prompts < 1 or self.prompts % self.mini_batches:
+            raise ValueError(f"mini_batches={self.mini_batches}: must divide the {self.prompts} prompts of a step")
         if self.lr <= 0 or self.epochs < 1 or self.staleness < 0 or self.steps < 1:
             raise ValueError(f"{self}: lr must be above 0, epochs and steps at least 1, staleness at least 0")
 
@@ -120,8 +123,11 @@ class Cell:
         return cls(**{**fields, "settings": tuple(fields.get("settings", ()))})
 
     def to_json(self) -> dict[str, Any]:
-        """Fields as JSON values."""
-        return {**dataclasses.asdict(self), "settings": list(self.settings)}
+        """Fields as JSON values, without ``prompts`` if it is :data:`PROMPTS`: older runs keep their keys."""
+        fields = {**dataclasses.asdict(self), "settings": list(self.settings)}
+        if self.prompts == PROMPTS:
+            del fields["prompts"]
+        return fields
 
     @property
     def key(self) -> str:
@@ -138,6 +144,8 @@ class Cell:
     def regime(self) -> str:
         """Short code for how the batches are used."""
         parts = [f"M{self.mini_batches}", f"E{self.epochs}"]
+        if self.prompts != PROMPTS:
+            parts.append(f"P{self.prompts}")
         if self.staleness:
             parts.append(f"stale{self.staleness}-{self.old_policy}")
         if self.temperature != 1:
@@ -167,14 +175,14 @@ class Cell:
         """
         data = tasks / self.task
         task = TASKS.get(self.task) or PRETRAINED[self.task]
-        mini_batch = PROMPTS // self.mini_batches
+        mini_batch = self.prompts // self.mini_batches
         chosen = [
             "+cpu=default",
             f"+estimator={self.estimator}",
             *LOSSES[self.loss],
             f"data.train_files={data / 'train.parquet'}",
             f"data.val_files={data / 'held_out.parquet'}",
-            f"data.train_batch_size={PROMPTS}",
+            f"data.train_batch_size={self.prompts}",
             f"data.seed={self.seed}",
             f"data.max_prompt_length={task.prompt_length}",
             f"data.max_response_length={task.response_length}",
@@ -188,8 +196,8 @@ class Cell:
             f"actor_rollout_ref.rollout.n={SAMPLES}",
             f"actor_rollout_ref.rollout.seed={self.seed}",
             f"actor_rollout_ref.rollout.temperature={self.temperature}",
-            f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={PROMPTS * SAMPLES}",
-            f"actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu={PROMPTS * SAMPLES}",
+            f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={self.prompts * SAMPLES}",
+            f"actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu={self.prompts * SAMPLES}",
             "actor_rollout_ref.rollout.calculate_log_probs=True",
             # Measure the trained policy itself: sampled, not greedy.
             "actor_rollout_ref.rollout.val_kwargs.do_sample=True",
@@ -198,7 +206,7 @@ class Cell:
             f"reward.custom_reward_function.path={Path(__file__).with_name('reward.py')}",
             "trainer.logger=[file]",
             "trainer.val_before_train=True",
-            f"trainer.test_freq={TEST_EVERY}",
+            f"trainer.test_freq={max(1, TEST_EVERY * PROMPTS // self.prompts)}",
             "trainer.save_freq=-1",
             "trainer.resume_mode=disable",
             f"trainer.total_training_steps={self.steps}",

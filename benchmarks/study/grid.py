@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from benchmarks.study.cells import Cell
+from benchmarks.study.cells import PROMPTS, Cell
 from benchmarks.study.results import Results, final_success
 
 SWEEP_SEEDS = (100, 101)
@@ -146,6 +146,19 @@ def temperature(results: Results) -> Iterator[Cell]:
         yield Cell("chain", loss, 2e-4, seed, temperature=value, steps=STEPS)
 
 
+def batch_size(results: Results) -> Iterator[Cell]:
+    """16, 64 and 128 prompts per step in mini-batches of 2: as many optimizer steps, on ever fewer batches."""
+    for seed, loss, times in product(SEEDS, ("clip", "union", "anchored"), (1, 4, 8)):
+        prompts, steps = times * PROMPTS, STEPS // times
+        yield Cell("chain", loss, 2e-4, seed, mini_batches=prompts // 2, steps=steps, prompts=prompts)
+
+
+def gspo_clip(results: Results) -> Iterator[Cell]:
+    """GSPO for 200 steps, with its own narrow clipping and with the 0.2 of TROLL's authors."""
+    for seed, loss in product(SWEEP_SEEDS, ("gspo_wide", "gspo")):
+        yield Cell("chain", loss, 2e-4, seed, steps=200)
+
+
 @dataclass(frozen=True)
 class Section:
     """A section of the study; ``cells`` may depend on the results so far."""
@@ -168,6 +181,8 @@ SECTIONS: dict[str, Section] = {
         rivals_headline,
         staleness,
         temperature,
+        batch_size,
+        gspo_clip,
     )
 }
 

@@ -179,6 +179,19 @@ def by_rate(lines: list[Record]) -> Iterator[str]:
         yield from _table(["arm", *map(rate_text, rates), "stable rates", "diverged"], rows)
 
 
+def entropy_by_rate(lines: list[Record]) -> Iterator[str]:
+    """Entropy of the last step at each rate, for each task, estimator, regime and arm."""
+    for part, group in _by(lines, _part).items():
+        yield f"\n{', '.join(part)}\n"
+        rates = sorted({line["run"]["lr"] for line in group})
+        arms = _by(group, lambda line: (arm(line), line["run"]["lr"]))
+        rows = (
+            [name, *(_mean(arms.get((name, lr), []), _last("actor/entropy"), ".2f") for lr in rates)]
+            for name in dict.fromkeys(name for name, _ in arms)
+        )
+        yield from _table(["arm", *map(rate_text, rates)], rows)
+
+
 SUCCESS = 0.3
 """Share of right samples at which a rare answer has become common."""
 

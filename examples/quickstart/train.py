@@ -74,6 +74,8 @@ RECIPES = {
             "reward.custom_reward_function.path=pkg://verl_troll.tasks.rewards.reasoning_gym",
             # Logits of response tokens only.
             "actor_rollout_ref.model.use_fused_kernels=True",
+            # MiB; the embeddings have 108 and are sent whole to vLLM.
+            "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=128",
         ),
     ),
     # The rate is deliberately high for one batch: the policy leaves the trust region, and the projection acts.

@@ -196,6 +196,16 @@ def test_published_method_agrees_with_the_union_rule() -> None:
     assert ((gradients[0] - gradients[1]).norm(dim=-1, keepdim=True) / scale)[feasible].max() < 2e-2
 
 
+def test_published_bracketing_stops_as_soon_as_it_is_narrow_enough() -> None:
+    width = (published.ETA_MAX - published.ETA_MIN) / (published.POINTS + 1) ** torch.arange(21, dtype=torch.float64)
+    assert published.ROUNDS == int((width > published.ETA_TOLERANCE).sum()) < published.MAX_ROUNDS
+    new, old = solver.outside_rows(64, 16, "overlapping")
+    step_size = project(new.double(), old.double(), troll.KL_BOUND).step_size
+    excess = published.bracket_eta(old, new - old, troll.KL_BOUND).double() - (1 / step_size - 1)
+    # The bracket's width, and float32 rounding of the KL.
+    assert excess.abs().max() < 2 * published.ETA_TOLERANCE
+
+
 def test_published_bracketing_meets_the_bound() -> None:
     new, old = solver.outside_rows(64, 16, "overlapping")
     eta = published.bracket_eta(old, new - old, troll.KL_BOUND)

@@ -16,7 +16,7 @@ from benchmarks.study import grid, pool, results
 from benchmarks.study.__main__ import main
 from benchmarks.study.cells import Cell
 from benchmarks.study.pool import Pool, SessionError
-from benchmarks.study.tables import by_arm
+from benchmarks.study.tables import by_arm, entropy_by_rate
 from verl_troll.tools.report.read import DISTINCT_ANSWERS, read_runs
 
 CELL = Cell("chain", "union", lr=2e-4, seed=0)
@@ -39,7 +39,9 @@ def test_a_cell_survives_the_file() -> None:
     assert again.key == cell.key
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"lr": 3e-4}, {"settings": ("troll.alpha=0",)}, {"epochs": 2}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"lr": 3e-4}, {"settings": ("troll.alpha=0",)}, {"epochs": 2}, {"prompts": 64}]
+)
 def test_different_cells_have_different_keys(change: dict[str, Any]) -> None:
     assert dataclasses.replace(CELL, **change).key != CELL.key
 
@@ -50,6 +52,8 @@ def test_different_cells_have_different_keys(change: dict[str, Any]) -> None:
         ({"task": "chess"}, "task='chess'"),
         ({"loss": "trol"}, "loss='trol'"),
         ({"mini_batches": 3}, "mini_batches=3"),
+        ({"mini_batches": 32}, "the 16 prompts of a step"),
+        ({"prompts": 0}, "the 0 prompts of a step"),
         ({"old_policy": "old"}, "old_policy='old'"),
         ({"lr": 0.0}, "lr must be above 0"),
     ],
@@ -57,6 +61,27 @@ def test_different_cells_have_different_keys(change: dict[str, Any]) -> None:
 def test_what_cannot_be_run_is_named(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         dataclasses.replace(CELL, **change)
+
+
+def test_larger_steps_have_as_many_optimizer_steps_and_are_evaluated_as_often_per_prompt(tmp_path: Path) -> None:
+    for prompts, steps, test_freq in ((16, 40, 5), (64, 10, 1), (128, 5, 1)):
+        cell = dataclasses.replace(CELL, prompts=prompts, mini_batches=prompts // 2, steps=steps)
+        overrides = cell.overrides(tmp_path)
+        assert cell.steps * cell.mini_batches == 320
+        for setting in (
+            f"data.train_batch_size={prompts}",
+            "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16",
+            f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={8 * prompts}",
+            f"trainer.test_freq={test_freq}",
+        ):
+            assert setting in overrides
+        assert Cell.from_json(json.loads(json.dumps(cell.to_json()))) == cell
+        assert (f"P{prompts}" in cell.regime) == (prompts != 16)
+
+
+def test_published_runs_keep_their_keys() -> None:
+    assert all(Cell.from_json(line["run"]["cell"]).key == key for key, line in results.read().items())
 
 
 def test_runs_with_and_without_the_plugin_never_share_processes() -> None:
@@ -336,6 +361,19 @@ def test_half_done_rates_are_not_compared_with_each_other(tmp_path: Path) -> Non
     ]
     rows = [row.split("|") for row in "\n".join(by_arm(lines)).splitlines() if row.startswith("| union")]
     assert [(row[2].strip(), bool(row[5].strip())) for row in rows] == [("2e-4", True), ("4e-4", False)]
+
+
+def test_entropy_is_that_of_the_last_step_at_each_rate() -> None:
+    lines = []
+    for loss, lr, entropy in (("clip", 1e-4, 0.5), ("clip", 2e-4, 0.25), ("union", 1e-4, 1.5)):
+        for seed in (100, 101):
+            line = line_of(Cell("chain", loss, lr, seed), 0.5)
+            line["run"] |= {"arm": loss, "lr": lr, "section": "grpo, M8 E1", "settings": {}}
+            line["metrics"]["actor/entropy"] = [2.0, 1.0, entropy + seed - 100.5, None]
+            lines.append(line)
+    rows = [row for row in entropy_by_rate(lines) if row.startswith("| ")]
+    assert rows[0] == "| arm | 1e-4 | 2e-4 |"
+    assert rows[1:] == ["| --- | --- | --- |", "| clip | 0.50 | 0.25 |", "| union | 1.50 | - |"]
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
