@@ -10,9 +10,13 @@ from typing import Any
 import pandas as pd
 
 
-def _answers(dump: Path) -> list[dict[str, Any]]:
+def _answers(dump: Path) -> dict[str, dict[str, Any]]:
+    """The first answer to each prompt."""
+    found: dict[str, dict[str, Any]] = {}
     with dump.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        for answer in map(json.loads, lines):
+            found.setdefault(answer["input"], answer)
+    return found
 
 
 def _shown(answer: dict[str, Any]) -> str:
@@ -21,7 +25,7 @@ def _shown(answer: dict[str, Any]) -> str:
 
 
 def before_and_after(folder: Path, held_out: Path, count: int) -> str:
-    """The first ``count`` held-out problems, each with one sampled answer before training and one at the end.
+    """The first ``count`` problems that were evaluated, each with one sampled answer before training and one at the end.
 
     Args:
         folder: verl's dumps, ``STEP.jsonl``.
@@ -31,14 +35,12 @@ def before_and_after(folder: Path, held_out: Path, count: int) -> str:
     dumps = sorted(folder.glob("*.jsonl"), key=lambda dump: int(dump.stem))
     if len(dumps) < 2:
         return "  no answers: the policy was not evaluated before training and at the end"
-    first, last = _answers(dumps[0]), _answers(dumps[-1])
+    first, last = (_answers(dump) for dump in (dumps[0], dumps[-1]))
+    questions = [messages[-1]["content"] for messages in pd.read_parquet(held_out)["prompt"]]
     lines = []
-    for messages in pd.read_parquet(held_out)["prompt"][:count]:
-        question = messages[-1]["content"]
-        before, after = (next((a for a in part if question in a["input"]), None) for part in (first, last))
-        # Fewer problems may have been evaluated.
-        if before is not None and after is not None:
-            lines += [f"    {question}", f"      before  {_shown(before)}", f"      after   {_shown(after)}"]
+    for prompt in [prompt for prompt in first if prompt in last][:count]:
+        question = next(question for question in questions if question in prompt)
+        lines += [f"    {question}", f"      before  {_shown(first[prompt])}", f"      after   {_shown(last[prompt])}"]
     lines.insert(0, f"  the first {len(lines) // 3} held-out problems, each with one sampled answer:")
     return "\n".join(lines)
 
