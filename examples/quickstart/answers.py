@@ -25,7 +25,7 @@ def _shown(answer: dict[str, Any]) -> str:
 
 
 def before_and_after(folder: Path, held_out: Path, count: int) -> str:
-    """The first ``count`` problems that were evaluated, each with one sampled answer before training and one at the end.
+    """The first ``count`` evaluated problems, each with one sampled answer before training and one at the end.
 
     Args:
         folder: verl's dumps, ``STEP.jsonl``.
