@@ -16,8 +16,8 @@ from verl_troll.patches.registry import Patch
 from verl_troll.versions import TESTED_VERL, VERL, is_tested
 
 ROOT = Path(__file__).resolve().parents[1]
-# They record past measurements and changes, with the version of that time.
-RECORDS = {"CHANGELOG.md", "docs/report.md", "docs/study.md"}
+# They record past measurements and changes, with the version of that time, or others' code.
+RECORDS = {"CHANGELOG.md", "docs/beside_the_authors.md", "docs/report.md", "docs/study.md"}
 VERSION_OF_VERL = re.compile(r"\bverl(?:\[\w+\])?(?: |==)(\d+(?:\.\d+)+)")
 
 
