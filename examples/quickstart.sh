@@ -173,7 +173,7 @@ if [[ $backend == megatron ]] && ! "$venv/bin/python" -c 'import mbridge' 2>/dev
 fi
 
 echo "2/3 data set and model"
-"$venv/bin/python" "$repository/examples/quickstart/prepare.py" "$data" --model "$model" || {
+TQDM_DISABLE=1 "$venv/bin/python" "$repository/examples/quickstart/prepare.py" "$data" --model "$model" || {
   full_disk
   exit 1
 }
