@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -276,7 +277,9 @@ def run(args: argparse.Namespace, disks: disk.Watch) -> int:
     """Run the trainer with the options of :func:`main` and return its exit status."""
     args.out.mkdir(parents=True, exist_ok=True)
     metrics, log_path = args.out / "metrics.jsonl", args.out / "train.log"
+    # What an earlier run left here would be taken for this one's.
     metrics.unlink(missing_ok=True)
+    shutil.rmtree(args.out / "answers", ignore_errors=True)
     cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
     threads = max(1, min(cores // (args.megatron_tp or 1), RECIPES[args.model].threads))
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(args)]

@@ -50,6 +50,9 @@ def test_tokenizer_ends_turns_as_the_model_does(data: Path) -> None:
 
 def test_the_quickstart_trains_it(data: Path, tmp_path: Path) -> None:
     out, shown = tmp_path / "run", tmp_path / "output"
+    # An earlier, longer run in the same folder must not show.
+    (out / "answers").mkdir(parents=True)
+    (out / "answers" / "99.jsonl").touch()
     command: list[str | Path] = [
         sys.executable,
         SCRIPTS / "train.py",
