@@ -4,7 +4,7 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=.venv-study
-requirements=$(cksum <setup.cfg)
+requirements=$(cat setup.cfg benchmarks/study.sh | cksum)
 if [[ ! -f $venv/installed || $(<"$venv/installed") != "$requirements" ]]; then
   echo "creating $venv (a few minutes, once)"
   "${PYTHON:-python3}" -m venv --clear "$venv"

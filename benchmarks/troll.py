@@ -10,6 +10,7 @@ from verl_troll.core.loss import BatchTerms, PolicyTerms, batch_losses, policy_t
 from verl_troll.core.support import Selection, SparsePolicy
 from verl_troll.core.vocab import VocabLogits
 from verl_troll.plugin.metrics import token_statistics
+from verl_troll.plugin.settings import TrollConfig
 
 KL_BOUND, DROPPED_MASS, ALPHA = 0.05, 1e-5, 1.0
 
@@ -39,6 +40,7 @@ def loss_from_terms(log_ratio: Tensor, regression_kl: Tensor, advantages: Tensor
         response_mask=torch.ones_like(terms.projected, dtype=torch.bool),
         aggregate=lambda losses, _: losses.mean(),
         alpha=ALPHA,
+        max_log_ratio=TrollConfig.max_log_ratio,
     )
     return losses.policy + losses.regression
 

@@ -349,6 +349,7 @@ PUBLISHED_LOSS = {
     "k": 64,
     "dropped_mass": 1e-5,
     "support": "union",
+    "max_log_ratio": 10.0,
     "importance_ratio": "token",
     "step_size_gradient": "implicit",
     "one_sided": False,

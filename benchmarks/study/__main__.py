@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.study import grid, pretrained, results
-from benchmarks.study.cells import LOSSES, PROMPTS, TASKS_FOLDER, Cell
+from benchmarks.study.cells import LOSSES, PRETRAINED_PROMPTS, PROMPTS, TASKS_FOLDER, Cell
 from benchmarks.study.pool import Pool
 from benchmarks.study.tasks import NAMES, PRETRAINED
 from verl_troll.tools import disk
@@ -52,9 +52,12 @@ def _run(options: argparse.Namespace) -> int:
         return 2
     _prepare(tasks)
 
-    failed = Pool(lambda done: part.in_order(done, sections, tasks), options.results, say=_say).run(
-        options.workers, options.minutes
-    )
+    losses = options.loss or tuple(LOSSES)
+
+    def wanted(done: results.Results) -> Iterator[Cell]:
+        return (cell for cell in part.in_order(done, sections, tasks) if cell.loss in losses)
+
+    failed = Pool(wanted, options.results, say=_say).run(options.workers, options.minutes)
     return 1 if failed else 0
 
 
@@ -110,7 +113,7 @@ def _cell(options: argparse.Namespace) -> int:
         temperature=options.temperature,
         steps=options.steps or (pretrained.ONCE["steps"] if options.task in PRETRAINED else grid.STEPS),
         settings=tuple(options.set),
-        prompts=options.prompts,
+        prompts=options.prompts or (PRETRAINED_PROMPTS if options.task in PRETRAINED else PROMPTS),
     )
     _prepare([cell.task])
     failed = Pool(lambda done: [cell], options.results, say=_say).run(1, math.inf)
@@ -163,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run", help="train the rest of the grid; safe to interrupt and restart")
     run.add_argument("--section", action="append", choices=SECTIONS, help="only this section; may be repeated")
     run.add_argument("--task", action="append", choices=NAMES, help="only this task; may be repeated")
+    run.add_argument("--loss", action="append", choices=LOSSES, help="only this loss; may be repeated")
     run.add_argument("--pretrained", action="store_true", help="the part on the pretrained model")
     run.add_argument("--workers", type=int, default=2, help="parallel runs, one core each (default 2)")
     run.add_argument("--minutes", type=float, default=math.inf, help="start no run after this many minutes")
@@ -188,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cell.add_argument("--lr", type=float, default=2e-4)
     cell.add_argument("--seed", type=int, default=0)
     cell.add_argument("--estimator", default="grpo")
-    cell.add_argument("--prompts", type=int, default=PROMPTS, help="prompts per step")
+    cell.add_argument("--prompts", type=int, help="prompts per step; default 16, with a pretrained model 8")
     cell.add_argument("--mini-batches", type=int, help="default 8, with a pretrained model 4")
     cell.add_argument("--epochs", type=int, default=1)
     cell.add_argument("--staleness", type=int, default=0)

@@ -19,9 +19,9 @@ PROMPTS, SAMPLES = 16, 8
 TEST_EVERY = 5
 """Steps between evaluations, of :data:`PROMPTS` prompts each; fewer if steps are larger."""
 
-PRETRAINED_SAMPLES = 4
-"""Samples per prompt with a pretrained model."""
-PRETRAINED_ROWS = 16
+PRETRAINED_PROMPTS, PRETRAINED_SAMPLES = 8, 8
+"""Prompts per step and samples per prompt with a pretrained model."""
+PRETRAINED_ROWS = 8
 """Samples per forward and backward pass with a pretrained model."""
 PRETRAINED_EVALUATIONS = 3
 """Evaluations of a pretrained model in training, besides the one before."""
@@ -229,6 +229,7 @@ class Cell:
         rollout, rows = "actor_rollout_ref.rollout", PRETRAINED_ROWS
         return [
             f"{rollout}.n={PRETRAINED_SAMPLES}",
+            "actor_rollout_ref.model.use_remove_padding=True",
             f"{_ACTOR}.ppo_micro_batch_size_per_gpu={min(rows, mini_batch * PRETRAINED_SAMPLES)}",
             f"{rollout}.log_prob_micro_batch_size_per_gpu={rows}",
             f"actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu={rows}",

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
-from benchmarks.study.cells import PRETRAINED_EVALUATIONS, Cell
+from benchmarks.study.cells import PRETRAINED_EVALUATIONS, PRETRAINED_PROMPTS, Cell
 from benchmarks.study.grid import Section
 from benchmarks.study.results import Record, Results
 
@@ -31,8 +31,8 @@ SWEEP_SEED = 100
 RATES = (1e-5, 2e-5, 4e-5)
 LIMITS = (2.5e-6, 1.6e-4)
 
-ONCE: dict[str, Any] = {"mini_batches": 4, "epochs": 1, "steps": 12}
-OVERUSED: dict[str, Any] = {"mini_batches": 4, "epochs": 4, "steps": 6}
+ONCE: dict[str, Any] = {"prompts": PRETRAINED_PROMPTS, "mini_batches": 4, "epochs": 1, "steps": 12}
+OVERUSED: dict[str, Any] = {**ONCE, "epochs": 4, "steps": 6}
 LONG: dict[str, Any] = {**ONCE, "steps": 24}
 """For the take-off."""
 

@@ -297,6 +297,23 @@ def test_the_sequence_ratio_is_the_mean_with_a_token_gradient(as_bool: bool) -> 
 
 
 @by_ratio
+def test_log_ratios_are_limited_and_then_have_no_gradient(ratio: str) -> None:
+    """A token that the new policy finds e^119 times as likely can be inside the region."""
+    limit = 10.0
+    values = torch.tensor([[119.0, 21.0, 9.5, -40.0, INF, -INF, 0.0]], dtype=DOUBLE, requires_grad=True)
+    inside = values.detach().abs() <= limit
+    found = importance_ratio(values, torch.ones(1, 7), ratio, limit)  # type: ignore[arg-type]
+    limited = values.detach().clamp(-limit, limit)
+    expected = limited if ratio == "token" else limited.mean().expand(1, 7)
+    torch.testing.assert_close(found.detach(), expected.exp(), rtol=1e-14, atol=0)
+    # Where the advantage is 0, the loss is 0 and not NaN.
+    for advantage in (-1.0, 0.0, 1.0):
+        losses = surrogate_losses(found, torch.full((1, 7), advantage, dtype=DOUBLE))
+        (gradient,) = torch.autograd.grad(losses.sum(), values, retain_graph=True)
+        torch.testing.assert_close(gradient, torch.where(inside, -advantage * expected.exp(), 0.0), rtol=1e-14, atol=0)
+
+
+@by_ratio
 def test_equal_policies_have_ratio_exactly_one(ratio: str) -> None:
     assert bool((importance_ratio(torch.zeros(4, 5), MASK, ratio) == 1).all())  # type: ignore[arg-type]
 

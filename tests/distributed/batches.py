@@ -116,6 +116,24 @@ def with_old_policy(batch: TensorDict, output: dict[str, Tensor]) -> TensorDict:
     return batch
 
 
+def with_broken_advantage(batch: TensorDict, value: float) -> TensorDict:
+    """The batch, with this advantage at the last token that takes part."""
+    batch = batch.clone()
+    advantages = batch["advantages"].values().clone()
+    advantages[batch["response_mask"].values().nonzero()[-1]] = value
+    batch["advantages"] = torch.nested.nested_tensor_from_jagged(advantages, batch["advantages"].offsets())
+    return batch
+
+
+def all_masked(batch: TensorDict) -> TensorDict:
+    """The batch, with no token that takes part."""
+    batch = batch.clone()
+    for name in ("response_mask", "loss_mask"):
+        mask = batch[name]
+        batch[name] = torch.nested.nested_tensor_from_jagged(torch.zeros_like(mask.values()), mask.offsets())
+    return batch
+
+
 def assert_loss_at_ratio_one(loss: float, batch: TensorDict) -> None:
     """At ratio 1 the policy loss, averaged over tokens, is the negative mean advantage."""
     advantages = batch["advantages"].values()[batch["response_mask"].values().bool()].double()

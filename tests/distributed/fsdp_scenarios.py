@@ -333,3 +333,27 @@ def train_steps(setup: Setup, batch: TensorDict, steps: int, noise: float = 0.0)
         grad_norm = float(result["metrics"].pop("grad_norm"))
         history.append({**_aggregate(result["metrics"]), "grad_norm": grad_norm})
     return history
+
+
+def broken_step(setup: Setup, batch: TensorDict) -> dict[str, Any]:
+    """An update of ``batch`` as it is; how far it moved the parameters, and its metrics."""
+    engine, loss_function, _ = build(setup)
+    batch = batch.exclude("rollout_is_weights")
+    shard = shard_of(batch, engine)
+    data = with_settings(with_old_policy(shard, old_pass(engine, shard, setup)), setup, calculate_entropy=False)
+    before = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    with engine.train_mode():
+        result = engine.train_batch(data, loss_function)
+        now = dict(engine.module.named_parameters())
+        moved = max(float((now[name].detach() - old).abs().max()) for name, old in before.items())
+    return {
+        "moved": moved,
+        "grad_norm": float(result["metrics"].pop("grad_norm")),
+        "loss": sum(result["loss"]),
+        **_aggregate(result["metrics"]),
+    }
+
+
+def broken_steps(setups: list[Setup], batch: TensorDict) -> list[dict[str, Any]]:
+    """:func:`broken_step` of several setups in one launch."""
+    return [broken_step(setup, batch) for setup in setups]

@@ -111,6 +111,20 @@ def _train(
     }
 
 
+def broken_step(layout: Layout, troll: dict[str, Any], batch: TensorDict) -> dict[str, Any]:
+    """An update of ``batch`` as it is; how far it moved the parameters, and its metrics."""
+    engine = stock.build(layout)
+    loss = loss_function(engine, layout, troll)
+    part = shard_of(batch, engine)
+    part = with_old_policy(part, _shared(engine, stock.old_pass(engine, part, layout)))
+    before = {name: parameter.detach().clone() for name, parameter in engine.module[0].named_parameters()}
+    with engine.train_mode():
+        result = engine.train_batch(with_settings(part, layout, calculate_entropy=False), loss)
+        now = dict(engine.module[0].named_parameters())
+        moved = max(float((now[name].detach() - old).abs().max()) for name, old in before.items())
+    return {"moved": moved, **_metrics(engine, result)}
+
+
 # Columns after the bridge's padding: at four ranks the last rank holds only padding.
 PADDED = 192
 

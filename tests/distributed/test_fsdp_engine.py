@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,26 @@ def test_lora_reference_pass_leaves_the_old_policy_alone(model_path: str, batch:
     assert result["moved"] > 1e-2
     assert all("lora" in name for name in result["trained"])
     assert result["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_rank_takes_a_step_whose_loss_is_not_finite(model_path: str, batch: TensorDict, value: float) -> None:
+    """The last rank alone sees the broken token."""
+    setup = Setup(model_path, METHODS["union"])
+    broken, whole = (batches.with_broken_advantage(batch, one) for one in (value, 1.0))
+    for row in run_ranks(scenarios.broken_step, 2, (setup, broken)):
+        assert row["moved"] == 0 and row["troll/nonfinite"] == 1 and math.isnan(row["grad_norm"])
+    for row in run_ranks(scenarios.broken_step, 2, (setup, whole)):
+        assert row["moved"] > 0 and row["troll/nonfinite"] == 0 and row["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+def test_a_mini_batch_without_a_token_is_as_with_verls_loss(model_path: str, batch: TensorDict, mode: str) -> None:
+    setups = [Setup(model_path, troll, loss_agg_mode=mode, loss_scale_factor=16) for troll in (METHODS["union"], None)]
+    ours, verls = run_ranks(scenarios.broken_steps, 1, (setups, batches.all_masked(batch)))[0]
+    assert ours["troll/nonfinite"] == 0
+    for name in ("moved", "grad_norm", "loss", "actor/pg_loss"):
+        assert ours[name] == pytest.approx(verls[name], nan_ok=True), name
 
 
 def test_half_precision_runs_and_stays_in_the_region(model_path: str, batch: TensorDict) -> None:

@@ -71,6 +71,18 @@ def assert_same(result: dict[str, Any], reference: dict[str, Any], layout: objec
         torch.testing.assert_close(result["weights"][name], weight, rtol=0, atol=2e-6, msg=f"{layout} {name}")
 
 
+def test_no_rank_takes_a_step_whose_loss_is_not_finite(dense: str, batch: TensorDict) -> None:
+    """The last data-parallel rank alone sees the broken token."""
+    layout = Layout(dense, tensor=2)
+    for value in (float("nan"), float("inf"), 1.0):
+        broken = batches.with_broken_advantage(batch, value)
+        for row in run_ranks(megatron_scenarios.broken_step, 4, (layout, UNION, broken)):
+            if value == 1:
+                assert row["moved"] > 0 and row["troll/nonfinite"] == 0 and row["grad_norm"] > 0
+            else:
+                assert row["moved"] == 0 and row["troll/nonfinite"] == 1 and row["grad_norm"] != row["grad_norm"]
+
+
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [

@@ -19,6 +19,7 @@ from verl_troll.plugin.metrics import as_metrics, token_statistics
 BOUND = 0.05
 KL_BEFORE, KL_AFTER = STATISTICS.index("kl_before"), STATISTICS.index("kl_after")
 UNCONVERGED = STATISTICS.index("unconverged")
+STEP_SIZE = STATISTICS.index("step_size")
 
 
 def statistics_of(tokens: int, seed: int = 0) -> Tensor:
@@ -36,8 +37,13 @@ def sums_and_maxima(statistics: Tensor) -> list[float]:
     return [*sums.tolist(), *maxima.tolist()]
 
 
+def unusual(statistics: Tensor) -> list[float]:
+    """Counts that add up over tokens, in the place of the loss's."""
+    return [float((statistics[row] > 0.6).sum()) for row in (KL_BEFORE, STEP_SIZE)]
+
+
 def metrics_of(statistics: Tensor, batch_num_tokens: int, dp_size: int = 1) -> dict[str, Metric]:
-    return as_metrics(sums_and_maxima(statistics), batch_num_tokens, dp_size, BOUND)
+    return as_metrics(sums_and_maxima(statistics), unusual(statistics), batch_num_tokens, dp_size, BOUND)
 
 
 def values_of(statistics: Tensor, batch_num_tokens: int) -> dict[str, float]:
@@ -51,6 +57,8 @@ def direct(statistics: Tensor) -> dict[str, float]:
     return {
         **means,
         "troll/unconverged": math.fsum(rows["unconverged"]),
+        "troll/ratio_limited": sum(value > 0.6 for value in rows["kl_before"]),
+        "troll/nonfinite": sum(value > 0.6 for value in rows["step_size"]),
         "troll/kl_before_max": max(rows["kl_before"]),
         "troll/kl_after_max": max(rows["kl_after"]),
         "troll/violation_max": max(0.0, max(rows["kl_after"]) / BOUND - 1),

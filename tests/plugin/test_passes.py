@@ -287,6 +287,32 @@ def test_metrics_are_those_of_the_tokens_that_take_part(rule: str) -> None:
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
+@by_rule
+@pytest.mark.parametrize("log_q", [-30.0, -128.0, -1e4])
+@pytest.mark.parametrize("advantage", [0.0, 1.0, -1.0])
+def test_a_token_that_the_old_policy_all_but_excludes_has_a_limited_ratio(
+    rule: str, log_q: float, advantage: float
+) -> None:
+    """It is inside the region all the same."""
+    batch, settings = batch_of(), replace(SETTINGS, support=rule, dropped_mass=0.0)
+    layout = layout_of(batch, False)
+    place = int(batch["input_ids"].offsets()[1]) - 2
+    sampled = int(batch["responses"].unbind()[0][-1])
+    old = torch.zeros(batch["input_ids"].values().shape[0], VOCAB, dtype=DOUBLE)
+    old[:, :3] = 12.0
+    new = old.clone()
+    old[place, sampled] = log_q + old[place].logsumexp(-1)
+    new[place, sampled] = -9 + new[place].logsumexp(-1)
+    batch["advantages"].values()[batch["responses"].offsets()[1] - 1] = advantage
+    leaf = new.requires_grad_()
+    loss, metrics, _ = update(with_old_policy(batch, old_pass(batch, old, layout, settings)), leaf, layout, settings)
+    assert 0 < metrics["troll/kl_before_max"] < BOUND
+    assert (metrics["troll/ratio_limited"], metrics["troll/nonfinite"]) == (1, 0)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert bool(gradient.isfinite().all()) and bool((gradient[place] == 0).all())
+    assert abs(loss.item()) < 2e4
+
+
 def test_the_update_leaves_verls_log_probs_and_entropy_unprojected() -> None:
     batch = batch_of()
     old, new = logits_of(batch)

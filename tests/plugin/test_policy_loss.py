@@ -161,6 +161,29 @@ def test_the_shift_is_taken_over_the_tokens_that_take_part() -> None:
     assert shift.tolist() == pytest.approx([math.fsum(x) / len(x) for x in (moved, share)], rel=1e-12)
 
 
+@pytest.mark.parametrize("importance_ratio", ["token", "sequence"])
+@pytest.mark.parametrize("one_sided", [False, True], ids=["projected", "one-sided"])
+def test_extreme_log_ratios_are_limited_and_counted(importance_ratio: str, one_sided: bool) -> None:
+    inputs = Inputs(importance_ratio=importance_ratio, one_sided=one_sided, max_log_ratio=5.0)
+    with torch.no_grad():
+        inputs.log_ratio[0, 1], inputs.log_ratio[3, 0] = 119.0, -6.0
+        inputs.projected[0, 1] = inputs.projected[3, 0] = 0
+    inputs.advantages[0, 1] = 0.0
+    loss, terms = inputs.loss()
+    assert losses_of(terms).unusual.tolist() == [2, 0]
+    (gradient,) = torch.autograd.grad(loss, inputs.log_ratio)
+    assert math.isfinite(loss.item()) and bool(gradient.isfinite().all())
+    assert gradient[0, 1] == gradient[3, 0] == 0
+
+
+@pytest.mark.parametrize("name", ["advantages", "regression_kl", "log_ratio"])
+def test_tokens_whose_loss_is_not_finite_are_counted(name: str) -> None:
+    inputs = Inputs()
+    with torch.no_grad():
+        getattr(inputs, name)[0, 1] = getattr(inputs, name)[2, 0] = math.nan
+    assert losses_of(inputs.loss()[1]).unusual.tolist() == [0, 2]
+
+
 def test_a_micro_batch_without_a_token_that_takes_part_is_zero() -> None:
     loss, terms = Inputs().loss(mask=torch.zeros_like(MASK))
     losses = losses_of(terms)

@@ -44,6 +44,7 @@ def test_group_switches_troll_on_with_the_published_defaults(strategy: str) -> N
     assert actor.policy_loss.loss_mode == "troll"
     assert actor.engine.troll is settings
     assert (settings.kl_bound, settings.alpha, settings.k, settings.dropped_mass) == (0.05, 1.0, 64, 1e-5)
+    assert settings.max_log_ratio == 10
     assert (settings.support, settings.importance_ratio, settings.step_size_gradient) == ("union", "token", "implicit")
     assert (settings.reuse_logits, settings.kernels) == (True, "auto")
 
@@ -75,6 +76,9 @@ def test_fused_kernels_are_accepted(trainer: str) -> None:
         ("kl_bound", ".inf"),
         ("kl_bound", "true"),
         ("kl_bound", "wide"),
+        ("max_log_ratio", "0"),
+        ("max_log_ratio", "80"),
+        ("max_log_ratio", ".nan"),
         ("alpha", "-1"),
         ("alpha", ".inf"),
         ("k", "0"),
@@ -238,8 +242,9 @@ def test_the_driver_says_once_which_loss_trains(trainer: str, capsys: pytest.Cap
     validate_config(config, use_reference_policy=False, use_critic=False)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "TROLL" in line)
     assert line == (
-        "TROLL is on: kl_bound=0.05, alpha=1.0, k=32, dropped_mass=1e-05, support=union, importance_ratio=sequence, "
-        "step_size_gradient=implicit, one_sided=False, reuse_logits=True, kernels=auto, old policy from the actor"
+        "TROLL is on: kl_bound=0.05, alpha=1.0, k=32, dropped_mass=1e-05, support=union, max_log_ratio=10.0, "
+        "importance_ratio=sequence, step_size_gradient=implicit, one_sided=False, reuse_logits=True, kernels=auto, "
+        "old policy from the actor"
     )
     # A worker builds the settings, too.
     omega_conf_to_dataclass(config.actor_rollout_ref.actor)

@@ -262,7 +262,7 @@ class Passes:
             terms = _terms.get()
             assert terms is not None
             loss, regression = terms.batch.log_ratio.exp().sum(), terms.batch.regression_kl.sum()
-            terms.losses = BatchLosses(loss, regression, torch.zeros(2))
+            terms.losses = BatchLosses(loss, regression, torch.zeros(2), torch.zeros(2))
             return loss, {}
 
         updating = UpdatePass(config, engine, inner, entropy=False)

@@ -10,6 +10,7 @@ the ratio come from the same comparison, so it is exactly 1 where p = q.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -231,22 +232,30 @@ class _PolicyTerms(torch.autograd.Function):
 
 
 def importance_ratio(
-    log_ratio: Float[Tensor, "sequences tokens"], response_mask: Tensor, kind: ImportanceRatio
+    log_ratio: Float[Tensor, "sequences tokens"],
+    response_mask: Tensor,
+    kind: ImportanceRatio,
+    max_log_ratio: float = math.inf,
 ) -> Float[Tensor, "sequences tokens"]:
-    """Importance ratios of response tokens, unclipped.
+    """Importance ratios of response tokens.
 
     ``token``: ``pi(o_t) / q(o_t)``. ``sequence``: the GSPO form (arXiv 2507.18071)
     ``stop_gradient(exp(mean_t log_ratio_t)) * pi(o_t) / stop_gradient(pi(o_t))``.
 
+    The trust region does not limit the ratio of a rare token: with log q(o) = -128 and log pi(o) = -9 the token adds
+    .015 nats to KL(pi || q), and its ratio is e^119.
+
     Args:
         log_ratio: log pi(o) - log q(o).
         response_mask: of the same shape, bool or 0/1; masked tokens get ratio 1 and no gradient.
+        max_log_ratio: each token's log-ratio is clamped to plus and minus this many nats; a clamped token has no
+            gradient.
 
     Raises:
         ValueError: an unknown kind.
     """
     mask = response_mask.bool()
-    log_ratio = torch.where(mask, log_ratio, 0.0)
+    log_ratio = torch.where(mask, log_ratio, 0.0).clamp(-max_log_ratio, max_log_ratio)
     if kind == "token":
         return log_ratio.exp()
     if kind == "sequence":
@@ -302,17 +311,19 @@ class BatchTerms:
 
 @dataclass(frozen=True)
 class BatchLosses:
-    """The loss of a batch in its two parts, and how far the policy moved.
+    """The loss of a batch in its two parts, how far the policy moved, and tokens out of the ordinary.
 
     Attributes:
         policy: scalar, the policy-gradient part.
         regression: scalar, the regression part, times alpha.
         shift: mean of log q(o) - log p(o), and share of projected tokens; without gradient.
+        unusual: number of tokens whose log-ratio was clamped, and of those whose losses are not finite.
     """
 
     policy: Float[Tensor, ""]
     regression: Float[Tensor, ""]
     shift: Float[Tensor, " 2"]
+    unusual: Float[Tensor, " 2"]
 
 
 def batch_losses(
@@ -324,6 +335,7 @@ def batch_losses(
     response_mask: Tensor,
     aggregate: Callable[[Tensor, Tensor], Tensor],
     alpha: float,
+    max_log_ratio: float,
     ratio: ImportanceRatio = "token",
     one_sided: bool = False,
     weights: Float[Tensor, "sequences tokens"] | None = None,
@@ -335,21 +347,24 @@ def batch_losses(
         response_mask: bool or 0/1.
         aggregate: maps losses of this shape and the mask to a scalar, for example their mean.
         alpha: weight of the regression term.
-        ratio: see :func:`importance_ratio`.
+        max_log_ratio, ratio: see :func:`importance_ratio`.
         one_sided: see :func:`keep_corrective_ratios`.
         weights: of rollout correction.
     """
     log_ratio = terms.log_ratio
     if one_sided:
         log_ratio = keep_corrective_ratios(log_ratio, log_probs - old_log_probs, terms.projected, advantages)
-    losses = surrogate_losses(importance_ratio(log_ratio, response_mask, ratio), advantages, weights)
+    losses = surrogate_losses(importance_ratio(log_ratio, response_mask, ratio, max_log_ratio), advantages, weights)
     with torch.no_grad():
         mask = response_mask.bool()
         tokens = mask.sum().clamp_min(1)
         shift = torch.where(mask, old_log_probs - log_probs, 0.0).sum() / tokens
         projected = torch.where(mask, terms.projected, 0.0).sum() / tokens
+        limited = mask & (log_ratio.abs() > max_log_ratio)
+        broken = mask & ~(losses.isfinite() & terms.regression_kl.isfinite())
     return BatchLosses(
         policy=aggregate(losses, response_mask),
         regression=alpha * aggregate(terms.regression_kl, response_mask),
         shift=torch.stack([shift, projected.to(shift.dtype)]),
+        unusual=torch.stack([limited.sum(), broken.sum()]).to(shift.dtype),
     )

@@ -17,6 +17,8 @@ the mini-batch's number of tokens; verl adds these up and averages over data-par
     cap_hit_share               share of tokens where the cap k ended the old policy's selection
     solver_evaluations          evaluations of KL(pi_t || q) per token
     unconverged                 tokens per mini-batch whose step size was not found to tolerance
+    ratio_limited               tokens per mini-batch whose log-ratio was clamped
+    nonfinite                   tokens per mini-batch whose loss is infinite or NaN; above 0 the mini-batch is skipped
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from verl_troll.core.kernels.constants import STATISTICS
 from verl_troll.core.loss import PolicyTerms
 
 _MAXIMA = ("kl_before", "kl_after")
+_UNUSUAL = ("ratio_limited", "nonfinite")
 
 
 @torch.no_grad()
@@ -40,8 +43,15 @@ def token_statistics(terms: PolicyTerms) -> tuple[Tensor, Tensor]:
     return statistics.sum(-1), statistics[: len(_MAXIMA)].amax(-1)
 
 
-def as_metrics(values: list[float], batch_num_tokens: int, dp_size: int, kl_bound: float) -> dict[str, Metric]:
-    """verl metrics of one micro-batch from the sums and maxima of :func:`token_statistics`, in one list."""
+def as_metrics(
+    values: list[float], unusual: list[float], batch_num_tokens: int, dp_size: int, kl_bound: float
+) -> dict[str, Metric]:
+    """verl metrics of one micro-batch.
+
+    Args:
+        values: the sums and maxima of :func:`token_statistics`, in one list.
+        unusual: as in :class:`~verl_troll.core.loss.BatchLosses`.
+    """
     scale = dp_size / max(batch_num_tokens, 1)
     metrics = {
         f"troll/{name}": Metric(AggregationType.SUM, value * (dp_size if name == "unconverged" else scale))
@@ -50,6 +60,8 @@ def as_metrics(values: list[float], batch_num_tokens: int, dp_size: int, kl_boun
     for name, value in zip(_MAXIMA, values[len(STATISTICS) :], strict=True):
         metrics[f"troll/{name}_max"] = Metric(AggregationType.MAX, value)
     violation = values[-1] / kl_bound - 1
+    for name, count in zip(_UNUSUAL, unusual, strict=True):
+        metrics[f"troll/{name}"] = Metric(AggregationType.SUM, count * dp_size)
     # NaN compares as False, so that it stays visible.
     metrics["troll/violation_max"] = Metric(AggregationType.MAX, 0.0 if violation < 0 else violation)
     return metrics

@@ -181,6 +181,8 @@ class UpdatePass(_LogitsPass):
     def __init__(self, settings: TrollConfig, owner: LogitsOwner, inner: LossFunction, *, entropy: bool) -> None:
         super().__init__(settings, owner, entropy=entropy)
         self.inner = inner
+        self.broken = 0
+        """Tokens so far, of this rank, whose losses are not finite."""
         self._statistics: tuple[TokenLayout, Tensor, Tensor] | None = None
         self._unpacked: carry.Unpacked | None = None
 
@@ -238,13 +240,16 @@ class UpdatePass(_LogitsPass):
             dist.all_reduce(sums, group=layout.group)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=layout.group)
         # The only transfer to the host in this micro-batch.
-        *values, wrong = torch.cat(
-            [terms.losses.shift.to(sums.dtype), sums, maxima, unpacked.wrong.to(sums.dtype).unsqueeze(0)]
+        losses, dtype = terms.losses, sums.dtype
+        shift, projected, limited, broken, wrong, *values = torch.cat(
+            [losses.shift.to(dtype), losses.unusual.to(dtype), unpacked.wrong.to(dtype).unsqueeze(0), sums, maxima]
         ).tolist()
         unpacked.check(bool(wrong))
+        self.broken += int(broken)
         # Dashboards read pg_clipfrac: under TROLL the projected share takes its place.
-        for name, value in zip(_SHIFT, (*values[:2], 0.0), strict=True):
+        for name, value in zip(_SHIFT, (shift, projected, 0.0), strict=True):
             metrics[name] = Metric(AggregationType.MEAN, value)
-        metrics.update(as_metrics(values[2:], data["batch_num_tokens"], data["dp_size"], self.settings.kl_bound))
-        metrics["troll/regression_loss"] = Metric(AggregationType.SUM, terms.losses.regression)
-        return loss + terms.losses.regression, metrics
+        tokens, ranks = data["batch_num_tokens"], data["dp_size"]
+        metrics.update(as_metrics(values, [limited, broken], tokens, ranks, self.settings.kl_bound))
+        metrics["troll/regression_loss"] = Metric(AggregationType.SUM, losses.regression)
+        return loss + losses.regression, metrics

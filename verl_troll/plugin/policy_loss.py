@@ -77,6 +77,7 @@ def troll_policy_loss(
         response_mask=response_mask,
         aggregate=partial(agg_loss, loss_agg_mode=loss_agg_mode, **config.global_batch_info),
         alpha=settings.alpha,
+        max_log_ratio=settings.max_log_ratio,
         ratio=settings.importance_ratio,  # type: ignore[arg-type]
         one_sided=settings.one_sided,
         weights=rollout_is_weights,

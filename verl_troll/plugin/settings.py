@@ -173,6 +173,7 @@ class TrollConfig(BaseConfig):
         k: maximum number of ids kept of a policy; from 1 to 32766.
         dropped_mass: probability mass that the kept ids may leave out; in [0, 1).
         support: ``union`` (as published) or ``anchored`` (old ids and one outcome for the rest).
+        max_log_ratio: limit of a token's log-ratio, in nats, on both sides; above 0.
         importance_ratio: ``token``, or ``sequence`` for GSPO.
         step_size_gradient: ``implicit`` (through the step size, as published) or ``detached``.
         one_sided: tokens that left the region against their advantage keep the unprojected ratio; not in the paper.
@@ -186,6 +187,7 @@ class TrollConfig(BaseConfig):
     k: int = 64
     dropped_mass: float = 1e-5
     support: str = "union"
+    max_log_ratio: float = 10.0
     importance_ratio: str = "token"
     step_size_gradient: str = "implicit"
     one_sided: bool = False
@@ -197,6 +199,7 @@ class TrollConfig(BaseConfig):
         """Raise :class:`TrollConfigError` naming the first setting that is out of range."""
         self._check_number("kl_bound", 0, math.inf, "a finite number above 0 (nats)", low_open=True)
         self._check_number("alpha", 0, math.inf, "a finite number of at least 0")
+        self._check_number("max_log_ratio", 0, 80, "a number above 0 and below 80 (nats)", low_open=True)
         self._check_number("dropped_mass", 0, 1, "a number of at least 0 and below 1")
         if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k <= wire.MAX_K:
             self._reject("k", f"an integer from 1 to {wire.MAX_K}")

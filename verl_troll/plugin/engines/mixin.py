@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
@@ -81,6 +83,7 @@ class TrollEngineMixin(BaseEngine):
 
     _adapter_disabled = False
     _micro_batch: TensorDict
+    _update: UpdatePass | None = None
 
     @property
     def troll(self) -> TrollConfig | None:
@@ -151,13 +154,33 @@ class TrollEngineMixin(BaseEngine):
             if not forward_only:
                 if loss_function is None:
                     raise TypeError("loss_function is missing")
-                loss_function = UpdatePass(settings, self, loss_function, entropy=entropy)
+                loss_function = self._update = UpdatePass(settings, self, loss_function, entropy=entropy)
             elif loss_function is None:
                 loss_function = OldPolicyPass(settings, self, entropy=entropy)
             if isinstance(loss_function, OldPolicyPass | UpdatePass):
                 with self._shown_to(loss_function, data):
                     return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
         return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
+
+    def optimizer_step(self) -> float:
+        """verl's step; skipped, on all ranks, if the loss of a token is infinite or NaN on any of them.
+
+        verl's FSDP engine skips steps whose gradient is not finite, its Megatron engine takes them. One all-reduce of a
+        number over all ranks.
+
+        Returns:
+            The gradient's norm before clipping; NaN if the step was skipped.
+        """
+        update, self._update = self._update, None
+        if update is not None:
+            broken = torch.tensor(update.broken, device=get_device_name())
+            if dist.is_initialized():
+                dist.all_reduce(broken)
+            if count := int(broken):
+                logger.warning("optimizer step skipped: the loss of %d tokens is not finite (troll/nonfinite)", count)
+                return math.nan
+        grad_norm: float = super().optimizer_step()
+        return grad_norm
 
     @contextlib.contextmanager
     def _shown_to(self, reader: OldPolicyPass | UpdatePass, data: TensorDict) -> Iterator[None]:

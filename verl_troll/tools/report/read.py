@@ -82,6 +82,7 @@ _SETTINGS = {
     "alpha": "actor_rollout_ref.actor.policy_loss.troll.alpha",
     "k": "actor_rollout_ref.actor.policy_loss.troll.k",
     "dropped_mass": "actor_rollout_ref.actor.policy_loss.troll.dropped_mass",
+    "max_log_ratio": "actor_rollout_ref.actor.policy_loss.troll.max_log_ratio",
     "importance_ratio": "actor_rollout_ref.actor.policy_loss.troll.importance_ratio",
     "step_size_gradient": "actor_rollout_ref.actor.policy_loss.troll.step_size_gradient",
     "one_sided": "actor_rollout_ref.actor.policy_loss.troll.one_sided",
