@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import textwrap
 from decimal import Decimal
 from typing import Any
 
 import pytest
 
+from benchmarks.processes import run
 from verl_troll.tasks.rewards import code
 from verl_troll.tasks.rewards.cases import exact_json, read_cases, same_text, same_value
 
@@ -201,6 +204,59 @@ def test_function_beside_its_usage_scores_one() -> None:
     response = "```python\ndef f(n): return n * n\n```\nUsage:\n```python\nprint(f(5))\n```"
     truth = json.dumps({"fn_name": "f", "inputs": [[5]], "outputs": [25]})
     assert code.compute_score("x", response, truth)["score"] == 1
+
+
+SQUARE = json.dumps({"inputs": ["5\n"], "outputs": ["25\n"]})
+FUNCTION = json.dumps({"fn_name": "f", "inputs": ["5"], "outputs": ["25"]})
+# Response and ground truth, and what verl's scorer and this one give.
+BESIDE_VERL = {
+    "a block": (f"```python\n{PROGRAM}```", SQUARE, 1, 1),
+    "output after it": (f"```python\n{PROGRAM}```\nOutput:\n```\n25\n```", SQUARE, 1, 1),
+    "in a list": ("1. It:\n" + textwrap.indent(f"```python\n{PROGRAM}```\n", "   "), SQUARE, 1, 1),
+    "after text": (f"Code:```python\n{PROGRAM}```", SQUARE, 1, 1),
+    "on one line": ("```python print(int(input())**2)```", SQUARE, 1, 1),
+    "no closing fence": (f"```python\n{PROGRAM}", SQUARE, 1, 1),
+    "names": ("```python\nn = int(stdin.readline())\nprint(reduce(mul, [n, n]))\n```", SQUARE, 1, 1),
+    "names for a function": (
+        "```python\ndef f(n): return heapq.heappop([n * comb(n, 1)])\n```",
+        FUNCTION,
+        1,
+        1,
+    ),
+    "deep recursion": ("```python\ndef f(n, k=5000): return f(n, k - 1) if k else n * n\n```", FUNCTION, 1, 1),
+    "sys.exit": (f"```python\nimport sys\n{PROGRAM}sys.exit()\n```", SQUARE, 1, 1),
+    # docs/tasks.md says why.
+    "no fence": (PROGRAM, SQUARE, 1, 0),
+    "error status": (f"```python\nimport sys\n{PROGRAM}sys.exit(1)\n```", SQUARE, 1, 0),
+    "exit": (f"```python\n{PROGRAM}exit()\n```", SQUARE, 0, 1),
+    "no tag": (f"```\n{PROGRAM}```", SQUARE, 0, 1),
+    "usage": ("```python\ndef f(n): return n * n\n```\n```python\nprint(f(5))\n```", FUNCTION, 0, 1),
+    # Neither pays.
+    "crash": (f"```python\n{PROGRAM}raise ValueError\n```", SQUARE, 0, 0),
+    "exit before the function is called": ("```python\ndef f(n): return n * n\nexit()\n```", FUNCTION, 0, 0),
+}
+
+
+@pytest.mark.slow
+def test_beside_the_scorer_of_verl() -> None:
+    # In a process of its own, since it forks. Of a wrong program it loses its details, and says so.
+    program = """
+import json, sys
+from verl.utils.reward_score import prime_code
+
+def paid(response, truth, *_):
+    try:
+        return int(prime_code.compute_score(response, truth)[0])
+    except UnboundLocalError:
+        return 0
+
+print("PAID", json.dumps({name: paid(*row) for name, row in json.loads(sys.argv[1]).items()}))
+"""
+    done = run([sys.executable, "-c", program, json.dumps(BESIDE_VERL)])
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("PAID "))
+    paid = json.loads(line.removeprefix("PAID "))
+    for name, (response, truth, verl, ours) in BESIDE_VERL.items():
+        assert (paid[name], code.compute_score("x", response, truth)["score"]) == (verl, ours), name
 
 
 def test_all_tests_together_have_a_limit() -> None:

@@ -80,7 +80,7 @@ def test_candidates_in_either_form_give_the_same_support() -> None:
 
 
 def test_fewer_and_more_candidates_than_asked() -> None:
-    support, _ = ask(flat([ASKED[0][:2], ASKED[1][:1], [*ASKED[2], (8, np.log(0.0625))]]))
+    support, _ = ask(flat([ASKED[0][:2], ASKED[1][:2], [*ASKED[2], (8, np.log(0.0625))]]))
     assert support is not None
     assert support.ids.tolist() == [2, 7, 3, 1, 2, 5]
     assert support.counts.tolist() == [2, 1, 3]
@@ -97,6 +97,7 @@ def test_sampled_token_without_probability_has_the_lowest_that_travels(value: fl
     ("positions", "said"),
     [
         ([ASKED[0], [], ASKED[2]], "token 1 of 3 has no log-probabilities"),
+        ([ASKED[0], ASKED[1][:1], ASKED[2]], "token 1 of 3 has no candidates"),
         (ASKED[:2], "3 tokens, log-probabilities of 2"),
         ([*ASKED[:2], ASKED[2][1:]], "token 2 of 3 is 5, its log-probability of 1"),
         ([*ASKED[:2], [(5, np.nan), *ASKED[2][1:]]], "a log-probability is NaN"),
@@ -106,6 +107,12 @@ def test_sampled_token_without_probability_has_the_lowest_that_travels(value: fl
 def test_answer_without_the_candidates_is_refused_by_name(positions: list[Pairs], said: str, form: Any) -> None:
     with pytest.raises(ValueError, match=f"vLLM, request request-9, answered without .*: {said}"):
         ask(form(positions))
+
+
+def test_one_candidate_that_is_the_sampled_token() -> None:
+    support, _ = ask(dictionaries([[(7, -0.5), (7, -0.5)], [(3, -1.0), (2, -0.5)]]), [7, 3], k=1)
+    assert support is not None
+    assert (support.ids.tolist(), support.counts.tolist()) == ([7, 2, 3], [1, 2])
 
 
 @pytest.mark.parametrize("nothing", [None, [], FlatLogprobs()])

@@ -190,7 +190,7 @@ def wrong_answer(source: str, wrong: str) -> ValueError:
 def _most_probable(
     counts: NDArray[np.int64], ids: NDArray[np.int64], log_probs: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """``[r, k]`` distinct candidates by falling probability, equal ones by rising id; -1 and ``-inf`` where fewer."""
+    """``[r, k]`` distinct candidates of each token by falling probability; -1 and ``-inf`` where there are fewer."""
     log_probs = np.where(log_probs <= _ZERO, -np.inf, log_probs)
     if (counts == k).all() and (ids >= 0).all():
         # What engines return, as long as nothing is unusual; sorting it would take longer than the selection.

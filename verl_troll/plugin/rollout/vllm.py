@@ -86,6 +86,8 @@ class _ObservedEngine:
             raise wrong_answer(source, f"{len(tokens)} tokens, log-probabilities of {len(counts)}")
         if (counts == 0).any():
             raise wrong_answer(source, f"token {int(counts.argmin())} of {len(tokens)} has no log-probabilities")
+        if self._wanted.k > 1 and (counts == 1).any():
+            raise wrong_answer(source, f"token {int(counts.argmin())} of {len(tokens)} has no candidates")
         # The sampled token comes first, then the candidates by rank; the sampled token not again if vLLM made the
         # list from a dictionary.
         wrong = ids[starts] != np.asarray(tokens)
