@@ -37,6 +37,7 @@ def test_last_program(response: str, program: str | None) -> None:
     [
         *("python", "py", "python3", "py3", "Python", "PYTHON", " python", "python ", "python\r", "python3.11"),
         *('python title="main.py" linenums="1"', "python {.numberLines}", "{.python}", "{python}", "python:main.py"),
+        *("main.py", "src/main.py"),
     ],
 )
 @pytest.mark.parametrize(
@@ -47,7 +48,10 @@ def test_last_block_tagged_as_python_counts(tag: str, after: str) -> None:
     assert last_program(f"First\n~~~{tag}\n{PROGRAM}~~~\n{after}") == PROGRAM
 
 
-@pytest.mark.parametrize("tag", ["pycon", "python-repl", "pytb", "pyx", "javascript", "text", "console", "output"])
+@pytest.mark.parametrize(
+    "tag",
+    ["pycon", "python-repl", "pytb", "pyx", "javascript", "text", "main.pyx", "main.py-output", "console", "output"],
+)
 def test_block_with_another_tag_does_not_count_beside_the_program(tag: str) -> None:
     other = f"```{tag}\n25\n```\n"
     assert last_program(f"```python\n{PROGRAM}```\n{other}") == PROGRAM
@@ -117,6 +121,7 @@ def test_block_in_a_quote() -> None:
     assert last_program(quoted(f"Code:\n\n{block}") + OUTPUT) == PROGRAM
     assert last_program(quoted(quoted(block)) + OUTPUT) == PROGRAM
     assert last_program(quoted("1. Code:\n" + textwrap.indent(block, "   ")) + OUTPUT) == PROGRAM
+    assert last_program("- > " + quoted(block).removeprefix("> ").replace("\n>", "\n  >")) == PROGRAM
     # The quote's end closes it.
     assert last_program(quoted(f"```python\n{PROGRAM}") + OUTPUT) == PROGRAM.rstrip("\n")
 

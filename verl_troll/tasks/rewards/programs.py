@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 # A fence may follow the marks of block quotes and list items.
+_ITEMS = r"[ \t]*(?:(?:[-*+]|[0-9]{1,9}[.)])[ \t]+)*"
 _OPENING = re.compile(
-    r"(?P<quotes>(?:[ \t]*>)*)(?P<indent>[ \t]*(?:(?:[-*+]|[0-9]{1,9}[.)])[ \t]+)*)"
-    r"(?P<fence>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)",
-    re.DOTALL,
+    rf"(?P<quotes>(?:{_ITEMS}>)*)(?P<indent>{_ITEMS})(?P<fence>`{{3,}}(?=[^`]*$)|~{{3,}})(?P<info>.*)", re.DOTALL
 )
 _SPAN = re.compile(r"```(?!`)(?:(?:python|py)[0-9]*\s)?([^`\n]+)```(?!`)", re.IGNORECASE)
-_PYTHON = re.compile(r"\{?\s*\.?(?:python|py)[0-9.]*(?![\w+#-])", re.IGNORECASE)
+_PYTHON = re.compile(r"(?:\{?\s*\.?(?:python|py)[0-9.]*|[\w./-]+\.py)(?![\w+#-])", re.IGNORECASE)
 _TAG = re.compile(r"(?:[A-Za-z][\w+#.-]*|\{.*\})?")
-_QUOTE = re.compile(r"[ ]{0,3}>[ ]?")
+_QUOTE = re.compile(r"[ \t]*>[ ]?")
 # A session of an interpreter or a shell, which shows how a program is used.
 _SESSION = re.compile(r"\s*(?:>>>|\$)[ \t]")
 _TAB = 4
