@@ -49,7 +49,7 @@ exit "${STATUS:-0}"
 """
 # Stands in for Slurm's srun: runs the command locally, once per listed node.
 SRUN = f"""#!{sys.executable} -S
-import signal, subprocess, sys
+import os, signal, subprocess, sys
 
 options = [word for word in sys.argv[1:] if word.startswith("--")]
 command = sys.argv[1:]
@@ -58,7 +58,17 @@ while command[0].startswith("--"):
 nodes = next(word for word in options if word.startswith("--nodelist=")).partition("=")[2].split(",")
 assert f"--nodes={{len(nodes)}}" in options and f"--ntasks={{len(nodes)}}" in options, options
 if command[0] == "hostname":
-    print("127.0.0.1")
+    assert command == ["hostname", "--ip-address"], command
+    said = os.environ.get("HOSTNAME_SAYS", "")
+    print(said or "hostname: Name or service not known", file=sys.stdout if said else sys.stderr)
+    sys.exit(not said)
+if command[0] == "ip":
+    assert command == ["ip", "-o", "-4", "address", "show", "up"], command
+    if "INTERFACES" not in os.environ:
+        sys.exit("srun: error: execve(): ip: No such file or directory")
+    for number, line in enumerate(os.environ["INTERFACES"].split(", ")):
+        name, address = line.split()
+        print(f"{{number}}: {{name}}    inet {{address}}/24 scope global {{name}}\\       valid_lft forever")
     sys.exit()
 steps = [subprocess.Popen(command) for _ in nodes]
 signal.signal(signal.SIGTERM, lambda *_: [step.terminate() for step in steps])
@@ -116,10 +126,14 @@ def slurm(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, li
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_GPUS_ON_NODE": "1",
         "SLURM_CPUS_ON_NODE": "2",
+        "RAY_IP": "127.0.0.1",
         "RAY_PORT": str(free_port()),
         "RAY_TMPDIR": str(folder),
         **variables,
     }
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "SLURM_HET_SIZE"):
+        if name not in variables:
+            environment.pop(name, None)
     # The command waits for a line of input, so leftovers are seen before the tree is killed with it.
     command = ["bash", "-c", '(bash "$@"); echo $? >code; read', "-", str(CLUSTER / "slurm.sh"), *arguments]
     with (
@@ -184,6 +198,109 @@ def test_slurm_gives_up_when_ray_does_not_start(short_folder: Path) -> None:
     assert "ray is broken" in output
     assert "Ray's head on node1 ended" in output
     assert "started" not in output
+
+
+# Stands in for Ray: prints how its head is started, and ends.
+RAY = """\
+#!/bin/sh
+case "$1" in start) echo "RAY $*" ;; esac
+exit 1
+"""
+INTERFACES = (
+    "lo 127.0.0.1, docker0 172.17.0.1, eth0 10.0.0.5, eth1 10.0.1.5, eth10 10.0.10.5, ib0 10.9.0.5, usb0 169.254.3.1"
+)
+
+
+def head_address(folder: Path, **variables: str) -> tuple[str | None, str]:
+    """The address that ``slurm.sh`` starts Ray's head at, None if it does not, and its output."""
+    shutil.rmtree(folder / "bin", ignore_errors=True)
+    (folder / "run.sh").write_text("echo started\n")
+    tools = folder / "tools"
+    tools.mkdir(exist_ok=True)
+    executable(tools / "ray", RAY)
+    path = f"{folder}/bin:{tools}:{os.environ['PATH']}"
+    # Whatever refuses does so at once: the head would be waited for.
+    code, output, left = slurm(folder, "run.sh", PATH=path, **{"RAY_IP": "", "RAY_WAIT": "100000", **variables})
+    assert (code, left) == (1, [])
+    assert "started" not in output
+    found = re.search(r"RAY start --head --node-ip-address=(\S*) ", output)
+    return found and found[1], output
+
+
+@pytest.mark.parametrize(
+    ("variables", "address"),
+    [
+        ({"HOSTNAME_SAYS": "10.0.0.5"}, "10.0.0.5"),
+        ({"HOSTNAME_SAYS": "fe80::1%eth0 2001:db8::5 10.0.0.5 10.0.1.5"}, "10.0.0.5"),
+        ({"HOSTNAME_SAYS": "127.0.1.1 169.254.3.1 ::1 10.0.0.5"}, "10.0.0.5"),
+        # The named interface, whatever the host's name resolves to.
+        ({"HOSTNAME_SAYS": "10.0.0.5", "NCCL_SOCKET_IFNAME": "ib"}, "10.9.0.5"),
+        ({"HOSTNAME_SAYS": "127.0.1.1", "NCCL_SOCKET_IFNAME": "=eth1"}, "10.0.1.5"),
+        ({"NCCL_SOCKET_IFNAME": "=eth1,eth10"}, "10.0.1.5"),
+        ({"NCCL_SOCKET_IFNAME": "bond,eth"}, "10.0.0.5"),
+        ({"NCCL_SOCKET_IFNAME": "eth1"}, "10.0.1.5"),
+        ({"HOSTNAME_SAYS": "10.0.10.5", "NCCL_SOCKET_IFNAME": "eth1"}, "10.0.10.5"),
+        ({"NCCL_SOCKET_IFNAME": "^docker,lo"}, "10.0.0.5"),
+        ({"HOSTNAME_SAYS": "10.9.0.5", "NCCL_SOCKET_IFNAME": "^lo"}, "10.9.0.5"),
+        ({"NCCL_SOCKET_IFNAME": "^=docker0,eth0,eth1"}, "10.0.10.5"),
+        ({"NCCL_SOCKET_IFNAME": ",ib0,"}, "10.9.0.5"),
+        ({"GLOO_SOCKET_IFNAME": "eth1"}, "10.0.1.5"),
+        ({"GLOO_SOCKET_IFNAME": "bond0,eth10", "NCCL_SOCKET_IFNAME": "ib0"}, "10.0.10.5"),
+        ({"NCCL_SOCKET_IFNAME": "eth", "INTERFACES": "lo 127.0.0.1, eth0.7@eth0 10.0.7.5"}, "10.0.7.5"),
+        # An address of the user's.
+        ({"HOSTNAME_SAYS": "10.0.0.5", "NCCL_SOCKET_IFNAME": "ib0", "RAY_IP": "10.3.3.3"}, "10.3.3.3"),
+        ({"RAY_IP": "10.3.3.3"}, "10.3.3.3"),
+    ],
+    ids=str,
+)
+def test_slurm_takes_an_address_that_other_nodes_reach(
+    short_folder: Path, variables: dict[str, str], address: str
+) -> None:
+    assert head_address(short_folder, **{"INTERFACES": INTERFACES, **variables})[0] == address
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"HOSTNAME_SAYS": "fe80::1%eth0"}, "'fe80::1%eth0'"),
+        ({"HOSTNAME_SAYS": "2001:db8::5"}, "'2001:db8::5'"),
+        ({"HOSTNAME_SAYS": "127.0.1.1"}, "'127.0.1.1'"),
+        ({"HOSTNAME_SAYS": "127.0.0.1 ::1 169.254.3.1"}, "'127.0.0.1 ::1 169.254.3.1'"),
+        ({}, "hostname: Name or service not known"),
+        ({"NCCL_SOCKET_IFNAME": "bond0", "HOSTNAME_SAYS": "10.0.0.5"}, "NCCL_SOCKET_IFNAME=bond0 names"),
+        ({"NCCL_SOCKET_IFNAME": "=eth"}, "NCCL_SOCKET_IFNAME==eth names"),
+        ({"GLOO_SOCKET_IFNAME": "eth"}, "GLOO_SOCKET_IFNAME=eth names"),
+        ({"NCCL_SOCKET_IFNAME": "lo,usb"}, "NCCL_SOCKET_IFNAME=lo,usb names"),
+        ({"NCCL_SOCKET_IFNAME": "^eth,ib,docker"}, "NCCL_SOCKET_IFNAME=^eth,ib,docker names"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("has_ip", [True, False])
+def test_slurm_refuses_when_no_other_node_reaches_the_address(
+    short_folder: Path, variables: dict[str, str], said: str, has_ip: bool
+) -> None:
+    address, output = head_address(short_folder, **variables, **({"INTERFACES": INTERFACES} if has_ip else {}))
+    assert address is None
+    assert said in output
+    (line,) = (line for line in output.splitlines() if line.startswith("slurm.sh: "))
+    assert line.startswith("slurm.sh: found no IPv4 address at which other nodes reach node1")
+    assert "Set RAY_IP to its address, or NCCL_SOCKET_IFNAME to its interface" in line
+    assert (INTERFACES in line) == has_ip
+
+
+@pytest.mark.parametrize("address", ["fe80::1", "node1", "10.0.0", " ", "10.0.0.5 10.0.0.6"])
+def test_slurm_refuses_another_kind_of_address(short_folder: Path, address: str) -> None:
+    assert head_address(short_folder, RAY_IP=address, HOSTNAME_SAYS="10.0.0.5") == (
+        None,
+        f"slurm.sh: RAY_IP={address} is not an IPv4 address\n",
+    )
+
+
+def test_slurm_warns_of_a_heterogeneous_job(short_folder: Path) -> None:
+    address, output = head_address(short_folder, HOSTNAME_SAYS="10.0.0.5", SLURM_HET_SIZE="3")
+    assert address == "10.0.0.5"
+    assert "warning: of this heterogeneous job's 3 components only the first one's 2 nodes are used" in output
+    assert "heterogeneous" not in head_address(short_folder, HOSTNAME_SAYS="10.0.0.5")[1]
 
 
 @pytest.mark.slow

@@ -52,6 +52,109 @@ def test_selection_is_that_of_the_old_log_prob_pass() -> None:
     torch.testing.assert_close(torch.tensor(mine.log_probs), dense.log_probs[used], rtol=0, atol=rounding)
 
 
+WANTED = SupportRequest(K, DROPPED_MASS)
+SOURCE = "the engine, request 7,"
+
+
+def read(
+    tokens: list[int], sampled: list[float], candidates: list[list[tuple[int, float]]], wanted: SupportRequest = WANTED
+) -> TokenSupport:
+    """:meth:`TokenSupport.read` on ``(id, log-probability)`` pairs of each token."""
+    flat = [pair for token in candidates for pair in token]
+    counts, ids, values = map(len, candidates), [token_id for token_id, _ in flat], [value for _, value in flat]
+    return TokenSupport.read(tokens, sampled, list(counts), ids, values, wanted, SOURCE)
+
+
+def answer(logits: torch.Tensor, ids: torch.Tensor) -> tuple[list[int], list[float], list[list[tuple[int, float]]]]:
+    """An engine's answer: tokens, their log-probabilities and candidates, the most probable first."""
+    log_probs = logits.log_softmax(-1)
+    top = log_probs.topk(K, dim=-1)
+    candidates = [list(zip(*row, strict=True)) for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+    return ids.tolist(), log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1).tolist(), candidates
+
+
+def same(mine: TokenSupport, other: TokenSupport) -> bool:
+    return all(np.array_equal(getattr(mine, name), getattr(other, name)) for name in TokenSupport.__annotations__)
+
+
+@pytest.mark.parametrize(
+    "form", ["as asked", "shuffled", "each twice", "sampled first", "sampled once", "more", "zeros"]
+)
+def test_candidates_in_any_form_give_the_same_support(form: str) -> None:
+    logits, ids = policy(50, seed=0)
+    tokens, sampled, candidates = answer(logits, ids)
+    own = [(token, value) for token, value in zip(tokens, sampled, strict=True)]
+    changed = {
+        "as asked": candidates,
+        "shuffled": [row[::-1] if place % 3 else row for place, row in enumerate(candidates)],
+        "each twice": [row + row[: place % 3] for place, row in enumerate(candidates)],
+        "sampled first": [[pair, *row] for pair, row in zip(own, candidates, strict=True)],
+        # As vLLM's dictionaries: uneven, and the sampled id before more probable ones.
+        "sampled once": [list(dict([pair, *row]).items()) for pair, row in zip(own, candidates, strict=True)],
+        "more": [row + [(VOCAB + 1, row[-1][1] - 1)] * (place % 2) for place, row in enumerate(candidates)],
+        "zeros": [
+            [*row, (VOCAB + 1, value), (-1, -1.0)]
+            for row, value in zip(candidates, [-9999.0, -3.4028235e38, -np.inf] * 20, strict=False)
+        ],
+    }[form]
+    assert (
+        form in ("as asked", "sampled first", "zeros") or len({len(row) for row in changed}) > 1 or form == "shuffled"
+    )
+    mine, expected = read(tokens, sampled, changed), support_of(logits, ids)
+    assert same(mine, expected)
+
+
+@pytest.mark.parametrize("dropped_mass", [0.0, DROPPED_MASS])
+def test_fewer_candidates_than_asked_are_those_that_there_are(dropped_mass: float) -> None:
+    logits, ids = policy(50, seed=1)
+    tokens, sampled, candidates = answer(logits, ids)
+    fewer = [row[: 1 + place % K] for place, row in enumerate(candidates)]
+    mine = read(tokens, sampled, fewer, SupportRequest(K, dropped_mass))
+    expected = [
+        read([token], [value], [row], SupportRequest(len(row), dropped_mass))
+        for token, value, row in zip(tokens, sampled, fewer, strict=True)
+    ]
+    assert same(mine, TokenSupport.join(expected))
+    assert mine.counts.min() == 1
+    fields = mine.to_fields([5], tokens, [1] * len(tokens))
+    assert carry.unpack_row(fields[carry.SUPPORT])[0].tolist() == mine.ids.tolist()
+
+
+@pytest.mark.parametrize("value", [-128.5, -9999.0, -3.4028235e38, -np.inf])
+@pytest.mark.parametrize("among", [True, False])
+def test_sampled_id_without_probability_has_the_lowest_that_travels(value: float, among: bool) -> None:
+    candidates = [(3, -0.5), (4, -1.0), *([(9, value)] if among and value <= -9999 else [])]
+    mine = read([9, 3], [value, -0.5], [candidates, candidates])
+    assert mine.ids.tolist() == [3, 4, 9, 3, 4]
+    np.testing.assert_array_equal(mine.log_probs, np.float32([-0.5, -1.0, -128.0, -0.5, -1.0]))
+    fields = mine.to_fields([5], [9, 3], [1, 1])
+    _, log_probs = carry.unpack_row(fields[carry.SUPPORT])
+    assert -128.0 < log_probs[2] < -127.99
+    assert bool(log_probs.isfinite().all())
+
+
+def test_id_with_two_values_counts_once_with_the_larger() -> None:
+    assert read([3], [-0.5], [[(3, -2.0), (4, -1.0), (3, -0.5)]]).ids.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sampled", "candidates", "said"),
+    [
+        ([1, 2], [-1.0, -1.0], [[(1, -1.0)], []], "token 1 of 2 has no candidates"),
+        ([1, 2], [-1.0, -1.0], [[(1, -1.0)]], "2 tokens, 2 log-probabilities of these, candidates for 1"),
+        ([1, 2], [-1.0], [[(1, -1.0)]] * 2, "2 tokens, 1 log-probabilities of these, candidates for 2"),
+        ([1], [np.nan], [[(1, -1.0)]], "a log-probability is NaN"),
+        ([1], [None], [[(1, -1.0)]], "a log-probability is NaN"),
+        ([1], [-1.0], [[(1, np.nan)]], "a log-probability is NaN"),
+    ],
+)
+def test_answer_without_the_candidates_is_refused_by_name(
+    tokens: list[int], sampled: list[float], candidates: list[list[tuple[int, float]]], said: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"the engine, request 7, answered without .*: {said}\. .*\+troll=default"):
+        read(tokens, sampled, candidates)
+
+
 def test_turns_are_placed_where_the_response_mask_is_set() -> None:
     first, second = (policy(tokens, seed) for tokens, seed in ((4, 1), (3, 2)))
     joined = TokenSupport.join([support_of(*first), support_of(*second)])

@@ -65,6 +65,47 @@ def test_the_candidates_leave_the_answer() -> None:
     assert list(manager.answer["meta_info"]) == ["output_token_logprobs"]
 
 
+def test_fewer_and_more_candidates_than_asked() -> None:
+    manager = FakeManager()
+    meta: dict[str, Any] = manager.answer["meta_info"]  # type: ignore[assignment]
+    meta["output_top_logprobs"][0].append((np.log(0.1), 5, None))
+    meta["output_top_logprobs"][1].pop()
+    _, support = ask(manager, {"temperature": 0.8})
+    assert support is not None
+    assert support.ids.tolist() == [2, 7, 3]
+    assert support.counts.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("value", [FLOOR, -9999.0, -np.inf])
+def test_sampled_token_without_probability_has_the_lowest_that_travels(value: float) -> None:
+    manager = FakeManager()
+    meta: dict[str, Any] = manager.answer["meta_info"]  # type: ignore[assignment]
+    meta["output_token_logprobs"][1] = (value, 5, None)
+    manager.answer["output_ids"] = [7, 5]
+    _, support = ask(manager, {"temperature": 0.8})
+    assert support is not None
+    assert support.ids.tolist() == [2, 7, 3, 5]
+    # verl reads it from there.
+    assert support.log_probs[-1] == meta["output_token_logprobs"][1][0] == -128
+
+
+@pytest.mark.parametrize(
+    ("candidates", "said"),
+    [
+        ([[(0.0, 7, None)], None], "token 1 of 2 has no candidates"),
+        ([[], [(0.0, 3, None)]], "token 0 of 2 has no candidates"),
+        ([[(0.0, 7, None)]], "candidates for 1"),
+        (None, "candidates for 0"),
+        ([[(0.0, 7, None)], [(None, 3, None)]], "a log-probability is NaN"),
+    ],
+)
+def test_answer_without_the_candidates_is_refused_by_name(candidates: Any, said: str) -> None:
+    manager = FakeManager()
+    manager.answer["meta_info"]["output_top_logprobs"] = candidates  # type: ignore[index]
+    with pytest.raises(ValueError, match=f"SGLang, request a, answered without .*{said}"):
+        ask(manager, {"temperature": 0.8})
+
+
 @pytest.mark.parametrize(
     ("preferred", "params", "options"),
     [

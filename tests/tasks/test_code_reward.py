@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import textwrap
 from decimal import Decimal
 from typing import Any
 
 import pytest
 
+from benchmarks.processes import run
 from verl_troll.tasks.rewards import code
-from verl_troll.tasks.rewards.answers import last_program
 from verl_troll.tasks.rewards.cases import exact_json, read_cases, same_text, same_value
 
 
@@ -83,9 +85,177 @@ def test_wrong_function_scores_zero(source: str) -> None:
     assert score(source, [[]], [7], "f") == 0
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "print(25); exit()",
+        "print(25)\nquit(0)",
+        "import sys\nprint(25)\nsys.exit()",
+        "print(25)\nraise SystemExit",
+        "from os import _exit\nprint(25)\n_exit(0)",
+        "import os, threading\ndef f():\n    print(25)\n    os._exit(0)\nthreading.Thread(target=f).start()\ninput()",
+        "def main():\n    print(25)\nexit(main())",
+    ],
+)
+def test_program_that_exits_after_the_right_output_scores_one(source: str) -> None:
+    assert score(source, [""], ["25"]) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "print(25); exit(1)",
+        "print(25); exit('text')",
+        "import os\nprint(25)\nos._exit(1)",
+        "import os\nprint(25)\nos.abort()",
+        "exit()\nprint(25)",
+        "print(2, end='')\nexit()\nprint(5)",
+    ],
+)
+def test_exit_with_an_error_or_before_the_output_scores_zero(source: str) -> None:
+    assert score(source, [""], ["25"]) == 0
+
+
+@pytest.mark.parametrize("leave", ["exit()", "quit()", "sys.exit()", "os._exit(0)"])
+@pytest.mark.parametrize("output", [7, None, "", []])
+def test_function_that_was_not_called_scores_zero(leave: str, output: Any) -> None:
+    """Whether the exit is at the top level, in the function or in its class."""
+    for source in (
+        f"def f(): return {output!r}\nprint({output!r})\n{leave}",
+        f"def f():\n    print({output!r})\n    {leave}",
+        f"class Solution:\n    def __init__(self): {leave}\n    def f(self): return {output!r}",
+    ):
+        assert score(f"import os, sys\n{source}", [[]], [output], "f") == 0
+
+
+# As docs/tasks.md lists them.
+NAMES = """
+heapq heappush heappop heapify nlargest math inf gcd comb sqrt ceil isqrt lru_cache cache reduce cmp_to_key partial
+accumulate product permutations combinations chain groupby zip_longest defaultdict deque Counter OrderedDict namedtuple
+List Optional Dict Tuple Set Any Union bisect bisect_left insort string ascii_lowercase re collections itertools
+functools operator itemgetter add xor random randint statistics median copy deepcopy datetime timedelta json loads io
+StringIO sys maxsize stdin setrecursionlimit typing
+"""
+
+
+@pytest.mark.parametrize("function", [None, "f"])
+def test_names_of_graders_are_there(function: str | None) -> None:
+    body = f"len([{', '.join(NAMES.split())}])"
+    source = f"def f(): return {body}" if function else f"print({body})"
+    assert score(source, [[]] if function else [""], [len(NAMES.split())], function) == 1
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "pow(3, 2, 7)",
+        "open is __builtins__['open'] and 2",
+        "(datetime.datetime(2024, 1, 3) - datetime.datetime(2024, 1, 1)).days",
+        "bisect.bisect_left([1, 2, 3], 3)",
+        "len(copy.copy([1, 2]))",
+        "random.randint(2, 2)",
+        "Counter('aab')['a'] * isinstance(Counter(), dict) if type(Counter()) is Counter else 0",
+        "exit and quit and 2",
+    ],
+)
+def test_provided_names_hide_no_built_in_and_no_module(expression: str) -> None:
+    assert score(f"def f(): return {expression}", [[]], [2], "f") == 1
+
+
+def test_definitions_of_the_program_win() -> None:
+    source = """
+from random import random as gcd
+def product(a): return a[0] * a[1]
+class Solution:
+    def f(self):
+        inf = 3
+        return product([inf, heapq.heappop([2])]) * (gcd() < 1)
+"""
+    assert score(source, [[]], [6], "f") == 1
+
+
+def test_recursion_may_be_as_deep_as_an_input_is_long() -> None:
+    assert score("def f(n): return n and 1 + f(n - 1)", [[30000]], [30000], "f") == 1
+
+
 def test_10000_digits_are_compared_exactly() -> None:
     assert score("print('9' * 10000)", [""], ["9" * 10000]) == 1
     assert score("print('9' * 9999 + '8')", [""], ["9" * 10000]) == 0
+
+
+PROGRAM = "n = int(input())\nif n:\n    print(n * n)\n"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "So:\n```python\n{}```\nIt prints\n```\n25\n```",
+        "1. So:\n   ```python\n   n = int(input())\n   print(n * n)\n   ```\n2. Run it.",
+        "```python\nn = int(input())\nprint(n * n)```\nUsage:\n```bash\npython solution.py\n```",
+    ],
+)
+def test_program_among_other_text_scores_one(response: str) -> None:
+    truth = json.dumps({"inputs": ["5"], "outputs": ["25"]})
+    assert code.compute_score("x", response.format(PROGRAM), truth)["score"] == 1
+
+
+def test_function_beside_its_usage_scores_one() -> None:
+    response = "```python\ndef f(n): return n * n\n```\nUsage:\n```python\nprint(f(5))\n```"
+    truth = json.dumps({"fn_name": "f", "inputs": [[5]], "outputs": [25]})
+    assert code.compute_score("x", response, truth)["score"] == 1
+
+
+SQUARE = json.dumps({"inputs": ["5\n"], "outputs": ["25\n"]})
+FUNCTION = json.dumps({"fn_name": "f", "inputs": ["5"], "outputs": ["25"]})
+# Response and ground truth, and what verl's scorer and this one give.
+BESIDE_VERL = {
+    "a block": (f"```python\n{PROGRAM}```", SQUARE, 1, 1),
+    "output after it": (f"```python\n{PROGRAM}```\nOutput:\n```\n25\n```", SQUARE, 1, 1),
+    "in a list": ("1. It:\n" + textwrap.indent(f"```python\n{PROGRAM}```\n", "   "), SQUARE, 1, 1),
+    "after text": (f"Code:```python\n{PROGRAM}```", SQUARE, 1, 1),
+    "on one line": ("```python print(int(input())**2)```", SQUARE, 1, 1),
+    "no closing fence": (f"```python\n{PROGRAM}", SQUARE, 1, 1),
+    "names": ("```python\nn = int(stdin.readline())\nprint(reduce(mul, [n, n]))\n```", SQUARE, 1, 1),
+    "names for a function": (
+        "```python\ndef f(n): return heapq.heappop([n * comb(n, 1)])\n```",
+        FUNCTION,
+        1,
+        1,
+    ),
+    "deep recursion": ("```python\ndef f(n, k=5000): return f(n, k - 1) if k else n * n\n```", FUNCTION, 1, 1),
+    "sys.exit": (f"```python\nimport sys\n{PROGRAM}sys.exit()\n```", SQUARE, 1, 1),
+    # docs/tasks.md says why.
+    "no fence": (PROGRAM, SQUARE, 1, 0),
+    "error status": (f"```python\nimport sys\n{PROGRAM}sys.exit(1)\n```", SQUARE, 1, 0),
+    "exit": (f"```python\n{PROGRAM}exit()\n```", SQUARE, 0, 1),
+    "no tag": (f"```\n{PROGRAM}```", SQUARE, 0, 1),
+    "usage": ("```python\ndef f(n): return n * n\n```\n```python\nprint(f(5))\n```", FUNCTION, 0, 1),
+    # Neither pays.
+    "crash": (f"```python\n{PROGRAM}raise ValueError\n```", SQUARE, 0, 0),
+    "exit before the function is called": ("```python\ndef f(n): return n * n\nexit()\n```", FUNCTION, 0, 0),
+}
+
+
+@pytest.mark.slow
+def test_beside_the_scorer_of_verl() -> None:
+    # In a process of its own, since it forks. Of a wrong program it loses its details, and says so.
+    program = """
+import json, sys
+from verl.utils.reward_score import prime_code
+
+def paid(response, truth, *_):
+    try:
+        return int(prime_code.compute_score(response, truth)[0])
+    except UnboundLocalError:
+        return 0
+
+print("PAID", json.dumps({name: paid(*row) for name, row in json.loads(sys.argv[1]).items()}))
+"""
+    done = run([sys.executable, "-c", program, json.dumps(BESIDE_VERL)])
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("PAID "))
+    paid = json.loads(line.removeprefix("PAID "))
+    for name, (response, truth, verl, ours) in BESIDE_VERL.items():
+        assert (paid[name], code.compute_score("x", response, truth)["score"]) == (verl, ours), name
 
 
 def test_all_tests_together_have_a_limit() -> None:
@@ -98,22 +268,6 @@ def test_all_tests_together_have_a_limit() -> None:
 def test_response_without_a_program_is_not_answered() -> None:
     result = code.compute_score("x", "print(7)", json.dumps({"inputs": [""], "outputs": ["7"]}))
     assert result == {"score": 0, "acc": 0, "answered": 0, "stopped": 0}
-
-
-@pytest.mark.parametrize(
-    ("response", "program"),
-    [
-        ("a\n```python\nx\n```\nb", "x\n"),
-        ("```python\nx\n```\n```py\ny\n```", "y\n"),
-        ("```\nx\n```", "\nx\n"),
-        ("```python\nx", "x"),
-        ("x", None),
-        ("", None),
-        ("```", ""),
-    ],
-)
-def test_last_program(response: str, program: str | None) -> None:
-    assert last_program(response) == program
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,11 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-import numpy as np
 import ray
 from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.sglang_rollout.async_sglang_server import SGLangHttpServer, SGLangReplica
 
-from verl_troll.plugin.rollout.token_support import FIELD, SupportRequest, TokenSupport
+from verl_troll.plugin.rollout.token_support import FIELD, LOWEST, SupportRequest, TokenSupport
 from verl_troll.plugin.settings import refusal
 
 __all__ = ["SglangSupportReplica", "SglangSupportServer"]
@@ -80,25 +79,35 @@ class _ObservedManager:
         async with aclosing(self._manager.generate_request(request, connection)) as outputs:
             async for output in outputs:
                 if observed:
-                    support = self._take(output)
+                    support = self._take(request.rid, output)
                     if support is not None:
                         self.supports[request.rid] = support
                 yield output
 
-    def _take(self, output: dict[str, Any]) -> TokenSupport | None:
-        """Remove the candidates from the output, and select from them."""
+    def _take(self, request_id: str, output: dict[str, Any]) -> TokenSupport | None:
+        """Remove the candidates from the output, and select from them.
+
+        Raises:
+            ValueError: the log-probabilities are not those of the request.
+        """
         meta = output["meta_info"]
-        candidates = meta.pop("output_top_logprobs", None)
+        candidates = [token or () for token in meta.pop("output_top_logprobs", None) or ()]
         meta.pop("input_top_logprobs", None)
         tokens, sampled = output["output_ids"], meta.get("output_token_logprobs")
         # The request was aborted before its first token; verl drops such an output.
-        if not tokens or not sampled or not len(tokens) == len(sampled) == len(candidates or ()):
+        if not tokens or not sampled or len(tokens) != len(sampled):
             return None
-        values = np.asarray([[value for value, _, _ in token] for token in candidates], dtype=np.float32)
-        ids = np.asarray([[token_id for _, token_id, _ in token] for token in candidates], dtype=np.int64)
-        # SGLang writes this instead of -inf if a probability rounds to zero.
-        values[values == np.finfo(np.float32).min] = -np.inf
-        return TokenSupport.select(tokens, [value for value, _, _ in sampled], ids, values, self._wanted.dropped_mass)
+        support = TokenSupport.read(
+            tokens,
+            [value for value, _, _ in sampled],
+            [len(token) for token in candidates],
+            [token_id for token in candidates for _, token_id, _ in token],
+            [value for token in candidates for value, _, _ in token],
+            self._wanted,
+            f"SGLang, request {request_id},",
+        )
+        meta["output_token_logprobs"] = [(max(value, LOWEST), *rest) for value, *rest in sampled]
+        return support
 
 
 class SglangSupportServer(SGLangHttpServer):

@@ -15,6 +15,11 @@ from verl_troll.core.support import keep_most_probable
 FIELD = "troll_support"
 """Name in ``TokenOutput.extra_fields``."""
 
+LOWEST = -128.0
+"""What a sampled id's log-probability is raised to, in nats: below, the support cannot carry it (``core/wire.py``)."""
+# Engines write this (vLLM) or float32's minimum (SGLang) where they do not write -inf.
+_ZERO = -9999.0
+
 
 @dataclass(frozen=True)
 class SupportRequest:
@@ -62,6 +67,48 @@ class TokenSupport:
     log_probs: NDArray[np.float32]
 
     @classmethod
+    def read(
+        cls,
+        tokens: Sequence[int],
+        token_log_probs: Any,
+        counts: Any,
+        ids: Any,
+        log_probs: Any,
+        wanted: SupportRequest,
+        source: str,
+    ) -> TokenSupport:
+        """Apply the old-log-prob pass's selection rule to an engine's candidates.
+
+        There may be fewer or more candidates than asked for, in any order, and an id may occur twice: the ``k`` most
+        probable ids count. A candidate of log-probability -9999 or less, with which engines replace ``-inf``, is none.
+        A sampled id's log-probability is raised to :data:`LOWEST`, whatever lower value the engine wrote.
+
+        Args:
+            tokens, token_log_probs: ``[r]``.
+            counts: ``[r]``, number of candidates of each token.
+            ids, log_probs: ``[sum of counts]``, the candidates; the sampled token may be among them.
+            wanted: number of candidates asked for, and the mass that may be dropped.
+            source: names the engine and the request, for errors.
+
+        Raises:
+            ValueError: a token has no candidate, or the numbers of tokens and candidates differ, or a log-probability
+                is NaN.
+        """
+        counts = np.asarray(counts, dtype=np.int64)
+        ids, log_probs = np.asarray(ids, dtype=np.int64), np.asarray(log_probs, dtype=np.float32)
+        sampled = np.asarray(token_log_probs, dtype=np.float32)
+        if not len(tokens) == len(sampled) == len(counts):
+            raise wrong_answer(
+                source, f"{len(tokens)} tokens, {len(sampled)} log-probabilities of these, candidates for {len(counts)}"
+            )
+        if (counts == 0).any():
+            raise wrong_answer(source, f"token {int(counts.argmin())} of {len(tokens)} has no candidates")
+        if np.isnan(sampled).any() or np.isnan(log_probs).any():
+            raise wrong_answer(source, "a log-probability is NaN")
+        top_ids, top_log_probs = _most_probable(counts, ids, log_probs, wanted.k)
+        return cls.select(tokens, np.maximum(sampled, LOWEST), top_ids, top_log_probs, wanted.dropped_mass)
+
+    @classmethod
     def select(
         cls,
         tokens: Sequence[int],
@@ -74,7 +121,7 @@ class TokenSupport:
 
         Args:
             tokens, token_log_probs: ``[r]``.
-            top_ids, top_log_probs: ``[r, k]``, by decreasing probability.
+            top_ids, top_log_probs: ``[r, k]``, by falling probability; -1 and ``-inf`` where there are fewer.
             dropped_mass: delta in [0, 1).
         """
         sampled = torch.tensor(tokens, dtype=torch.int64)
@@ -129,3 +176,41 @@ class TokenSupport:
         kept = int(self.counts[:count].sum())
         ids, log_probs = torch.from_numpy(self.ids[:kept]), torch.from_numpy(self.log_probs[:kept])
         return carry.pack_sample(prompt_ids, response_ids, torch.from_numpy(counts), ids, log_probs)
+
+
+def wrong_answer(source: str, wrong: str) -> ValueError:
+    """The error for an answer of the engine that holds no support."""
+    return ValueError(
+        f"{source} answered without the log-probabilities that were asked for: {wrong}. Look at what changes them in "
+        "the engine (its version, speculative decoding, a plugin), or compute the old policy in the actor "
+        "(+troll=default)."
+    )
+
+
+def _most_probable(
+    counts: NDArray[np.int64], ids: NDArray[np.int64], log_probs: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """``[r, k]`` distinct candidates of each token by falling probability; -1 and ``-inf`` where there are fewer."""
+    log_probs = np.where(log_probs <= _ZERO, -np.inf, log_probs)
+    if (counts == k).all() and (ids >= 0).all():
+        # What engines return, as long as nothing is unusual; sorting it would take longer than the selection.
+        table, values = ids.reshape(-1, k), log_probs.reshape(-1, k)
+        by_id = np.sort(table, axis=-1)
+        if (values[:, 1:] <= values[:, :-1]).all() and (by_id[:, 1:] != by_id[:, :-1]).all():
+            return np.where(values > -np.inf, table, -1), values
+    rows = np.repeat(np.arange(len(counts)), counts)
+    possible = (log_probs > -np.inf) & (ids >= 0)
+    rows, ids, log_probs = rows[possible], ids[possible], log_probs[possible]
+    order = np.lexsort((ids, -log_probs, rows))
+    rows, ids, log_probs = rows[order], ids[order], log_probs[order]
+    # The first time that an id occurs at a token.
+    _, first = np.unique(rows * (ids.max(initial=0) + 1) + ids, return_index=True)
+    first.sort()
+    rows, ids, log_probs = rows[first], ids[first], log_probs[first]
+    place = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    top = place < k
+    all_ids = np.full((len(counts), k), -1, dtype=np.int64)
+    all_log_probs = np.full((len(counts), k), -np.inf, dtype=np.float32)
+    all_ids[rows[top], place[top]] = ids[top]
+    all_log_probs[rows[top], place[top]] = log_probs[top]
+    return all_ids, all_log_probs

@@ -13,7 +13,7 @@ from vllm import SamplingParams
 from vllm.logprobs import FlatLogprobs, Logprob
 from vllm.outputs import CompletionOutput
 
-from verl_troll.plugin.rollout.token_support import FIELD, SupportRequest, TokenSupport
+from verl_troll.plugin.rollout.token_support import FIELD, LOWEST, SupportRequest, TokenSupport, wrong_answer
 
 __all__ = ["VllmSupportReplica", "VllmSupportServer"]
 
@@ -61,24 +61,47 @@ class _ObservedEngine:
             prompt=prompt, sampling_params=sampling_params, request_id=request_id, **options
         ):
             if observed and output.finished and output.outputs:
-                support = self._take(output.outputs[0])
+                support = self._take(request_id, output.outputs[0])
                 if support is not None:
                     self.supports[request_id] = support
             yield output
 
-    def _take(self, completion: CompletionOutput) -> TokenSupport | None:
-        """Select from the candidates, and leave only what verl reads: the sampled token's log-probability."""
+    def _take(self, request_id: str, completion: CompletionOutput) -> TokenSupport | None:
+        """Select from the candidates, and leave only what verl reads: the sampled token's log-probability.
+
+        Raises:
+            ValueError: the log-probabilities are not those of the request.
+        """
         flat = completion.logprobs
-        if not isinstance(flat, FlatLogprobs) or len(flat) == 0:
+        if flat is None or len(flat) == 0:
             return None
+        if not isinstance(flat, FlatLogprobs):
+            flat = FlatLogprobs()
+            flat.extend(completion.logprobs)
+        source = f"vLLM, request {request_id},"
         tokens = list(completion.token_ids)
-        # The sampled token comes first, then the candidates by rank.
-        ids = np.asarray(flat.token_ids, dtype=np.int64).reshape(len(flat), -1)
-        log_probs = np.asarray(flat.logprobs, dtype=np.float32).reshape(len(flat), -1)
-        completion.logprobs = [
-            {token: Logprob(float(value))} for token, value in zip(tokens, log_probs[:, 0], strict=True)
-        ]
-        return TokenSupport.select(tokens, log_probs[:, 0], ids[:, 1:], log_probs[:, 1:], self._wanted.dropped_mass)
+        starts, counts = np.asarray(flat.start_indices), np.subtract(flat.end_indices, flat.start_indices)
+        ids, log_probs = np.asarray(flat.token_ids, dtype=np.int64), np.asarray(flat.logprobs, dtype=np.float32)
+        if len(counts) != len(tokens):
+            raise wrong_answer(source, f"{len(tokens)} tokens, log-probabilities of {len(counts)}")
+        if (counts == 0).any():
+            raise wrong_answer(source, f"token {int(counts.argmin())} of {len(tokens)} has no log-probabilities")
+        if self._wanted.k > 1 and (counts == 1).any():
+            raise wrong_answer(source, f"token {int(counts.argmin())} of {len(tokens)} has no candidates")
+        # The sampled token comes first, then the candidates by rank; the sampled token not again if vLLM made the
+        # list from a dictionary.
+        wrong = ids[starts] != np.asarray(tokens)
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise wrong_answer(
+                source, f"token {at} of {len(tokens)} is {tokens[at]}, its log-probability of {ids[starts][at]}"
+            )
+        sampled = np.maximum(log_probs[starts], LOWEST)
+        if (counts == self._wanted.k + 1).all():
+            counts, ids, log_probs = counts - 1, np.delete(ids, starts), np.delete(log_probs, starts)
+        support = TokenSupport.read(tokens, sampled, counts, ids, log_probs, self._wanted, source)
+        completion.logprobs = [{token: Logprob(float(value))} for token, value in zip(tokens, sampled, strict=True)]
+        return support
 
 
 class VllmSupportServer(vLLMHttpServer):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 _BOXED = "\\boxed{"
-_FENCE = "```"
 _NUMBER = re.compile(r"\s*\\?\$?\s*(-?(?:\d[\d,]*)?\.?\d+)")
 # A sign belongs to a number unless an operand stands before it; set apart, it does only after = or :.
 _SIGNED = re.compile(
@@ -49,17 +48,6 @@ def _in_braces(text: str, begin: int) -> str | None:
         if depth == 0:
             return text[begin : begin + brace.start()].strip() or None
     return None
-
-
-def last_program(response: str) -> str | None:
-    """The last fenced block of a response, in any language; None without one."""
-    pieces = response.split(_FENCE)
-    # With an odd number of fences, the end of the response cut off the last block.
-    index = len(pieces) - 1 if len(pieces) % 2 == 0 else len(pieces) - 2
-    if index < 1:
-        return None
-    language, newline, program = pieces[index].partition("\n")
-    return program if newline and language.strip().isalnum() else pieces[index]
 
 
 def last_number(response: str, *, alone: bool = False) -> str | None:

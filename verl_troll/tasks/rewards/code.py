@@ -9,8 +9,8 @@ import time
 from typing import Any
 
 from verl_troll.tasks.rewards import sandbox
-from verl_troll.tasks.rewards.answers import last_program
 from verl_troll.tasks.rewards.cases import Cases, exact_json, read_cases, same_text, same_value
+from verl_troll.tasks.rewards.programs import last_program
 
 
 def _passes(program: str, cases: Cases, index: int, limits: sandbox.Limits, slot_index: int) -> tuple[bool, bool]:
@@ -49,7 +49,7 @@ def compute_score(
 
     Args:
         data_source: unused.
-        solution_str: the response; its last fenced block is the program.
+        solution_str: the response; :func:`verl_troll.tasks.rewards.programs.last_program` finds the program.
         ground_truth: see :func:`verl_troll.tasks.rewards.cases.read_cases`.
         extra_info: unused.
         processor_seconds: CPU time limit per test; the wall-clock limit is twice as long.
@@ -67,7 +67,7 @@ def compute_score(
         SandboxError: the sandbox could not be set up.
     """
     cases = read_cases(ground_truth)
-    program = last_program(solution_str)
+    program = last_program(solution_str, cases.function)
     if program is None:
         return {"score": 0.0, "acc": 0.0, "answered": 0.0, "stopped": 0.0}
     right, stopped = False, False
