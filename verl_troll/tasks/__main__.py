@@ -105,7 +105,8 @@ def _prepare_stored(parser: argparse.ArgumentParser, given: argparse.Namespace) 
 def _report(written: Written) -> None:
     print(f"{written.path}: {written.rows} rows")
     for reason, count in written.left_out.items():
-        print(f"  left out: {count} ({reason})")
+        first = f", the first: {written.firsts[reason]}" if reason in written.firsts else ""
+        print(f"  left out: {count} ({reason}){first}")
 
 
 if __name__ == "__main__":
