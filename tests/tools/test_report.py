@@ -411,6 +411,14 @@ class TestReading:
         assert "arm 'union', seed 0, task 'chain' was read before" in said[0]
         assert str(first) in said[0] and str(second) in said[0]
 
+    def test_equal_descriptions_in_one_file_are_not_told_to_name_their_paths(self, tmp_path: Path) -> None:
+        file = tmp_path / "runs.jsonl"
+        file.write_text(collected("union", 0, (0.1,)) + "\n" + collected("union", 0, (0.2,)) + "\n")
+        said: list[str] = []
+        read_runs([file], said.append)
+        assert "give the fields that tell them apart" in said[0]
+        assert "NAME=PATH" not in said[0]
+
     def test_most_samples_of_each_data_source(self) -> None:
         metrics = dict.fromkeys(
             (
@@ -606,6 +614,17 @@ class TestSeveralRunsInOnePlace:
         name = scalars(tmp_path, range(6, 14), 0.3, at=2000)
         with pytest.raises(ReportError, match=rf"{name} may resume the run of .*\.a or .*\.b"):
             read_runs([tmp_path], refuse_to_warn)
+
+    def test_of_runs_one_after_the_other_the_last_is_resumed(self, tmp_path: Path) -> None:
+        files = [
+            scalars(tmp_path, steps, 0.1 * number, at=1000.0 * number)
+            for number, steps in enumerate((range(10), range(3), range(10), range(8, 12)), 1)
+        ]
+        said: list[str] = []
+        runs = read_runs([tmp_path], said.append)
+        assert [values(run) for run in runs] == [[0.1] * 10, [0.2] * 3, [0.3] * 8 + [0.4] * 4]
+        assert [run.arm for run in runs][:2] == [f"{runs[2].arm}, earlier run {number}" for number in (1, 2)]
+        assert f"holds 3 runs: {files[0]}; {files[1]}; {files[2]}, {files[3]}." in said[0]
 
     def test_a_crashed_start_without_steps_is_no_run(self, tmp_path: Path) -> None:
         scalars(tmp_path, (), 0.1, at=1000)

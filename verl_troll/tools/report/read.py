@@ -284,9 +284,15 @@ def read_runs(paths: Sequence[str | Path], warn: Warn = warn_on_stderr, fault: W
     for number, run in enumerate(runs):
         key = number if run.seed is None else _description(run)
         if key in kept:
+            former = kept.pop(key).source
+            differ = (
+                "the fields that tell them apart, such as run.settings"
+                if former == run.source
+                else "their arms different names with NAME=PATH"
+            )
             warn(
-                f"{_shown_path(run.source)}: {_words(run)} was read before, from {_shown_path(kept.pop(key).source)}; "
-                "the later one counts. If the runs differ, give their arms different names with NAME=PATH"
+                f"{_shown_path(run.source)}: {_words(run)} was read before, from {_shown_path(former)}; the later one "
+                f"counts. If the runs differ, give {differ}"
             )
         kept[key] = run
     return list(kept.values())
@@ -650,7 +656,8 @@ class _Events:
     """One run, in one or more event files."""
 
     def __init__(self, file: _EventFile):
-        self.first, self.last, self.ended = file.extent.first, file.extent.last, file.extent.ended
+        self.first, self.last = file.extent.first, file.extent.last
+        self.begun, self.ended = file.extent.begun, file.extent.ended
         self.points = file.points
         self.files = [file.path]
 
@@ -694,6 +701,8 @@ def _runs_in_events(path: Path, files: Sequence[_EventFile], warn: Warn) -> Iter
             continue
         former = [run for run in runs if run.may_continue_in(file)]
         former = [run for run in former if file.extent.first <= run.last + 1] or former
+        # Of runs one after the other, a checkpoint is the last one's.
+        former = [run for run in former if all(other.begun <= run.ended for other in former if other is not run)]
         if len(former) > 1:
             names = " or ".join(_shown_path(run.files[-1].name) for run in former)
             raise ReportError(
