@@ -197,7 +197,7 @@ def test_unusable_values_are_refused(
             ["reasoning_gym", "--dataset", "gcd", "--limit", "7"],
             "--limit is not for reasoning_gym: use --train-size and",
         ),
-        (["reasoning_gym", "--dataset", "gcd", "--local", "/x"], "--local is not for reasoning_gym"),
+        (["reasoning_gym", "--dataset", "gcd", "--local", "/x"], "--local is not for reasoning_gym: its problems are"),
         (["reasoning_gym", "--dataset", "gcd", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
         (["gsm8k", "--dataset", "chain_sum"], "--dataset is for reasoning_gym alone"),
         (["gsm8k", "--strict"], "--strict is for reasoning_gym alone"),

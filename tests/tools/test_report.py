@@ -692,6 +692,7 @@ FOREIGN = {
     "a rollout dump": (json.dumps(DUMP) + "\n").encode() * 5,
     "a dump with fields of verl's names": (json.dumps({"step": 1, "data": DUMP}) + "\n").encode() * 5,
     "a dump of numbers": b'{"step": 1, "data": {"score": 1.0, "length": 7}}\n' * 5,
+    "a dump of named steps": b'{"step": "warm-up", "data": {"score": 1.0}}\n' * 5,
     "a dump of text": b'{"step": 1, "data": "2+2"}\n' * 5,
     "another tool's runs": b'{"run": "x7", "metrics": {"loss": 1}}\n' * 5,
     "rows of a list": b"[1, 2]\n" * 5,

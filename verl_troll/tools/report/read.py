@@ -458,7 +458,7 @@ def _runs_in_lines(path: Path, warn: Warn) -> Iterator[Run]:
             if count > MAX_RUNS:
                 raise ReportError(f"{_shown_path(path)} has more than {MAX_RUNS:,} runs: split it")
             yield _collected(line, f"{_shown_path(path)}:{number}", path, kept)
-    elif "step" in line and isinstance(line.get("data"), dict):
+    elif isinstance(line.get("data"), dict) and (_is_step(line.get("step")) or any(map(_shown_metric, line["data"]))):
         yield from _file_logger(number, first, lines, path, warn)
     else:
         raise _foreign(path, number, first)
