@@ -19,7 +19,7 @@ from typing import Generic, ParamSpec
 
 from packaging.specifiers import SpecifierSet
 
-from verl_troll.versions import goes_on_untested
+from verl_troll.versions import OVERRIDE_VARIABLE, goes_on_untested
 
 P = ParamSpec("P")
 
@@ -72,9 +72,7 @@ def apply(patch: Patch[P], *args: P.args, **kwargs: P.kwargs) -> None:
         f"patch {patch.name!r} was written for {patch.host} {patch.versions}, but {patch.host} {version} is installed."
     )
     if not SpecifierSet(patch.versions).contains(version, prereleases=True) and not goes_on_untested(message):
-        raise PatchError(
-            f"{message} Install a tested version, or drop the patch if upstream no longer needs it ({patch.upstream})."
-        )
+        raise PatchError(f"{message} Install a tested version, or set {OVERRIDE_VARIABLE}=1 to go on at your own risk.")
     patch.install(*args, **kwargs)
     _applied[patch.name] = patch
 

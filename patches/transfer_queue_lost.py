@@ -35,7 +35,7 @@ def _check() -> None:
         except ray.exceptions.RayActorError as error:
             raise RuntimeError(
                 f"TransferQueue has lost its actor {name}: the process was killed or crashed, or its node was lost. "
-                "The samples in flight are lost with it; resume from the last checkpoint."
+                "The samples in flight are lost with it; resume from the last checkpoint, if the run has one."
             ) from error
 
 

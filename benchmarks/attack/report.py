@@ -114,6 +114,12 @@ KINDS: dict[str, Kind] = {
     "zeros after a step": Kind(NOTED, lambda path: _log(path, _row(0), bytes(5000))),
     "zeros between steps": Kind(LEFT_OUT, lambda path: _log(path, _row(0), bytes(50), _row(1), _row(2))),
     "invalid UTF-8": Kind(LEFT_OUT, lambda path: _log(path, _row(0), b'{"step": 1, "data": {"\xff": 1}}\n', _row(2))),
+    "binary": Kind(NOTED, lambda path: _log(path, bytes(range(256)) * 40)),
+    "rollouts": Kind(NOTED, lambda path: _log(path, '{"input": "2+2", "output": "4", "step": 1}\n' * 100)),
+    "rollouts under verl's names": Kind(
+        NOTED, lambda path: _log(path, '{"step": 1, "data": {"input": "2+2"}}\n' * 100)
+    ),
+    "first line of 40 MB": Kind(NOTED, lambda path: _log(path, "[", "1, " * 14_000_000, "1]\n", _row(0))),
     "UTF-16": Kind(LEFT_OUT, lambda path: _log(path, (_row(0) + _row(1) + _row(2)).encode("utf-16"))),
     "byte-order mark": Kind(READ, lambda path: _log(path, b"\xef\xbb\xbf", _row(0), _row(1))),
     "lone surrogates": Kind(READ, lambda path: _log(path, _row(0, **{"\ud800": 1.0}), _row(1))),
@@ -441,8 +447,7 @@ def large(extent: Extent) -> Outcome:
             stream.truncate(size)
 
     outcome = Outcome()
-    small = size <= read.MAX_LINE_BYTES
-    for make, expected in ((log, READ), (endless, NOTED if small else LEFT_OUT), (zeros, NOTED if small else LEFT_OUT)):
+    for make, expected in ((log, READ), (endless, NOTED), (zeros, NOTED)):
         folder = extent.folder / make.__name__
         peaks = list[int]()
 

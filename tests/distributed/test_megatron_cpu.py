@@ -118,6 +118,24 @@ def test_nothing_changes_before_an_engine_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"param_offload": True}, "param_offload=True is not supported"),
+        # The actor may have them.
+        (
+            {"use_fused_kernels": True, "forward_only": True},
+            "use_fused_kernels=True of a reference policy is not supported",
+        ),
+    ],
+)
+def test_an_unsupported_setting_is_named_with_whose_it_is(settings: dict[str, Any], message: str) -> None:
+    from verl_troll.cpu.megatron.config import CpuMcoreEngineConfig
+
+    with pytest.raises(ValueError, match=message):
+        CpuMcoreEngineConfig(**settings)
+
+
+@pytest.mark.parametrize(
     "setting",
     [{"expert": 2, "tensor": 2}, {"transformer": {"attention_dropout": 0.1}}, {"transformer": {"fp8": "hybrid"}}],
     ids=["expert tensor parallel", "dropout", "fp8"],

@@ -36,8 +36,10 @@ def everywhere(values: Tensor, tokens: carry.ResponseTokens) -> Tensor:
     return result
 
 
-def unpack(batch: TensorDict, tokens: carry.ResponseTokens, k: int = 5, *, fixed_width: bool = False) -> carry.Unpacked:
-    return carry.unpack(batch, tokens, k=k, vocab_size=VOCAB, fixed_width=fixed_width)
+def unpack(
+    batch: TensorDict, tokens: carry.ResponseTokens, k: int = 5, *, fixed_width: bool = False, from_engine: bool = False
+) -> carry.Unpacked:
+    return carry.unpack(batch, tokens, k=k, vocab_size=VOCAB, fixed_width=fixed_width, from_engine=from_engine)
 
 
 def packed(batch: TensorDict, k: int) -> tuple[SparsePolicy, carry.ResponseTokens, dict[str, Tensor]]:
@@ -209,3 +211,47 @@ def test_a_missing_field_is_named(name: str) -> None:
     batch.update({other: value for other, value in fields.items() if other != name})
     with pytest.raises(carry.MissingSupportError, match=name):
         unpack(batch, tokens)
+
+
+@pytest.mark.parametrize("from_engine", [False, True])
+def test_a_missing_field_is_explained_by_what_supplies_it(from_engine: bool) -> None:
+    batch = make_batch()
+    with pytest.raises(carry.MissingSupportError) as caught:
+        unpack(batch, carry.response_tokens(batch), from_engine=from_engine)
+    message = str(caught.value)
+    # Neither can be what is wrong: start-up refuses them.
+    assert "bypass_mode" not in message and "use_v1" not in message
+    assert ("old-log-prob pass" in message) != from_engine
+    for word in ("rollout engine", "agent_name", "troll_single_turn_agent", "RolloutSupportMixin"):
+        assert (word in message) == from_engine
+
+
+@pytest.mark.parametrize("from_engine", [False, True])
+def test_other_faults_name_what_supplied_the_support(from_engine: bool) -> None:
+    batch = make_batch()
+    policy, tokens, fields = packed(batch, 5)
+    batch.update(fields)
+    with pytest.raises(carry.SupportError) as caught:
+        unpack(batch, tokens, 2, from_engine=from_engine)
+    assert ("actor_rollout_ref.rollout.custom.troll.k" in str(caught.value)) == from_engine
+    ids, log_probs = everywhere(policy.ids, tokens), everywhere(policy.log_probs, tokens)
+    first = int(tokens.in_loss[0])
+    for name, fault in (("had no support", "no ids"), ("NaN", "nan")):
+        wrong_ids, wrong_values = ids.clone(), log_probs.clone()
+        if fault == "nan":
+            wrong_values[first, 0] = math.nan
+        else:
+            wrong_ids[first] = -1
+        batch.update(carry.pack(wrong_ids, wrong_values, tokens))
+        with pytest.raises(carry.SupportError, match=name) as caught:
+            unpack(batch, tokens, from_engine=from_engine)
+        assert ("rollout engine" in str(caught.value)) == from_engine
+        assert ("old-log-prob pass" in str(caught.value)) != from_engine
+
+
+def test_a_padded_batch_is_not_blamed_on_a_setting_that_start_up_checks() -> None:
+    batch = make_batch()
+    batch["response_mask"] = batch["response_mask"].to_padded_tensor(0)
+    with pytest.raises(carry.MissingSupportError, match="no-padding format") as caught:
+        carry.response_tokens(batch)
+    assert "use_v1" not in str(caught.value)

@@ -43,6 +43,11 @@ def test_troll_is_on_with_its_settings(configuration: tuple[str, ...]) -> None:
     [
         ((), "vanilla"),
         (("+baseline=gspo", "+size=8b", "+fsdp=default"), "gspo"),
+        # The letters of the method are in "controller".
+        (
+            ("global_profiler.global_tool_config.nsys.controller_nsight_options.trace=cuda", "+my_controller=1"),
+            "vanilla",
+        ),
         # A name, and a key of the user's own that resembles a group.
         (("trainer.experiment_name=troll", "+tasks=4"), "vanilla"),
     ],

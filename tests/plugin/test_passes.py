@@ -24,7 +24,7 @@ from verl_troll.core.vocab import VocabShard
 from verl_troll.plugin import carry
 from verl_troll.plugin.layout import TokenLayout
 from verl_troll.plugin.passes import OldPolicyPass, UpdatePass
-from verl_troll.plugin.settings import TrollConfig
+from verl_troll.plugin.settings import HostSettings, TrollConfig
 
 DOUBLE = torch.float64
 BOUND = 0.05
@@ -436,6 +436,23 @@ def test_an_engine_that_never_shows_its_logits_is_refused() -> None:
         with pytest.raises(RuntimeError, match="never showed its logits"):
             one(model_output=output, data=batch)
         batch = with_old_policy(batch, output) if one is reader else batch
+
+
+def test_a_model_that_never_shows_its_hidden_states_is_refused_as_such() -> None:
+    batch = batch_of()
+    tu.assign_non_tensor(batch, use_fused_kernels=True)
+    reader = OldPolicyPass(SETTINGS, Owner(layout_of(batch, False)), entropy=False)
+    with pytest.raises(RuntimeError, match=r"hidden states.*\.use_fused_kernels=False"):
+        reader(model_output={}, data=batch)
+
+
+def test_the_update_is_told_what_supplies_the_support() -> None:
+    batch = batch_of()
+    _, new = logits_of(batch)
+    settings = replace(SETTINGS, host=HostSettings(bypass_mode=True))
+    for given, word in ((SETTINGS, "old-log-prob pass"), (settings, "rollout engine")):
+        with pytest.raises(carry.MissingSupportError, match=word):
+            update(batch, new, layout_of(batch, False), given)
 
 
 def test_a_loss_that_leaves_the_projection_unused_is_refused() -> None:

@@ -136,6 +136,19 @@ def test_the_rollout_engine_is_asked_for_what_the_loss_is_set_to() -> None:
         ("actor_rollout_ref.rollout.calculate_log_probs=False", "actor_rollout_ref.rollout.calculate_log_probs"),
         ("actor_rollout_ref.rollout.disaggregation.enabled=True", "actor_rollout_ref.rollout.disaggregation.enabled"),
         ("actor_rollout_ref.model.mtp.enable_rollout=True", "actor_rollout_ref.model.mtp.enable_rollout"),
+        (
+            "+actor_rollout_ref.rollout.engine_kwargs.vllm.speculative_config={method: ngram}",
+            "actor_rollout_ref.rollout.engine_kwargs.vllm.speculative_config",
+        ),
+        (
+            "'+actor_rollout_ref.rollout.engine_kwargs.vllm={speculative-config: {method: ngram}}'"[1:-1],
+            "actor_rollout_ref.rollout.engine_kwargs.vllm.speculative_config",
+        ),
+        (
+            "+actor_rollout_ref.rollout.engine_kwargs.vllm.logprobs_mode=raw_logprobs",
+            "actor_rollout_ref.rollout.engine_kwargs.vllm.logprobs_mode",
+        ),
+        ("actor_rollout_ref.model.external_lib=[mine,verl_troll.plugin]", "actor_rollout_ref.model.external_lib"),
         ("algorithm.rollout_correction.rollout_is=token", "algorithm.rollout_correction.rollout_is"),
         ("algorithm.rollout_correction.rollout_rs=token_k1", "algorithm.rollout_correction.rollout_rs"),
         (
@@ -166,7 +179,7 @@ def test_typo_is_refused() -> None:
         ("trainer.v1.trainer_mode=mine", "trainer.v1.trainer_mode"),
         ("algorithm.rollout_correction.bypass_mode=True", "algorithm.rollout_correction.bypass_mode"),
         ("actor_rollout_ref.actor.pad_to_length=True", "actor_rollout_ref.actor.pad_to_length"),
-        ("actor_rollout_ref.actor.fsdp_config.pad_to_length=True", "actor_rollout_ref.actor.pad_to_length"),
+        ("actor_rollout_ref.actor.fsdp_config.pad_to_length=True", "actor_rollout_ref.actor.fsdp_config.pad_to_length"),
         ("distillation.enabled=True", "distillation.enabled"),
         ("actor_rollout_ref.actor.policy_loss.loss_mode=vanilla", "actor_rollout_ref.actor.policy_loss.loss_mode"),
         ("actor_rollout_ref.model.external_lib=my_models", "actor_rollout_ref.model.external_lib"),
@@ -180,6 +193,55 @@ def test_unsupported_combination_is_refused_with_its_key(override: str, key: str
     message = str(error.value.__cause__ or error.value)
     assert f"{key}=" in message
     assert "allowed is" in message
+
+
+def refused(*overrides: str, group: str = "+troll=default") -> str:
+    """What a run with these overrides is refused with."""
+    with pytest.raises(InstantiationException) as error:
+        build(group, *overrides, troll=False)
+    return str(error.value.__cause__ or error.value)
+
+
+def test_speculative_decoding_in_sglangs_own_settings_is_refused() -> None:
+    engine = "actor_rollout_ref.rollout.engine_kwargs.sglang.speculative_algorithm"
+    message = refused("actor_rollout_ref.rollout.name=sglang", f"+{engine}=EAGLE", group="+troll=rollout_support")
+    assert message.startswith(f"{engine}='EAGLE' is not supported")
+    # Another engine's settings, and neutral ones, are not read.
+    support(f"+{engine}=EAGLE", "+actor_rollout_ref.rollout.engine_kwargs.vllm.speculative_config=null")
+    # Nor are they without the group: sampled tokens are all that counts then.
+    build("+actor_rollout_ref.rollout.engine_kwargs.vllm.speculative_config={method: ngram}")
+
+
+def test_the_group_for_bypass_mode_is_named_only_where_it_would_be_accepted() -> None:
+    bypass = "algorithm.rollout_correction.bypass_mode=True"
+    advice = "write +troll=rollout_support in the place of"
+    assert advice in refused(bypass)
+    assert advice in refused(bypass, "actor_rollout_ref.rollout.name=sglang")
+    for other in ("trainer.v1.trainer_mode=colocate_async", "actor_rollout_ref.rollout.name=hf"):
+        message = refused(bypass, other)
+        assert message.startswith("algorithm.rollout_correction.bypass_mode=True")
+        assert "rollout_support" not in message
+
+
+def test_a_trainer_of_ones_own_is_not_told_to_compute_what_the_rollout_engine_supplies() -> None:
+    mine = "trainer.v1.trainer_mode=mine"
+    assert "must compute old log-probs in the actor" in refused(mine)
+    message = refused(mine, group="+troll=rollout_support")
+    assert "allowed is sync with the old policy from the rollout engine" in message
+    assert "in the actor" not in message
+
+
+def test_the_modules_to_load_are_those_of_the_group() -> None:
+    mine = "actor_rollout_ref.model.external_lib=[mine]"
+    assert "external_lib=[your.module,verl_troll.plugin]'" in refused(mine)
+    both = "external_lib=[your.module,verl_troll.plugin,verl_troll.plugin.rollout]'"
+    assert both in refused(mine, group="+troll=rollout_support")
+
+
+@pytest.mark.parametrize("group", ["default", "rollout_support"])
+def test_another_loss_is_told_to_leave_out_whatever_group_was_given(group: str) -> None:
+    message = refused("actor_rollout_ref.actor.policy_loss.loss_mode=gspo", group=f"+troll={group}")
+    assert "leave out +troll=..." in message
 
 
 LOSSES = [("gspo", "default"), ("vanilla", "sequence"), ("cispo", "rollout_support")]
@@ -348,6 +410,7 @@ def test_group_refers_only_to_keys_that_verl_has() -> None:
             "agent_loop": "single_turn_agent",
             "disaggregation": False,
             "speculative_decoding": False,
+            "engine_kwargs": {"vllm": {}, "sglang": {}, "trtllm": {}},
             "support_wanted": None,
             "correction_weights": None,
             "correction_rejection": None,

@@ -33,7 +33,7 @@ def dapo(problem: str, answer: str, index: str) -> dict[str, Any]:
     }
 
 
-def eurus(source: str, ability: str, truth: str, split: str, index: int) -> dict[str, Any]:
+def eurus(source: str, ability: str, truth: Any, split: str, index: int) -> dict[str, Any]:
     return {
         "data_source": source,
         "prompt": [{"content": "[ASSESS]", "role": "system"}, {"content": f"Problem {index}", "role": "user"}],
@@ -163,6 +163,202 @@ def test_suites(task: str, tmp_path: Path) -> None:
 
 def test_every_task_has_a_test() -> None:
     assert {*TASKS} == {"gsm8k", "dapo_math", "eurus_math", "eurus_code", *SUITES}
+
+
+def ready(**columns: Any) -> dict[str, Any]:
+    return {**dapo("One?", "1", "a"), **columns}
+
+
+def truth(value: Any) -> dict[str, Any]:
+    return {"ground_truth": value, "style": "rule"}
+
+
+MATH = {"question": "One?", "answer": "#### 1"}
+SUITE = {"problem": "P", "answer": "1"}
+# Task, rows, number of the wrong one, its column, what is wrong.
+WRONG: dict[str, tuple[str, list[dict[str, Any]], int, str, str]] = {
+    "no message": ("dapo_math", [ready(), ready(prompt=[])], 2, "prompt", "a list of one or more messages"),
+    "no prompt": ("dapo_math", [ready(), ready(prompt=None)], 2, "prompt", "a list of one or more messages"),
+    "a prompt of text": ("eurus_math", [ready(prompt="One?")], 1, "prompt", "got str 'One?'"),
+    "a blank prompt": (
+        "eurus_math",
+        [ready(), ready(prompt=[{"content": " \n", "role": "user"}])],
+        2,
+        "prompt[0].content",
+        "must be text that is not blank",
+    ),
+    "no content": (
+        "dapo_math",
+        [ready(prompt=[{"content": "One?", "role": "user"}, {"content": None, "role": "user"}])],
+        1,
+        "prompt[1].content",
+        "must be text, or a list of its parts",
+    ),
+    "no role": (
+        "dapo_math",
+        [ready(), ready(prompt=[{"content": "One?", "role": None}])],
+        2,
+        "prompt[0].role",
+        "must be text that is not blank",
+    ),
+    "an image": (
+        "dapo_math",
+        [ready(prompt=[{"content": [{"type": kind, "text": "One?"}], "role": "user"}]) for kind in ("text", "image")],
+        2,
+        "prompt[0].content",
+        "must be text, or a list of parts",
+    ),
+    "no ability": ("dapo_math", [ready(), ready(ability=None)], 2, "ability", "text that is not blank"),
+    "no reward_model": ("dapo_math", [ready(), ready(reward_model=None)], 2, "reward_model", "must be a mapping"),
+    "a reward_model of text": ("dapo_math", [ready(reward_model="1")], 1, "reward_model", "must be a mapping, got str"),
+    "a blank data_source": ("dapo_math", [ready(), ready(data_source="")], 2, "data_source", "text that is not blank"),
+    "extra_info of text": ("dapo_math", [ready(extra_info="7")], 1, "extra_info", "must be a mapping, got str '7'"),
+    "a truth of NaN": (
+        "dapo_math",
+        [ready(reward_model=truth(0.5)), ready(reward_model=truth(float("nan")))],
+        2,
+        "reward_model.ground_truth",
+        "must be text or a finite number, got float nan",
+    ),
+    "a truth of a list": (
+        "eurus_math",
+        [ready(reward_model=truth(["1"]))],
+        1,
+        "reward_model.ground_truth",
+        "must be text or a finite number, got list ['1']",
+    ),
+    "a truth of a mapping": (
+        "eurus_math",
+        [ready(reward_model=truth({"target": "1"}))],
+        1,
+        "reward_model.ground_truth",
+        "must be text or a finite number, got dict",
+    ),
+    "a truth of yes or no": (
+        "dapo_math",
+        [ready(reward_model=truth(True))],
+        1,
+        "reward_model.ground_truth",
+        "must be text or a finite number, got bool True",
+    ),
+    "an infinite answer": (
+        "amc23",
+        [{**SUITE, "answer": 1.0}, {**SUITE, "answer": float("inf")}],
+        2,
+        "answer",
+        "must be text or a finite number, got float inf",
+    ),
+    "a nested answer": (
+        "minerva",
+        [{"question": "P", "final_answer": [["1"], ["2"]]}, {"question": "P", "final_answer": [["1"]]}],
+        2,
+        "final_answer",
+        "must be text or a finite number, got list",
+    ),
+    "no problem": ("math500", [SUITE, {**SUITE, "problem": None}], 2, "problem", "must be text that is not blank"),
+    "a blank question": (
+        "minerva",
+        [{"question": "P", "answer": "1"}, {"question": " ", "answer": "1"}],
+        2,
+        "question",
+        "must be text that is not blank, got str ' '",
+    ),
+    "no question": ("gsm8k", [MATH, {**MATH, "question": None}], 2, "question", "must be text that is not blank"),
+    "no solution": ("gsm8k", [MATH, {**MATH, "answer": None}], 2, "answer", "must be text that is not blank"),
+    "a solution of a number": ("gsm8k", [{**MATH, "answer": 1}], 1, "answer", "text that is not blank, got int 1"),
+}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("case", WRONG.values(), ids=list(WRONG))
+def test_a_row_of_another_format_is_refused_by_file_row_and_column(
+    case: tuple[str, list[dict[str, Any]], int, str, str], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, rows, number, column, wrong = case
+    file, out = tmp_path / f"rows.{kind}", tmp_path / "out"
+    write(file, rows)
+    split = next(iter(TASKS[task].sources))
+    assert main([task, "--out", str(out), "--split", split, "--local", str(file)]) == 1
+    error = capsys.readouterr().err
+    assert f"{file}, row {number}, column {column}: must be " in error
+    assert wrong in error
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_the_row_is_counted_in_its_own_file(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / f"train-0.{kind}", [ready()] * 3)
+    write(tmp_path / f"train-1.{kind}", [ready(), ready(prompt=[])])
+    write(tmp_path / f"train-2.{kind}", [ready()] * 3)
+    arguments = ["eurus_math", "--out", str(tmp_path / "out"), "--split", "train", "--local", str(tmp_path)]
+    assert main(arguments) == 1
+    assert f"{tmp_path / f'train-1.{kind}'}, row 2, column prompt: " in capsys.readouterr().err
+
+
+def test_on_the_hub_the_row_is_named_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    found = datasets.Dataset.from_list([MATH, {**MATH, "question": ""}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: found)
+    assert main(["gsm8k", "--out", str(tmp_path), "--split", "train"]) == 1
+    assert "openai/gsm8k main on the hub, split train, row 2, column question: must be" in capsys.readouterr().err
+
+
+def test_answers_of_several_types_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.jsonl"
+    write(file, [{"problem": "P", "answer": answer} for answer in (1, "2", {"x": 3})])
+    assert main(["math500", "--out", str(tmp_path / "out"), "--local", str(file)]) == 1
+    assert f"{file}, row 3, column answer: must be text or a finite number, got dict" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0, "0"), (7, "7"), (0.0, "0"), (0.25, "0.25"), (-3.0, "-3"), ("0", "0"), (10**17 + 1, "100000000000000001")],
+)
+def test_a_truth_may_be_a_number(value: Any, expected: str, kind: str, tmp_path: Path) -> None:
+    write(tmp_path / f"ready.{kind}", [ready(reward_model=truth(value))])
+    write(tmp_path / f"suite.{kind}", [{"problem": "P", "answer": value}])
+    for task, name, split in (("dapo_math", "ready", "train"), ("math500", "suite", "test")):
+        arguments = [task, "--out", str(tmp_path / task), "--split", split, "--local", str(tmp_path / f"{name}.{kind}")]
+        assert main(arguments) == 0
+        assert read(tmp_path / task / f"{split}.parquet")[0]["reward_model"]["ground_truth"] == expected
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_content_in_parts_is_joined(kind: str, tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "One"}, {"type": "text", "text": " and two?"}]
+    write(tmp_path / f"a.{kind}", [ready(prompt=[{"role": "user", "content": parts}])])
+    arguments = ["dapo_math", "--out", str(tmp_path), "--split", "train", "--local", str(tmp_path / f"a.{kind}")]
+    assert main(arguments) == 0
+    assert read(tmp_path / "train.parquet")[0]["prompt"] == [{"role": "user", "content": "One and two?"}]
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\n", "####", "#### ", None])
+def test_an_empty_truth_is_left_out_and_named(
+    empty: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.jsonl"
+    write(file, [ready(), *[ready(reward_model=truth(empty))] * 2])
+    arguments = ["dapo_math", "--out", str(tmp_path), "--split", "train", "--local", str(file)]
+    assert main(arguments) == 0
+    place = f"{file}, row 2, column reward_model.ground_truth"
+    assert f"left out: 2 (the answer is empty), the first: {place}\n" in capsys.readouterr().out
+    assert len(read(tmp_path / "train.parquet")) == 1
+    write(file, [ready(reward_model=truth(empty))])
+    assert main(arguments) == 1
+    assert f"{file}, row 1, column reward_model.ground_truth" in capsys.readouterr().err
+
+
+def test_cases_may_be_a_mapping(tmp_path: Path) -> None:
+    rows = [eurus("taco", "code", json.loads(text), "train", 0) for text in (PROGRAM_CASES,)]
+    write(tmp_path / "a.jsonl", rows)
+    arguments = ["eurus_code", "--out", str(tmp_path), "--split", "train", "--local", str(tmp_path / "a.jsonl")]
+    assert main(arguments) == 0
+    (row,) = read(tmp_path / "train.parquet")
+    assert json.loads(row["reward_model"]["ground_truth"]) == json.loads(PROGRAM_CASES)
 
 
 def test_missing_column_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,6 +120,10 @@ def test_too_few_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     train, test = (questions(tmp_path / f"{split}.parquet") for split in ("train", "test"))
     assert (len(train), len(test), len(set(test))) == (300, 50, 50)
     assert not set(train) & set(test) and len(set(train)) > 100
+    # Repeats in train do not help where test has too few, or takes them all.
+    for size in ("500", "200"):
+        assert run(tmp_path, *given, "--test-size", size) == 1
+        assert "--allow-repeats" not in capsys.readouterr().err
     # Test takes them all.
     assert run(tmp_path, *given, "--test-size", "200", "--allow-repeats") == 1
     assert "only 200 different problems with these settings, 200 of them for test" in capsys.readouterr().err
@@ -193,7 +197,7 @@ def test_unusable_values_are_refused(
             ["reasoning_gym", "--dataset", "gcd", "--limit", "7"],
             "--limit is not for reasoning_gym: use --train-size and",
         ),
-        (["reasoning_gym", "--dataset", "gcd", "--local", "/x"], "--local is not for reasoning_gym"),
+        (["reasoning_gym", "--dataset", "gcd", "--local", "/x"], "--local is not for reasoning_gym: its problems are"),
         (["reasoning_gym", "--dataset", "gcd", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
         (["gsm8k", "--dataset", "chain_sum"], "--dataset is for reasoning_gym alone"),
         (["gsm8k", "--strict"], "--strict is for reasoning_gym alone"),

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import processes
+from verl_troll.tools import doctor
 from verl_troll.versions import VERL
 
 HIDE_VERL = """
@@ -92,7 +94,10 @@ def test_hidden_groups_are_reported(tmp_path: Path) -> None:
     done = run(["-m", "verl_troll", "doctor", "--", *SETTINGS, "+troll=default"], tmp_path)
     assert done.returncode == 1
     assert f"{hider} hides the plugins of other packages" in done.stdout
-    assert f"until then write '{by_hand}'" in done.stdout
+    assert (
+        f"-> remove that file, since hydra_plugins is shared by packages; until then write '{by_hand}'" in done.stdout
+    )
+    assert "reinstall verl_troll" not in done.stdout
     assert "FAIL  +troll=default sets a key that nothing reads: Hydra does not find the group" in done.stdout
     assert "TROLL is off: the policy loss is 'vanilla'" in done.stdout
     # By hand.
@@ -162,3 +167,65 @@ def test_plugin_that_fails_to_load_ends_the_run_before_ray_starts(tmp_path: Path
     assert done.returncode != 0
     assert expected in done.stderr
     assert "ray init kwargs" not in done.stdout
+
+
+def found(**facts: Any) -> dict[str, Any]:
+    """What the plugin's inspection prints of a good install."""
+    engine = {"name": "mine.Engine", "troll": True, "registered": [["cuda", "nvidia"]]}
+    good = {
+        "platform": "P",
+        "device": "cuda",
+        "vendor": "nvidia",
+        "available": True,
+        "policy_loss": "p",
+        "engines": {"fsdp": engine},
+        "missing_engines": {},
+        "search_path_error": None,
+        "config_error": None,
+        "patches": [],
+    }
+    return {**good, **facts}
+
+
+@pytest.mark.parametrize("troll", [True, False])
+def test_a_configuration_that_does_not_build_for_its_engine_is_not_told_to_reinstall(
+    troll: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = {"name": "verl.Engine", "troll": troll, "registered": [["cuda", "nvidia"]]}
+    facts = found(engines={"fsdp": engine}, config_error="verl would run the actor on verl.Engine")
+    doctor._report_facts(doctor._Report(), facts)
+    said = capsys.readouterr().out
+    assert ("reinstall verl_troll" in said) == troll
+    assert ("see the engines above" in said) != troll
+
+
+def test_a_refusal_by_the_host_is_not_blamed_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    refused: dict[str, Any] = {
+        "refused": "Install megatron-core.",
+        "problems": [],
+        "announcement": None,
+        "loss": "troll",
+    }
+    doctor._report_command_line(doctor._Report(), refused, [])
+    said = capsys.readouterr().out
+    assert "Install megatron-core." in said
+    assert "change the command line" not in said
+
+
+def test_beside_a_baseline_the_advice_takes_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    off: dict[str, Any] = {"refused": None, "problems": [], "announcement": None, "loss": "gspo"}
+    doctor._report_command_line(doctor._Report(), off, ["+baseline=gspo", "trainer.nnodes=1"])
+    assert "+troll=default in the place of +baseline=gspo switches it on" in capsys.readouterr().out
+    doctor._report_command_line(doctor._Report(), off, ["trainer.nnodes=1"])
+    assert "+troll=default switches it on" in capsys.readouterr().out
+
+
+def test_what_fails_to_examine_a_command_line_is_named_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, what in (((), "the plugin does not load"), (("a=b c",), "the command line cannot be examined")):
+        assert doctor._ask(doctor._Report(), "verl_troll.no_such_module", *arguments) is None
+        said = capsys.readouterr().out
+        assert what in said
+        assert "'python -m verl_troll.no_such_module" in said
+        assert ("'a=b c'" in said) == bool(arguments)

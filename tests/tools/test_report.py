@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -410,6 +411,14 @@ class TestReading:
         assert "arm 'union', seed 0, task 'chain' was read before" in said[0]
         assert str(first) in said[0] and str(second) in said[0]
 
+    def test_equal_descriptions_in_one_file_are_not_told_to_name_their_paths(self, tmp_path: Path) -> None:
+        file = tmp_path / "runs.jsonl"
+        file.write_text(collected("union", 0, (0.1,)) + "\n" + collected("union", 0, (0.2,)) + "\n")
+        said: list[str] = []
+        read_runs([file], said.append)
+        assert "give the fields that tell them apart" in said[0]
+        assert "NAME=PATH" not in said[0]
+
     def test_most_samples_of_each_data_source(self) -> None:
         metrics = dict.fromkeys(
             (
@@ -542,6 +551,235 @@ class TestHostileFiles:
         file.write_text(logged(*((step, {HELD_OUT: value}) for step, value in steps)))
         (found,) = read_runs([file], refuse_to_warn)
         assert found.held_out() == Series((0, 5, 7, 10), (0.1, 0.4, 0.5, 0.3))
+
+
+def scalars(
+    folder: Path, steps: Sequence[int], value: float, *, at: float, suffix: str = "", name: str = HELD_OUT
+) -> str:
+    """Write an event file, one step a second from ``at`` on; returns its name."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    before = set(folder.glob("*tfevents*"))
+    with mock.patch("time.time", return_value=at), SummaryWriter(str(folder), filename_suffix=suffix) as writer:
+        for number, step in enumerate(steps):
+            writer.add_scalar(name, value, step, walltime=at + number)
+    (file,) = set(folder.glob("*tfevents*")) - before
+    return file.name
+
+
+def values(run: Run) -> list[float]:
+    """Held-out success, step after step."""
+    return [round(value, 3) for value in run.held_out().values]
+
+
+class TestSeveralRunsInOnePlace:
+    def test_two_runs_in_a_tensorboard_folder_are_two(self, tmp_path: Path) -> None:
+        folder = tmp_path / "union-seed2"
+        files = [scalars(folder, range(5), 0.1, at=1000), scalars(folder, range(3), 0.2, at=2000)]
+        said: list[str] = []
+        first, second = read_runs([folder], said.append)
+        assert (first.arm, values(first)) == ("union, earlier run", [0.1] * 5)
+        assert (second.arm, values(second)) == ("union", [0.2] * 3)
+        assert (first.seed, second.seed) == (2, 2)
+        assert first.source.endswith(files[0])
+        assert len(said) == 1
+        assert f"{folder} holds 2 runs: {files[0]}; {files[1]}." in said[0]
+        # A name for the folder does not make them one again.
+        assert [run.arm for run in read_runs([f"mine={folder}"], said.append)] == ["mine, earlier run", "mine"]
+
+    @pytest.mark.parametrize("start", [6, 10], ids=["inside the former's range", "right after it"])
+    def test_a_resumed_run_is_one(self, tmp_path: Path, start: int) -> None:
+        scalars(tmp_path, range(10), 0.1, at=1000)
+        scalars(tmp_path, range(start, 14), 0.2, at=2000)
+        (run,) = read_runs([tmp_path], refuse_to_warn)
+        assert values(run) == [0.1] * start + [0.2] * (14 - start)
+
+    def test_a_run_resumed_twice_from_an_earlier_checkpoint_is_one(self, tmp_path: Path) -> None:
+        scalars(tmp_path, range(10), 0.1, at=1000)
+        scalars(tmp_path, range(5, 9), 0.2, at=2000)
+        scalars(tmp_path, range(5, 12), 0.3, at=3000)
+        (run,) = read_runs([tmp_path], refuse_to_warn)
+        assert values(run) == [0.1] * 5 + [0.3] * 7
+
+    def test_concurrent_runs_are_two_whatever_their_steps(self, tmp_path: Path) -> None:
+        # The second was started from a checkpoint of the first, which went on.
+        scalars(tmp_path, range(10), 0.1, at=1000)
+        scalars(tmp_path, range(5, 12), 0.2, at=1003)
+        first, second = read_runs([tmp_path], lambda text: None)
+        assert (values(first), values(second)) == ([0.1] * 10, [0.2] * 7)
+
+    def test_a_resumption_of_either_of_two_runs_is_refused_by_name(self, tmp_path: Path) -> None:
+        scalars(tmp_path, range(10), 0.1, at=1000, suffix=".a")
+        scalars(tmp_path, range(10), 0.2, at=1001, suffix=".b")
+        name = scalars(tmp_path, range(6, 14), 0.3, at=2000)
+        with pytest.raises(ReportError, match=rf"{name} may resume the run of .*\.a or .*\.b"):
+            read_runs([tmp_path], refuse_to_warn)
+
+    def test_of_runs_one_after_the_other_the_last_is_resumed(self, tmp_path: Path) -> None:
+        files = [
+            scalars(tmp_path, steps, 0.1 * number, at=1000.0 * number)
+            for number, steps in enumerate((range(10), range(3), range(10), range(8, 12)), 1)
+        ]
+        said: list[str] = []
+        runs = read_runs([tmp_path], said.append)
+        assert [values(run) for run in runs] == [[0.1] * 10, [0.2] * 3, [0.3] * 8 + [0.4] * 4]
+        assert [run.arm for run in runs][:2] == [f"{runs[2].arm}, earlier run {number}" for number in (1, 2)]
+        assert f"holds 3 runs: {files[0]}; {files[1]}; {files[2]}, {files[3]}." in said[0]
+
+    def test_a_crashed_start_without_steps_is_no_run(self, tmp_path: Path) -> None:
+        scalars(tmp_path, (), 0.1, at=1000)
+        scalars(tmp_path, range(3), 0.2, at=2000)
+        scalars(tmp_path, (), 0.3, at=3000)
+        scalars(tmp_path, range(3, 5), 0.4, at=4000)
+        (run,) = read_runs([tmp_path], refuse_to_warn)
+        assert values(run) == [0.2] * 3 + [0.4] * 2
+
+    def test_what_was_not_written_before_a_crash_is_named(self, tmp_path: Path) -> None:
+        scalars(tmp_path, range(5), 0.1, at=1000)
+        scalars(tmp_path, range(8, 10), 0.2, at=2000)
+        said: list[str] = []
+        (run,) = read_runs([tmp_path], said.append)
+        assert run.held_out().steps == (0, 1, 2, 3, 4, 8, 9)
+        assert len(said) == 1
+        assert "begins at step 8" in said[0] and "ends at step 4" in said[0]
+
+    def test_steps_of_metrics_that_are_not_shown_count(self, tmp_path: Path) -> None:
+        scalars(tmp_path, range(5), 0.1, at=1000)
+        scalars(tmp_path, range(5, 20), 0.1, at=2000, name="timing_s/other")
+        scalars(tmp_path, (20,), 0.2, at=3000)
+        (run,) = read_runs([tmp_path], refuse_to_warn)
+        assert run.held_out().steps == (*range(5), 20)
+
+    def test_joined_logs_are_two_runs(self, tmp_path: Path) -> None:
+        file = tmp_path / "union-seed1.jsonl"
+        rows = [(step, {HELD_OUT: 0.1}) for step in range(4)] + [(step, {HELD_OUT: 0.2}) for step in range(3)]
+        file.write_text(logged(*rows))
+        said: list[str] = []
+        first, second = read_runs([file], said.append)
+        assert (first.arm, values(first)) == ("union, earlier run", [0.1] * 4)
+        assert (second.arm, values(second)) == ("union", [0.2] * 3)
+        assert len(said) == 1
+        assert f"{file} holds 2 runs" in said[0]
+
+    def test_a_joined_run_may_begin_with_another_metric_or_step(self, tmp_path: Path) -> None:
+        file = tmp_path / "metrics.jsonl"
+        rows = [(step, {"actor/entropy": 0.1}) for step in (1, 2, 3)]
+        file.write_text(logged(*rows, (0, {HELD_OUT: 0.2}), (1, {"actor/entropy": 0.2})))
+        first, second = read_runs([file], lambda text: None)
+        assert not first.held_out()
+        assert second.held_out() == Series((0,), (0.2,))
+        assert second.metric("actor/entropy") == Series((1,), (0.2,))
+
+    def test_several_lines_of_a_step_are_one_run(self, tmp_path: Path) -> None:
+        # As verl's fully asynchronous trainer writes them.
+        file = tmp_path / "metrics.jsonl"
+        rows: list[tuple[int, Mapping[str, Any]]] = []
+        for step in range(5):
+            rows += [(step, {"timing_s/step": 1.0}), (step, {"actor/entropy": 0.5}), (step, {HELD_OUT: 0.5})]
+        file.write_text(logged(*rows))
+        (run,) = read_runs([file], refuse_to_warn)
+        assert run.held_out().steps == tuple(range(5))
+
+    def test_two_runs_that_write_to_one_log_are_refused(self, tmp_path: Path) -> None:
+        file = tmp_path / "metrics.jsonl"
+        file.write_text(logged(*((step, {HELD_OUT: value}) for step in range(9) for value in (0.1, 0.2))))
+        with pytest.raises(ReportError, match="two runs wrote to it at once"):
+            read_runs([file], refuse_to_warn)
+
+
+DUMP = {"input": "2+2", "output": "4", "gts": "4", "score": 1.0, "step": 1}
+FOREIGN = {
+    "a rollout dump": (json.dumps(DUMP) + "\n").encode() * 5,
+    "a dump with fields of verl's names": (json.dumps({"step": 1, "data": DUMP}) + "\n").encode() * 5,
+    "a dump of numbers": b'{"step": 1, "data": {"score": 1.0, "length": 7}}\n' * 5,
+    "a dump of named steps": b'{"step": "warm-up", "data": {"score": 1.0}}\n' * 5,
+    "a dump of text": b'{"step": 1, "data": "2+2"}\n' * 5,
+    "another tool's runs": b'{"run": "x7", "metrics": {"loss": 1}}\n' * 5,
+    "rows of a list": b"[1, 2]\n" * 5,
+    "JSON over several lines": json.dumps([DUMP, DUMP], indent=1).encode(),
+    "a table": b"step,score\n1,0.5\n2,0.5\n",
+    "binary": bytes(range(256)) * 40,
+}
+
+
+class TestForeignFiles:
+    @pytest.mark.parametrize("content", FOREIGN.values(), ids=list(FOREIGN))
+    def test_each_is_skipped_with_a_line_that_names_it(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "metrics.jsonl").write_text(logged((1, {HELD_OUT: 0.5})))
+        foreign = tmp_path / "1.jsonl"
+        foreign.write_bytes(content)
+        for arguments in ([tmp_path], [tmp_path / "metrics.jsonl", foreign]):
+            said: list[str] = []
+            faults: list[str] = []
+            (run,) = read_runs(arguments, said.append, faults.append)
+            assert run.source.endswith("metrics.jsonl")
+            assert not faults
+            assert [text for text in said if text.startswith(f"{foreign} is left out")] == said
+            assert len(said) == 1
+        with pytest.raises(ReportError, match=re.escape(str(foreign))):
+            read_runs([foreign], refuse_to_warn)
+
+    def test_the_exit_status_is_0(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        file = study(tmp_path, ["vanilla"], rates=[1e-4])
+        files = [tmp_path / name for name in ("1.jsonl", "validation.json", "samples.csv")]
+        for foreign in files:
+            foreign.write_text(json.dumps(DUMP) + "\n")
+        out = tmp_path / "report.html"
+        assert cli.main(["report", str(file), *map(str, files), "--out", str(out)]) == 0
+        said = capsys.readouterr().err
+        assert all(f"{foreign} is left out" in said for foreign in files)
+
+    @pytest.mark.parametrize("line", [DUMP, {"step": 1, "data": {"score": 1.0}}], ids=["dump", "numbers"])
+    def test_a_long_one_is_not_read_as_a_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: Mapping[str, Any]
+    ) -> None:
+        foreign = tmp_path / "1.jsonl"
+        foreign.write_text((json.dumps(line) + "\n") * 5000)
+        parsed = 0
+        loads = json.loads
+
+        def counted(text: bytes) -> Any:
+            nonlocal parsed
+            parsed += 1
+            return loads(text)
+
+        monkeypatch.setattr(json, "loads", counted)
+        with pytest.raises(ReportError, match="a line has either"):
+            read_runs([foreign], refuse_to_warn)
+        assert parsed <= read.HEAD_LINES
+
+    def test_a_first_line_that_is_too_long_is_foreign_unless_it_begins_as_a_log(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(read, "MAX_LINE_BYTES", 1000)
+        (tmp_path / "good.jsonl").write_text(logged((1, {HELD_OUT: 0.5})))
+        for name, content in (("a.jsonl", json.dumps([DUMP] * 100)), ("b.jsonl", logged((1, {"m" * 2000: 0.5})))):
+            (tmp_path / name).write_text(content)
+        said: list[str] = []
+        faults: list[str] = []
+        read_runs([tmp_path], said.append, faults.append)
+        assert [text.split(" is left out")[0] for text in said] == [str(tmp_path / "a.jsonl")]
+        assert len(faults) == 1
+        assert "b.jsonl:1: a line of more than" in faults[0]
+
+    def test_many_in_a_folder_are_named_in_one_line(self, tmp_path: Path) -> None:
+        (tmp_path / "metrics.jsonl").write_text(logged((1, {HELD_OUT: 0.5})))
+        (tmp_path / "rollouts").mkdir()
+        for step in range(1, 31):
+            (tmp_path / "rollouts" / f"{step:02}.jsonl").write_text(json.dumps(DUMP) + "\n")
+        said: list[str] = []
+        read_runs([tmp_path], said.append)
+        assert len(said) == 1
+        assert said[0].startswith(f"{tmp_path / 'rollouts'}: 01.jsonl, 02.jsonl, 03.jsonl and 27 more are left out")
+
+    def test_a_log_without_a_metric_of_the_report_is_no_run(self, tmp_path: Path) -> None:
+        (tmp_path / "metrics.jsonl").write_text(logged((1, {HELD_OUT: 0.5})))
+        other = tmp_path / "other.jsonl"
+        other.write_text(logged((1, {"timing_s/part": 0.5})))
+        said: list[str] = []
+        (run,) = read_runs([tmp_path], said.append)
+        assert run.source.endswith("metrics.jsonl")
+        assert said == [f"{other} holds no metric that the report shows"]
 
 
 class TestLargeFiles:

@@ -27,7 +27,10 @@ class CpuCriticEngineConfig(FSDPEngineConfig):
 
     def __post_init__(self) -> None:
         if not is_active():
-            raise RuntimeError(f"{type(self).__name__} is for CPU mode: set VERL_PLATFORM=cpu")
+            raise RuntimeError(
+                f"{type(self).__name__} is for CPU mode: leave out +cpu=... on an accelerator; otherwise set "
+                "VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=verl_troll.cpu"
+            )
         super().__post_init__()
 
 

@@ -192,7 +192,7 @@ class EmbeddedServer:
         if room < 1:
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens leaves no room in a context of {self.max_model_len}: shorten "
-                "data.max_prompt_length, or raise rollout.max_model_len if the model allows it"
+                "data.max_prompt_length, or raise actor_rollout_ref.rollout.max_model_len if the model allows it"
             )
         budget = min(self.config.response_length, self.config.prompt_length + self.config.response_length - len(prompt))
         limit = int(params.get("max_tokens", params.get("max_new_tokens", budget)))

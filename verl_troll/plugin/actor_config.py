@@ -31,7 +31,7 @@ def _check_actor(actor: ActorConfig) -> None:
             "actor_rollout_ref.actor.policy_loss.loss_mode",
             loss.loss_mode,
             LOSS_MODE,
-            "For another loss leave out +troll=default.",
+            "For another loss leave out +troll=...",
         )
     if actor.loss_agg_mode == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None:
         raise refusal(
@@ -60,7 +60,9 @@ class TrollFSDPActorConfig(_Announced, FSDPActorConfig):
         super().__post_init__()
         _check_actor(self)
         if self.pad_to_length or self.engine.pad_to_length:
-            raise _padding_refused("actor_rollout_ref.actor.pad_to_length")
+            # verl's configuration passes the first on to the second.
+            where = "" if self.pad_to_length else "fsdp_config."
+            raise _padding_refused(f"actor_rollout_ref.actor.{where}pad_to_length")
         object.__setattr__(self.engine, "troll", self.policy_loss.troll)
 
 

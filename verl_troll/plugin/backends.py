@@ -96,7 +96,7 @@ def check_engine(strategy: str) -> None:
         raise RuntimeError(
             f"verl would run the actor on {chosen.__module__}.{chosen.__qualname__}, not on a TROLL engine: this "
             f"host's device and vendor are not among {backend.devices}. Check VERL_PLATFORM, VERL_ENGINE_DEVICE "
-            f"and VERL_ENGINE_VENDOR."
+            f"and VERL_ENGINE_VENDOR, or choose another actor_rollout_ref.actor.strategy."
         )
 
 

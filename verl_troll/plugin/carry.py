@@ -85,12 +85,15 @@ def response_tokens(data: TensorDict) -> ResponseTokens:
     """Locate the response tokens of a micro-batch in verl's no-padding format.
 
     Raises:
-        MissingSupportError: the batch is not in that format (the v0 trainer's is not).
+        MissingSupportError: the batch is not in that format.
     """
     response_mask = data["response_mask"]
     input_ids = data["input_ids"]
     if not (response_mask.is_nested and input_ids.is_nested):
-        raise MissingSupportError("TROLL needs batches in verl's no-padding format: set trainer.use_v1=True")
+        raise MissingSupportError(
+            "response_mask and input_ids are padded: TROLL needs batches in verl's no-padding format, as its v1 "
+            "trainers make them. Look at what makes the batches in the trainer that you started."
+        )
     return ResponseTokens.of(
         input_ids.values(), input_ids.offsets().long(), response_mask.values().bool(), response_mask.offsets().long()
     )
@@ -174,12 +177,21 @@ class Unpacked:
             self.arrived.refuse()
 
 
-def unpack(data: TensorDict, tokens: ResponseTokens, *, k: int, vocab_size: int, fixed_width: bool = False) -> Unpacked:
+def unpack(
+    data: TensorDict,
+    tokens: ResponseTokens,
+    *,
+    k: int,
+    vocab_size: int,
+    fixed_width: bool = False,
+    from_engine: bool = False,
+) -> Unpacked:
     """Support of the response tokens whose mask is set.
 
     Args:
         k: maximum number of ids kept at a token, without the sampled one.
         vocab_size: ids are below.
+        from_engine: whether the rollout engine supplied the support, for messages.
         fixed_width: W is ``k + 1``; the host does not wait, and :meth:`Unpacked.check` must be called when it waits
             anyway. Otherwise W is the largest number of ids, and the check is made here.
 
@@ -187,7 +199,7 @@ def unpack(data: TensorDict, tokens: ResponseTokens, *, k: int, vocab_size: int,
         MissingSupportError: the fields, or the support of a token that takes part in the loss, are missing.
         SupportError: the support cannot be that of its sample.
     """
-    arrived = _Arrived.read(data, tokens, k, vocab_size)
+    arrived = _Arrived.read(data, tokens, k, vocab_size, from_engine)
     counts, codes, ends = arrived.counts, arrived.codes, arrived.ends
     before = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     before_sample = before[tokens.offsets]
@@ -230,7 +242,7 @@ class _Arrived:
         lengths: ``[B]`` int64, number of counts of each sample.
         codes: int64, of all samples, checksums included.
         offsets: ``[B + 1]`` int64, where each sample's words start.
-        k, vocab_size: see :func:`unpack`.
+        k, vocab_size, from_engine: see :func:`unpack`.
     """
 
     tokens: ResponseTokens
@@ -240,16 +252,15 @@ class _Arrived:
     offsets: Tensor
     k: int
     vocab_size: int
+    from_engine: bool
 
     @classmethod
-    def read(cls, data: TensorDict, tokens: ResponseTokens, k: int, vocab_size: int) -> _Arrived:
+    def read(cls, data: TensorDict, tokens: ResponseTokens, k: int, vocab_size: int, from_engine: bool) -> _Arrived:
         """The fields, after checks of what the host knows without waiting."""
         for name in (COUNTS, SUPPORT):
             if name not in data:
                 raise MissingSupportError(
-                    f"the batch has no field {name!r}: the old policy's support was not computed. TROLL needs the "
-                    f"old-log-prob pass (algorithm.rollout_correction.bypass_mode=False) and the v1 trainer "
-                    f"(trainer.use_v1=True)."
+                    f"the batch has no field {name!r}: {_NOT_SUPPLIED if from_engine else _NOT_COMPUTED}"
                 )
             if not data[name].is_nested or data[name].dtype != torch.int16:
                 kind = "ragged" if data[name].is_nested else "padded"
@@ -272,6 +283,7 @@ class _Arrived:
             words.offsets().long(),
             k,
             vocab_size,
+            from_engine,
         )
 
     @property
@@ -306,7 +318,7 @@ class _Arrived:
         if max(counts, default=0) > self.k + 1:
             return SupportError(
                 f"{name}: a response token has {max(counts)} ids in its support, but k allows {self.k} and the sampled "
-                "one. The support was computed with another actor_rollout_ref.actor.policy_loss.troll.k, or was "
+                f"one. The support was computed with another {_K_OF_ENGINE if self.from_engine else _K}, or was "
                 "changed on the way."
             )
         start, stop = self.offsets[sample : sample + 2].tolist()
@@ -320,15 +332,16 @@ class _Arrived:
                 continue
             at = f"response token {place}"
             if len(ids) == 0:
+                source = "from the rollout engine" if self.from_engine else "in the old-log-prob pass"
                 return MissingSupportError(
-                    f"{name}: {at} takes part in the loss but had no support in the old-log-prob pass. response_mask "
-                    "gained tokens in between."
+                    f"{name}: {at} takes part in the loss but had no support {source}. response_mask gained tokens in "
+                    "between."
                 )
             if bool(log_probs.isnan().any()):
+                source = "the rollout engine's" if self.from_engine else "the actor, in the old-log-prob pass"
                 return SupportError(
                     f"{name}: the old policy has a log-probability of NaN at {at}. Look at the model that computed "
-                    "it, the actor in the old-log-prob pass or the rollout engine, and at the loss and grad_norm of "
-                    "earlier steps."
+                    f"it, {source}, and at the loss and grad_norm of earlier steps."
                 )
             if int(ids.max()) >= self.vocab_size:
                 return _refusal(name, f"{at} has id {int(ids.max())}, the vocabulary {self.vocab_size} ids")
@@ -341,6 +354,21 @@ class _Arrived:
                 name, "its checksum is not that of the prompt, response, counts and ids that arrived with it"
             )
         return None
+
+
+_K = "actor_rollout_ref.actor.policy_loss.troll.k"
+_K_OF_ENGINE = f"actor_rollout_ref.rollout.custom.troll.k than {_K}"
+_NOT_COMPUTED = (
+    "the actor's old-log-prob pass did not compute the old policy's support, or it was dropped on the way. Look at "
+    "what replaces that pass, or selects the fields of a batch, in the trainer that you started; verl's v1 trainers do "
+    "neither."
+)
+_NOT_SUPPLIED = (
+    "the old policy's support from the rollout engine did not reach the update. A sample's agent loop must pass it "
+    "on: actor_rollout_ref.rollout.agent.default_agent_loop, or in its place the data set's column agent_name, must "
+    "name troll_single_turn_agent, troll_tool_agent or a loop with RolloutSupportMixin. And the loop must sample with "
+    "the rollout's own temperature, top_p and top_k and without penalties: other requests have no support."
+)
 
 
 def _refusal(name: str, wrong: str) -> SupportError:

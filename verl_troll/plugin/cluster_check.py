@@ -94,7 +94,8 @@ def name_lost(nodes: Iterable[Mapping[str, Any]]) -> None:
         except OSError as error:
             print(
                 f"node {node['NodeManagerAddress']} ({node['NodeID']}) of the Ray cluster does not answer ({error}): "
-                "it was lost, or has left. A run that ended with an error resumes from its last checkpoint.",
+                "it was lost, or has left. A run that ended with an error resumes from its last checkpoint, if it has "
+                "one.",
                 file=sys.stderr,
                 flush=True,
             )

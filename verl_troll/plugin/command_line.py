@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import runpy
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,8 @@ from verl_troll.plugin.settings import LOSS_MODE
 _LOSS_MODE_KEY = "actor_rollout_ref.actor.policy_loss.loss_mode"
 # What the groups `baseline` write beside verl's own keys.
 _BASELINE_KEY = "baseline_loss"
+# The method's name in a key, but not in `controller`.
+_NAMED = re.compile(rf"(?<![a-z]){LOSS_MODE}", re.IGNORECASE)
 # Least likeness of a misspelt word to the right one, from 0 to 1.
 _LIKENESS = 0.7
 
@@ -112,7 +115,7 @@ def misread(config: DictConfig, known: set[str]) -> Iterator[tuple[str, str]]:
         option = _nearest(value, options[group])
         if key == group:
             by_hand = "write 'hydra.searchpath=[pkg://verl_troll.configs]' before it"
-            yield f"{wrong}: Hydra does not find the group", f"reinstall verl_troll; until then {by_hand}"
+            yield f"{wrong}: Hydra does not find the group", f"mend that as said above; until then {by_hand}"
         elif option is not None:
             yield wrong, f"write +{group}={option}"
 
@@ -138,7 +141,7 @@ def why_off(loss: str | None, baseline: str | None, arguments: Sequence[str]) ->
         return
     for argument, key in keys.items():
         # Values do not count: the name of an experiment, say.
-        if LOSS_MODE in key.lower():
+        if _NAMED.search(key):
             yield f"{argument} does not switch TROLL on", "write +troll=default"
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
+from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.padding import no_padding_2_padding
 
@@ -57,6 +58,16 @@ def update_terms(settings: TrollConfig, logits: VocabLogits, old: SparsePolicy, 
         step_size_gradient=settings.step_size_gradient,  # type: ignore[arg-type]
         entropy=entropy,
     )
+
+
+def _never_shown(data: TensorDict) -> str:
+    """Why a pass that verl has ended has read nothing."""
+    if tu.get_non_tensor_data(data, key="use_fused_kernels", default=False):
+        return (
+            "the model never showed its hidden states: its forward pass does not call the functions of verl's fused "
+            "kernels that are known here. Set actor_rollout_ref.model.use_fused_kernels=False."
+        )
+    return "the engine never showed its logits: this verl no longer calls the logits hook"
 
 
 class LogitsOwner(Protocol):
@@ -160,12 +171,13 @@ class OldPolicyPass(_LogitsPass):
         self, model_output: dict[str, Tensor], data: TensorDict, dp_group: dist.ProcessGroup | None
     ) -> tuple[Tensor, dict[str, Any]]:
         # verl stores what model_output holds when its loss function returns.
+        if self._support is None:
+            raise RuntimeError(_never_shown(data))
         model_output.update(self._packed_support())
         return torch.ones((), device=data["input_ids"].device), {}
 
     def _packed_support(self) -> dict[str, Tensor]:
-        if self._support is None:
-            raise RuntimeError("the engine never showed its logits: this verl no longer calls the logits hook")
+        assert self._support is not None
         layout, tokens, here, ids, log_probs = self._support
         self._support = None
         if layout.group is not None:
@@ -198,6 +210,7 @@ class UpdatePass(_LogitsPass):
             vocab_size=shard.vocab_size,
             # Saves compilations, and the host need not wait to learn the largest.
             fixed_width=kernels.available(tokens.rows.device, settings.form),
+            from_engine=settings.host.bypass_mode,
         )
         old = self._unpacked.policy
         here, rows = layout.local(tokens.rows[tokens.in_loss])
@@ -217,7 +230,7 @@ class UpdatePass(_LogitsPass):
         self, model_output: dict[str, Tensor], data: TensorDict, dp_group: dist.ProcessGroup | None
     ) -> tuple[Tensor, dict[str, Any]]:
         if self._statistics is None or self._unpacked is None:
-            raise RuntimeError("the engine never showed its logits: this verl no longer calls the logits hook")
+            raise RuntimeError(_never_shown(data))
         layout, sums, maxima = self._statistics
         unpacked = self._unpacked
         self._statistics = self._unpacked = None
@@ -234,7 +247,8 @@ class UpdatePass(_LogitsPass):
         if terms.losses is None:
             raise RuntimeError(
                 "the engine projected the policy, but the loss function did not use it: "
-                "actor_rollout_ref.actor.policy_loss.loss_mode must be 'troll'"
+                "actor_rollout_ref.actor.policy_loss.loss_mode must be 'troll', and a loss function of your own must "
+                "call that policy loss, as verl's ppo_loss does"
             )
         if layout.group is not None:
             dist.all_reduce(sums, group=layout.group)

@@ -21,6 +21,9 @@ from verl_troll.core.support import Selection
 PREFIX = "actor_rollout_ref.actor.policy_loss.troll"
 LOSS_MODE = "troll"
 PLUGIN_MODULE = "verl_troll.plugin"
+ROLLOUT_MODULE = "verl_troll.plugin.rollout"
+# What makes vLLM and SGLang decode speculatively, among their own settings.
+_SPECULATION = ("speculative_config", "speculative_algorithm")
 TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 # Rollout engines that can supply the old policy's support, from their top log-probabilities.
 SUPPORT_ENGINES = ("vllm", "sglang")
@@ -39,7 +42,8 @@ def refusal(key: str, value: object, allowed: str, hint: str = "") -> TrollConfi
 class RolloutSettings(BaseConfig):
     """verl's rollout settings, checked when the rollout engine supplies the support (``+troll=rollout_support``).
 
-    ``support_wanted`` is the request to the servers (``rollout.custom.troll``), None without that group.
+    ``support_wanted`` is the request to the servers (``rollout.custom.troll``), None without that group;
+    ``engine_kwargs`` are the engines' own settings by engine, which come after verl's.
     """
 
     name: str | None = None
@@ -51,6 +55,7 @@ class RolloutSettings(BaseConfig):
     agent_loop: str = "single_turn_agent"
     disaggregation: bool = False
     speculative_decoding: bool = False
+    engine_kwargs: Any = None
     support_wanted: Any = None
     correction_weights: str | None = None
     correction_rejection: str | None = None
@@ -60,13 +65,24 @@ class RolloutSettings(BaseConfig):
         rollout = "actor_rollout_ref.rollout"
         correction = "algorithm.rollout_correction"
         if self.support_wanted is None:
+            can_supply = trainer_mode == "sync" and self.name in SUPPORT_ENGINES
             raise refusal(
                 f"{correction}.bypass_mode",
                 True,
                 "False",
-                "Bypass mode skips the pass that computes the old policy's support. To take it from the rollout "
-                "engine, write +troll=rollout_support in the place of +troll=default.",
+                "Bypass mode skips the pass that computes the old policy's support."
+                + (
+                    " To take it from the rollout engine, write +troll=rollout_support in the place of +troll=default."
+                    if can_supply
+                    else ""
+                ),
             )
+        # verl makes both spellings the same option.
+        own = {
+            str(name).replace("-", "_"): value
+            for name, value in ((self.engine_kwargs or {}).get(self.name) or {}).items()
+        }
+        own_key = f"{rollout}.engine_kwargs.{self.name}"
         with_engine = "with the old policy from the rollout engine"
         for key, value, allowed, hint in (
             ("trainer.v1.trainer_mode", trainer_mode, ("sync",), "verl's asynchronous client drops what engines add."),
@@ -83,6 +99,13 @@ class RolloutSettings(BaseConfig):
             (f"{rollout}.calculate_log_probs", self.calculate_log_probs, (True,), ""),
             (f"{rollout}.disaggregation.enabled", self.disaggregation, (False,), ""),
             ("actor_rollout_ref.model.mtp.enable_rollout", self.speculative_decoding, (False,), ""),
+            *((f"{own_key}.{name}", own.get(name) or None, (None,), "") for name in _SPECULATION),
+            (
+                f"{own_key}.logprobs_mode",
+                own.get("logprobs_mode"),
+                (None, "processed_logprobs"),
+                "Raw log-probabilities are those before the temperature.",
+            ),
             (f"{correction}.rollout_is", self.correction_weights, (None,), "In bypass mode it would have no effect."),
             (f"{correction}.rollout_rs", self.correction_rejection, (None,), "In bypass mode it would have no effect."),
         ):
@@ -130,6 +153,8 @@ class HostSettings(BaseConfig):
                 "True",
                 "The deprecated v0 trainer drops the old policy's support on its way to the update.",
             )
+        if self.bypass_mode:
+            self.rollout.check_bypass(self.trainer_mode)
         if self.trainer_mode not in TRAINER_MODES:
             raise refusal(
                 "trainer.v1.trainer_mode",
@@ -137,9 +162,7 @@ class HostSettings(BaseConfig):
                 " or ".join(TRAINER_MODES),
                 "A trainer of your own must compute old log-probs in the actor; it is not tested.",
             )
-        if self.bypass_mode:
-            self.rollout.check_bypass(self.trainer_mode)
-        elif self.rollout.support_wanted is not None:
+        if self.rollout.support_wanted is not None and not self.bypass_mode:
             raise refusal(
                 "algorithm.rollout_correction.bypass_mode",
                 False,
@@ -154,12 +177,13 @@ class HostSettings(BaseConfig):
                 "Distillation uses the same hook on the logits.",
             )
         libraries = [self.external_lib] if isinstance(self.external_lib, str) else list(self.external_lib or [])
-        if PLUGIN_MODULE not in libraries:
+        needed = [PLUGIN_MODULE, *([ROLLOUT_MODULE] if self.bypass_mode else [])]
+        if not set(needed) <= set(libraries):
             raise refusal(
                 "actor_rollout_ref.model.external_lib",
                 self.external_lib,
-                f"a list that holds {PLUGIN_MODULE}",
-                f"Write 'actor_rollout_ref.model.external_lib=[your.module,{PLUGIN_MODULE}]'.",
+                f"a list that holds {' and '.join(needed)}",
+                f"Write 'actor_rollout_ref.model.external_lib=[your.module,{','.join(needed)}]'.",
             )
 
 

@@ -71,9 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = {name: value for name, value in vars(given).items() if name not in COMMON}
     try:
         if given.task == GENERATED:
-            for name in ("local", "limit"):
+            for name, instead in (
+                ("local", "its problems are generated"),
+                ("limit", "use --train-size and --test-size"),
+            ):
                 if getattr(given, name) is not None:
-                    parser.error(f"--{name} is not for {GENERATED}: use --train-size and --test-size")
+                    parser.error(f"--{name} is not for {GENERATED}: {instead}")
             if "dataset" not in options:
                 parser.error(f"{GENERATED} needs --dataset, such as --dataset chain_sum")
             options["settings"] = parse_settings(options.pop("set", ()))
@@ -105,7 +108,8 @@ def _prepare_stored(parser: argparse.ArgumentParser, given: argparse.Namespace) 
 def _report(written: Written) -> None:
     print(f"{written.path}: {written.rows} rows")
     for reason, count in written.left_out.items():
-        print(f"  left out: {count} ({reason})")
+        first = f", the first: {written.firsts[reason]}" if reason in written.firsts else ""
+        print(f"  left out: {count} ({reason}){first}")
 
 
 if __name__ == "__main__":

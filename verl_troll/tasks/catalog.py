@@ -6,8 +6,11 @@ A verl row has ``data_source``, ``prompt`` (a list of messages), ``ability``, ``
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from verl_troll.tasks.rewards.cases import read_cases
@@ -19,7 +22,23 @@ BOXED_INSTRUCTION = "Please reason step by step, and put your final answer withi
 
 
 class UnusableRowError(ValueError):
-    """A source row that no reward can score; it is left out and counted."""
+    """A source row that no reward can score, for what is in ``column``; it is left out and counted."""
+
+    def __init__(self, reason: str, column: str):
+        super().__init__(reason)
+        self.column = column
+
+
+class WrongRowError(ValueError):
+    """A source row is not in the data set's format; ``column`` says where."""
+
+    def __init__(self, column: str, allowed: str, value: object):
+        shown = repr(value)
+        shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+        super().__init__(
+            f"must be {allowed}, got {type(value).__name__} {shown}" if value is not None else f"must be {allowed}"
+        )
+        self.column = column
 
 
 @dataclass(frozen=True)
@@ -60,9 +79,11 @@ class Task:
     unique: bool = False
 
 
-def _row(data_source: str, prompt: list[Row], ability: str, truth: str, about: Row) -> Row:
-    if not truth:
-        raise UnusableRowError("the answer is empty")
+def _row(data_source: str, prompt: list[Row], ability: str, truth: str, about: Row, column: str) -> Row:
+    """verl's row; ``column`` is where the truth was found."""
+    # The reward reads a truth as it reads a response.
+    if not truth.rpartition("####")[2].strip():
+        raise UnusableRowError("the answer is empty", column)
     return {
         "data_source": data_source,
         "prompt": prompt,
@@ -76,30 +97,102 @@ def _user(text: str) -> list[Row]:
     return [{"role": "user", "content": text}]
 
 
+def _text(value: object, column: str) -> str:
+    """Text that is not blank.
+
+    Raises:
+        WrongRowError: it is none.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise WrongRowError(column, "text that is not blank", value)
+    return value
+
+
+def _mapping(value: object, column: str) -> Row:
+    if not isinstance(value, dict):
+        raise WrongRowError(column, "a mapping", value)
+    return value
+
+
+def _answer(value: object, column: str) -> str:
+    """A short answer as text, empty for None; a number that is whole has no fraction.
+
+    Raises:
+        WrongRowError: it is neither text nor a finite number.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and math.isfinite(value):
+        return str(int(value) if value == int(value) else value)
+    raise WrongRowError(column, "text or a finite number", value)
+
+
+def _content(value: object, column: str) -> str:
+    """The text of a message, which may be given in parts.
+
+    Raises:
+        WrongRowError: it is not text, or a part is something else, such as an image.
+    """
+    if isinstance(value, list) and value:
+        if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value) and all(
+            part.get("type", "text") == "text" for part in value
+        ):
+            return "".join(part["text"] for part in value)
+        raise WrongRowError(column, "text, or a list of parts {'type': 'text', 'text': ...}", value)
+    if not isinstance(value, str):
+        raise WrongRowError(column, "text, or a list of its parts", value)
+    return value
+
+
+def _messages(value: object) -> list[Row]:
+    """The prompt of a row in verl's format.
+
+    Raises:
+        WrongRowError: it is not a list of messages, of which the last is not blank.
+    """
+    if not isinstance(value, list) or not value:
+        raise WrongRowError("prompt", "a list of one or more messages {'role': ..., 'content': ...}", value)
+    messages = []
+    for number, message in enumerate(value):
+        column = f"prompt[{number}]"
+        fields = _mapping(message, column)
+        content = _content(fields.get("content"), f"{column}.content")
+        messages.append({"role": _text(fields.get("role"), f"{column}.role"), "content": content})
+    _text(messages[-1]["content"], f"prompt[{len(value) - 1}].content")
+    return messages
+
+
 def gsm8k(row: Row) -> Row:
     """The source's ``answer`` is a solution whose last line is ``#### 1,234``."""
-    _, mark, answer = row["answer"].rpartition("####")
+    solution, question = _text(row["answer"], "answer"), _text(row["question"], "question")
+    _, mark, answer = solution.rpartition("####")
     if not mark:
-        raise UnusableRowError("the answer has no ####")
-    prompt = _user(f"{row['question']} {GSM8K_INSTRUCTION}")
-    return _row("openai/gsm8k", prompt, "math", answer.strip().replace(",", ""), {"answer": row["answer"]})
+        raise UnusableRowError("the answer has no ####", "answer")
+    prompt = _user(f"{question} {GSM8K_INSTRUCTION}")
+    return _row("openai/gsm8k", prompt, "math", answer.strip().replace(",", ""), {"answer": solution}, "answer")
 
 
 def ready_made(ability: str) -> Callable[[Row], Row | None]:
     """For sources that already have verl's columns; rows of other abilities are left out."""
 
     def convert(row: Row) -> Row | None:
-        if row["ability"].lower() != ability:
+        if _text(row["ability"], "ability").lower() != ability:
             return None
-        truth = row["reward_model"]["ground_truth"]
+        column = "reward_model.ground_truth"
+        given: Any = _mapping(row["reward_model"], "reward_model").get("ground_truth")
         if ability == "code":
             try:
-                read_cases(truth)
+                read_cases(given)
             except ValueError as error:
-                raise UnusableRowError("its test cases cannot be read") from error
-        prompt = [{"role": message["role"], "content": message["content"]} for message in row["prompt"]]
-        about = {"source_index": str((row.get("extra_info") or {}).get("index", ""))}
-        return _row(row["data_source"], prompt, ability, truth, about)
+                raise UnusableRowError("its test cases cannot be read", column) from error
+            truth = given if isinstance(given, str) else json.dumps(given)
+        else:
+            truth = _answer(given, column)
+        about = {"source_index": str(_mapping(row.get("extra_info") or {}, "extra_info").get("index", ""))}
+        source = _text(row["data_source"], "data_source")
+        return _row(source, _messages(row["prompt"]), ability, truth, about, column)
 
     return convert
 
@@ -108,17 +201,16 @@ def problem_and_answer(data_source: str) -> Callable[[Row], Row]:
     """For suites of problems with short answers."""
 
     def convert(row: Row) -> Row:
-        problem = row.get("problem") or row.get("question")
-        answer = row.get("answer", row.get("final_answer"))
+        asked = "problem" if row.get("problem") or "question" not in row else "question"
+        column = "answer" if "answer" in row else "final_answer"
+        problem, answer = _text(row[asked], asked), row[column]
         if isinstance(answer, list):
             if len(answer) != 1:
-                raise UnusableRowError(f"{len(answer)} answers")
+                raise UnusableRowError(f"{len(answer)} answers", column)
             answer = answer[0]
-        if isinstance(answer, float) and answer.is_integer():
-            answer = int(answer)
-        truth = "" if answer is None else str(answer).strip().strip("$")
+        truth = _answer(answer, column).strip().strip("$").strip()
         about = {"source_index": str(row.get("unique_id", row.get("id", "")))}
-        return _row(data_source, _user(f"{problem}\n\n{BOXED_INSTRUCTION}"), "math", truth, about)
+        return _row(data_source, _user(f"{problem}\n\n{BOXED_INSTRUCTION}"), "math", truth, about, column)
 
     return convert
 

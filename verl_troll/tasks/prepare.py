@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl_troll.tasks.catalog import Row, Source, Task, UnusableRowError
+from verl_troll.tasks.catalog import Row, Source, Task, UnusableRowError, WrongRowError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,11 +31,46 @@ class Written:
     Attributes:
         rows: number of rows.
         left_out: number of source rows left out, by reason.
+        firsts: where the first of these rows is, by reason, if something in it is wrong.
     """
 
     path: Path
     rows: int
     left_out: dict[str, int]
+    firsts: dict[str, str] = field(default_factory=dict)
+
+
+class Origin:
+    """Says where a row of the source is.
+
+    Args:
+        files: what the rows were read from, in this order; None for the hub.
+        total: number of rows.
+    """
+
+    def __init__(self, source: Source, files: list[Path] | None, total: int) -> None:
+        self._source, self._files, self._total = source, files, total
+
+    def of(self, number: int, column: str) -> str:
+        """File, row in it from 1 on, and column of the row ``number``, from 1 on over all files."""
+        if self._files is None:
+            name = " ".join(filter(None, (self._source.hub, self._source.config)))
+            return f"{name} on the hub, split {self._source.split}, row {number}, column {column}"
+        counts = [_row_count(file) for file in self._files]
+        where = ", ".join(map(str, self._files))
+        if sum(counts) == self._total:
+            index = next(index for index, end in enumerate(accumulate(counts)) if number <= end)
+            where, number = str(self._files[index]), number - sum(counts[:index])
+        return f"{where}, row {number}, column {column}"
+
+
+def _row_count(file: Path) -> int:
+    if file.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return int(parquet.read_metadata(file).num_rows)
+    with file.open("rb") as stream:
+        return sum(1 for line in stream if line.strip())
 
 
 def local_files(path: Path, source: Source, split: str) -> list[Path]:
@@ -80,6 +116,8 @@ def load(source: Source, split: str, local: Path | None) -> Dataset:
     except TaskError:
         raise
     except Exception as error:
+        # The library says only that an error occurred.
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
         where = f"{source.hub} on the hub" if local is None else str(local)
         hint = "" if local else "; without a connection, fetch its files elsewhere and pass --local PATH"
         raise TaskError(f"cannot read {where}: {type(error).__name__}: {error}{hint}") from error
@@ -97,23 +135,34 @@ def check_columns(dataset: Dataset, task: Task, where: str) -> None:
         raise TaskError(f"{where}: missing column {', '.join(missing)}; its columns are {sorted(found)}")
 
 
-def rows(dataset: Dataset, task: Task, split: str, left_out: Counter[str], limit: int | None) -> Iterator[Row]:
-    """verl's rows, numbered from 0 in source order."""
+def rows(
+    dataset: Dataset,
+    task: Task,
+    split: str,
+    origin: Origin,
+    left_out: Counter[str],
+    firsts: dict[str, str],
+    limit: int | None,
+) -> Iterator[Row]:
+    """verl's rows, numbered from 0 in source order; adds to ``left_out`` and ``firsts`` (:class:`Written`).
+
+    Raises:
+        TaskError: a row is not in the data set's format; names its file, row and column.
+    """
     seen: set[str] = set()
     index = 0
-    for source_row in dataset:
+    for number, source_row in enumerate(dataset, 1):
         if limit is not None and index >= limit:
             return
         try:
             row = task.convert(source_row)
         except UnusableRowError as reason:
             left_out[str(reason)] += 1
+            if left_out[str(reason)] == 1:
+                firsts[str(reason)] = origin.of(number, reason.column)
             continue
-        except (KeyError, TypeError, AttributeError) as error:
-            raise TaskError(
-                f"split {split}: a row is not in the data set's format ({type(error).__name__}: {error}); "
-                f"it begins with {str(source_row)[:200]}"
-            ) from error
+        except WrongRowError as error:
+            raise TaskError(f"{origin.of(number, error.column)}: {error}") from error
         if row is None:
             left_out["of another ability"] += 1
             continue
@@ -142,11 +191,14 @@ def prepare(name: str, task: Task, split: str, out: Path, *, local: Path | None,
     source = task.sources[split]
     dataset = load(source, split, local)
     check_columns(dataset, task, f"{name}, split {split}")
+    origin = Origin(source, None if local is None else local_files(local, source, split), len(dataset))
     left_out: Counter[str] = Counter()
-    path, count = write(rows(dataset, task, split, left_out, limit), split, out)
+    firsts: dict[str, str] = {}
+    path, count = write(rows(dataset, task, split, origin, left_out, firsts, limit), split, out)
     if not count:
-        raise TaskError(f"{name}, split {split}: no row is left of {len(dataset)}; left out: {dict(left_out)}")
-    return Written(path, count, dict(left_out))
+        places = "".join(f"; the first, {reason}: {place}" for reason, place in firsts.items())
+        raise TaskError(f"{name}, split {split}: no row is left of {len(dataset)}; left out: {dict(left_out)}{places}")
+    return Written(path, count, dict(left_out), firsts)
 
 
 def write(rows: Iterable[Row], split: str, out: Path) -> tuple[Path, int]:

@@ -138,7 +138,9 @@ def draw(worker: Worker, problems: Problems) -> tuple[dict[str, list[dict[str, A
             # Of equally likely problems, one that is left over is then missed with probability e^-10.
             if fruitless >= max(200, 10 * len(seen)):
                 break
-    allow = "" if problems.allow_repeats else ", or --allow-repeats (in train, never of test)"
+    # Without enough for test, repeats in train do not help.
+    helps = not problems.allow_repeats and len(chosen["test"]) == problems.test_size and len(seen) > problems.test_size
+    allow = ", or --allow-repeats (in train, never of test)" if helps else ""
     raise TaskError(
         f"--dataset {problems.dataset}: only {len(seen)} different problems with these settings, {len(chosen['test'])} "
         f"of them for test, for --test-size {problems.test_size} and --train-size {problems.train_size}: lower the "

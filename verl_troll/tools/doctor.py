@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -74,7 +75,7 @@ def run(arguments: Sequence[str] = ()) -> int:
                 print("Command line")
                 found = _ask(report, "verl_troll.plugin.command_line", *arguments)
                 if found is not None:
-                    _report_command_line(report, found)
+                    _report_command_line(report, found, arguments)
     print("No problem found." if report.failures == 0 else f"{report.failures} problem(s) found.")
     return 0 if report.failures == 0 else 1
 
@@ -111,16 +112,18 @@ def _check_verl(report: _Report, version: str) -> None:
 def _ask(report: _Report, module: str, *arguments: str) -> dict[str, Any] | None:
     """The JSON that ``module`` prints."""
     command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    by_hand = shlex.join(["python", "-m", module, *arguments])
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        report.bad(f"the plugin did not load within {_TIMEOUT_SECONDS} s", f"run 'python -m {module}'")
+        report.bad(f"no answer within {_TIMEOUT_SECONDS} s", f"run '{by_hand}'")
         return None
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
+        what = "the command line cannot be examined" if arguments else "the plugin does not load"
         report.bad(
-            f"the plugin does not load: {lines[-1] if lines else f'exit status {done.returncode}'}",
-            f"fix this error, a run would fail on it too; 'python -m {module}' shows the traceback",
+            f"{what}: {lines[-1] if lines else f'exit status {done.returncode}'}",
+            f"fix this error, a run would fail on it too; '{by_hand}' shows the traceback",
         )
         return None
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -145,34 +148,39 @@ def _report_facts(report: _Report, facts: dict[str, Any]) -> None:
     for backend, needs in facts["missing_engines"].items():
         report.note(f"engine {backend}: not available, verl's needs {needs}")
     if facts["search_path_error"] is not None:
+        hidden = "hides the plugins" in facts["search_path_error"]
+        mend = "remove that file, since hydra_plugins is shared by packages" if hidden else "reinstall verl_troll"
         report.bad(
             f"Hydra would take +troll=default for a key that nothing reads: {facts['search_path_error']}",
-            "reinstall verl_troll; until then write 'hydra.searchpath=[pkg://verl_troll.configs]' before it",
+            f"{mend}; until then write 'hydra.searchpath=[pkg://verl_troll.configs]' before it",
         )
     if facts["config_error"] is None:
         report.good("configuration: +troll=default builds")
     else:
         report.bad(
             f"configuration group troll=default does not build: {facts['config_error']}",
-            "reinstall verl_troll (pip install --force-reinstall --no-deps)",
+            "reinstall verl_troll (pip install --force-reinstall --no-deps)"
+            if all(chosen["troll"] for chosen in facts["engines"].values())
+            else "see the engines above",
         )
     for patch in facts["patches"]:
         report.good(f"patch {patch['name']} on {patch['host']}: {patch['why']}")
         report.note(f"no longer needed once: {patch['upstream']}")
 
 
-def _report_command_line(report: _Report, found: dict[str, Any]) -> None:
+def _report_command_line(report: _Report, found: dict[str, Any], arguments: Sequence[str]) -> None:
     if found["refused"] is not None:
         report.bad(
             f"the run would be refused: {found['refused']}",
-            "change the command line: a run would end with this error before Ray starts",
+            "do as it says: a run would end with this error before Ray starts",
         )
     for problem, hint in found["problems"]:
         report.bad(problem, hint)
     if found["announcement"] is not None:
         report.good(found["announcement"])
     elif found["loss"] is not None and found["loss"] != "troll":
-        report.note(f"TROLL is off: the policy loss is {found['loss']!r}; +troll=default switches it on")
+        baseline = next((f" in the place of {word}" for word in arguments if word.startswith("+baseline=")), "")
+        report.note(f"TROLL is off: the policy loss is {found['loss']!r}; +troll=default{baseline} switches it on")
 
 
 def _listed(pairs: Iterable[Iterable[str]]) -> str:

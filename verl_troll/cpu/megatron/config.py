@@ -40,7 +40,10 @@ class CpuMcoreEngineConfig(McoreEngineConfig):
 
     def __post_init__(self) -> None:
         if not is_active():
-            raise RuntimeError(f"{type(self).__name__} is for CPU mode: set VERL_PLATFORM=cpu")
+            raise RuntimeError(
+                f"{type(self).__name__} is for CPU mode: leave out +cpu=... on an accelerator; otherwise set "
+                "VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=verl_troll.cpu"
+            )
         missing = [name for name in ("megatron.core", "mbridge", "einops") if not _installed(name)]
         if missing:
             raise ImportError(f"Megatron in CPU mode needs {', '.join(missing)}: see docs/cpu_mode.md")
@@ -57,7 +60,8 @@ class CpuMcoreEngineConfig(McoreEngineConfig):
             ("expert_tensor_parallel_size", self.expert_model_parallel_size == 1 or expert_tensor == 1),
         ):
             if not supported:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not supported by Megatron in CPU mode")
+                whose = " of a reference policy" if name == "use_fused_kernels" else ""
+                raise ValueError(f"{name}={getattr(self, name)!r}{whose} is not supported by Megatron in CPU mode")
         wanted = self.dtype
         if wanted == "float32":
             self.dtype = "bfloat16"  # passes verl's check

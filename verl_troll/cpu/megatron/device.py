@@ -156,7 +156,10 @@ def install() -> None:
         if _installed:
             return
         if torch.cuda.is_available():
-            raise RuntimeError("Megatron's CPU mode is for machines without CUDA; unset VERL_PLATFORM to use the GPU")
+            raise RuntimeError(
+                "Megatron's CPU mode is for machines without CUDA: hide the GPUs with CUDA_VISIBLE_DEVICES=, or, to "
+                "use them, unset VERL_PLATFORM and VERL_USE_EXTERNAL_MODULES and leave out +cpu=megatron"
+            )
         for name, value in _CUDA.items():
             setattr(torch.cuda, name, value)
         dist.all_to_all_single = _with_listed_splits(dist.all_to_all_single)

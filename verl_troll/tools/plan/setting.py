@@ -168,7 +168,8 @@ def model_from_config(path: Path) -> Model:
         trunk, active = _layer_parameters(config, hidden)
     except (KeyError, TypeError) as error:
         raise PlanError(
-            f"--model {file}: cannot count the parameters ({error}); give --vocab, --hidden and --parameters"
+            f"--model {file}: cannot count the parameters ({error}); in its place give --vocab, --hidden and "
+            "--parameters"
         ) from error
     embeddings = vocab * hidden * (1 if tied else 2)
     return Model(vocab, hidden, layers * trunk + embeddings, layers * active + embeddings, tied)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 MAX_RECORD_BYTES = 64 * 2**20
@@ -18,7 +19,34 @@ class DamagedError(ValueError):
     """The file is damaged; the message says where."""
 
 
-def scalars(stream: BinaryIO, wanted: Callable[[str], bool], cut: Callable[[], None]) -> Iterator[tuple[str, int, Any]]:
+@dataclass
+class Extent:
+    """What the scalars of a file extend over; false if there is none.
+
+    Attributes:
+        first, last: lowest and highest step of any scalar, shown or not.
+        begun, ended: when its first and its latest event were written, in seconds since 1970.
+    """
+
+    first: int = 2**63
+    last: int = -1
+    begun: float = 0.0
+    ended: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.last >= 0
+
+    def see(self, event: Any, has_scalar: bool) -> None:
+        """Include an event."""
+        self.begun = self.begun or event.wall_time
+        self.ended = max(self.ended, event.wall_time)
+        if has_scalar:
+            self.first, self.last = min(self.first, event.step), max(self.last, event.step)
+
+
+def scalars(
+    stream: BinaryIO, wanted: Callable[[str], bool], cut: Callable[[], None], extent: Extent
+) -> Iterator[tuple[str, int, Any]]:
     """Tag, step and value of each scalar, in the order written.
 
     A restart is ``("", step, None)``: what was logged before at this step or later does not count.
@@ -26,6 +54,7 @@ def scalars(stream: BinaryIO, wanted: Callable[[str], bool], cut: Callable[[], N
     Args:
         stream: an event file.
         wanted: whether to read a tag.
+        extent: is extended by every event.
         cut: called if the last record is incomplete, as an interrupted run leaves it.
 
     Raises:
@@ -43,17 +72,18 @@ def scalars(stream: BinaryIO, wanted: Callable[[str], bool], cut: Callable[[], N
             raise DamagedError(f"the record at byte {start} is not an event") from None
         if event.HasField("session_log") and event.session_log.status == SessionLog.START:
             yield "", event.step, None
+        has_scalar = False
         for value in event.summary.value:
-            if not wanted(value.tag):
-                continue
             # Only the first value of a tag says what its tensors are.
             if value.metadata.plugin_data.plugin_name == "scalars":
                 new_style.add(value.tag)
             kind = value.WhichOneof("value")
-            if kind == "simple_value":
-                yield value.tag, event.step, value.simple_value
-            elif kind == "tensor" and value.tag in new_style:
-                yield value.tag, event.step, _scalar(value.tensor)
+            if kind != "simple_value" and not (kind == "tensor" and value.tag in new_style):
+                continue
+            has_scalar = True
+            if wanted(value.tag):
+                yield value.tag, event.step, value.simple_value if kind == "simple_value" else _scalar(value.tensor)
+        extent.see(event, has_scalar)
 
 
 def _scalar(tensor: Any) -> float | None:

@@ -64,6 +64,13 @@ MAX_VALUES = 20_000_000
 MAX_RUNS = 100_000
 """Runs of one file of collected runs."""
 MAX_CONFIG_BYTES = 16 * 2**20
+HEAD_BYTES = 64 * 2**10
+HEAD_LINES = 100
+"""What a file is looked at to tell whether it is a log at all: bytes of a line, lines."""
+MAX_FOREIGN_NAMED = 3
+"""Files of other kinds in one folder that are named; of more, the others are counted."""
+MIN_LINES_BETWEEN_RESTARTS = 3
+"""Fewer, on average, are no resumed run: two runs wrote to the file at once."""
 MAX_STEP = 10**12
 LARGEST, SMALLEST = 3.4028234663852886e38, 1.401298464324817e-45
 """float32's range, in which verl computes its metrics: a value beyond counts as infinite, one below as 0."""
@@ -101,6 +108,7 @@ _SETTINGS = {
 }
 
 Warn = Callable[[str], None]
+Note = Callable[["str | _ForeignError"], None]
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
@@ -109,6 +117,28 @@ _MAX_FAULTS_SHOWN = 20
 
 class ReportError(ValueError):
     """The inputs give no report; the message says why and what to do."""
+
+
+class _ForeignError(ReportError):
+    """A file is of another kind; ``note`` says that it is left out."""
+
+    def __init__(self, path: Path, reason: str):
+        shown = _shown_path(path)
+        super().__init__(f"{shown}{reason}")
+        self.path = path
+        self.note = f"{shown} is left out: it is neither a log of verl's file logger nor a file of collected runs"
+
+
+def _several_foreign(folder: Path, errors: Sequence[_ForeignError]) -> _ForeignError:
+    """One error for many foreign files of a folder, such as rollouts dumped at each step."""
+    names = ", ".join(_shown_path(error.path.name) for error in errors[:MAX_FOREIGN_NAMED])
+    which = f": {names} and {len(errors) - MAX_FOREIGN_NAMED} more"
+    told = _ForeignError(folder, f"{which} are of another kind; the first: {errors[0]}")
+    told.note = (
+        f"{_shown_path(folder)}{which} are left out: they are neither logs of verl's file logger nor files of "
+        "collected runs"
+    )
+    return told
 
 
 @dataclass(frozen=True)
@@ -146,6 +176,7 @@ class Run:
         source: file or folder, as given.
         argument: the command-line argument that it was found under.
         kind: format of the source.
+        earlier: ends the arm's name if a later run is in the same file or folder; else empty.
     """
 
     task: str
@@ -159,6 +190,7 @@ class Run:
     source: str = ""
     argument: str = ""
     kind: str = ""
+    earlier: str = ""
     _derived: dict[str, Series] = field(default_factory=dict, repr=False, compare=False)
 
     def metric(self, *names: str) -> Series:
@@ -230,25 +262,38 @@ def read_runs(paths: Sequence[str | Path], warn: Warn = warn_on_stderr, fault: W
 
     Args:
         paths: files, or folders to search; ``NAME=PATH`` sets the arm of every run under PATH.
-        warn: called with what is as expected and yet left out: incomplete last lines, duplicates, files without a run.
+        warn: called with what is as expected and yet left out, and with what is assumed: incomplete last lines,
+            duplicates, files without a run or of another kind, several runs in one place.
         fault: called once for each file that is damaged or cannot be read, with the reason; ``warn`` by default.
 
     Raises:
         ReportError: there is no run; the message has the faults.
     """
     faults: list[str] = []
-    runs = [run for argument in paths for run in _under(str(argument), warn, faults.append)]
+    notes: list[str | _ForeignError] = []
+    runs = [run for argument in paths for run in _under(str(argument), notes.append, faults.append)]
+    for note in notes:
+        if isinstance(note, str):
+            warn(note)
+        elif runs:
+            warn(note.note)
     if not runs:
-        raise ReportError(_no_run(paths, faults))
+        raise ReportError(_no_run(paths, [*faults, *(str(note) for note in notes if isinstance(note, _ForeignError))]))
     for text in faults:
         (fault or warn)(text)
     kept: dict[object, Run] = {}
     for number, run in enumerate(runs):
         key = number if run.seed is None else _description(run)
         if key in kept:
+            former = kept.pop(key).source
+            differ = (
+                "the fields that tell them apart, such as run.settings"
+                if former == run.source
+                else "their arms different names with NAME=PATH"
+            )
             warn(
-                f"{_shown_path(run.source)}: {_words(run)} was read before, from {_shown_path(kept.pop(key).source)}; "
-                "the later one counts. If the runs differ, give their arms different names with NAME=PATH"
+                f"{_shown_path(run.source)}: {_words(run)} was read before, from {_shown_path(former)}; the later one "
+                f"counts. If the runs differ, give {differ}"
             )
         kept[key] = run
     return list(kept.values())
@@ -274,7 +319,7 @@ def _words(run: Run) -> str:
     return f"arm {short(run.arm)}, seed {run.seed}{rate}{f', task {short(run.task)}' if run.task else ''}"
 
 
-def _under(argument: str, warn: Warn, fault: Warn) -> Iterator[Run]:
+def _under(argument: str, note: Note, fault: Warn) -> Iterator[Run]:
     name, path = None, Path(argument)
     try:
         if not argument:
@@ -288,34 +333,46 @@ def _under(argument: str, warn: Warn, fault: Warn) -> Iterator[Run]:
     except ReportError as error:
         fault(str(error))
         return
-    for run in _in_folder(path, warn, fault) if folder else _in_file(path, warn, fault, searched=False):
-        yield dataclasses.replace(run, argument=argument, arm=run.arm if name is None else name)
+    for run in _in_folder(path, note, fault) if folder else _in_file(path, note, fault):
+        yield dataclasses.replace(run, argument=argument, arm=(run.arm if name is None else name) + run.earlier)
 
 
-def _in_folder(folder: Path, warn: Warn, fault: Warn) -> Iterator[Run]:
+def _in_folder(folder: Path, note: Note, fault: Warn) -> Iterator[Run]:
     def unreadable(error: OSError) -> None:
         fault(f"{_shown_path(error.filename)} cannot be searched: {error.strerror}")
 
     for parent, folders, files in os.walk(folder, onerror=unreadable):
         folders.sort()
         if found := sorted(name for name in files if _EVENT_FILE in name):
-            yield from _tensorboard(Path(parent), [Path(parent) / name for name in found], warn, fault)
+            yield from _tensorboard(Path(parent), [Path(parent) / name for name in found], note, fault)
+        foreign: list[_ForeignError] = []
+
+        def noted(what: str | _ForeignError, foreign: list[_ForeignError] = foreign) -> None:
+            if isinstance(what, str):
+                note(what)
+            else:
+                foreign.append(what)
+
         for name in sorted(files):
             if name.endswith(".jsonl"):
-                yield from _in_file(Path(parent) / name, warn, fault, searched=True)
+                yield from _in_file(Path(parent) / name, noted, fault)
+        for error in foreign if len(foreign) <= MAX_FOREIGN_NAMED else [_several_foreign(Path(parent), foreign)]:
+            note(error)
 
 
-def _in_file(path: Path, warn: Warn, fault: Warn, searched: bool) -> Iterator[Run]:
+def _in_file(path: Path, note: Note, fault: Warn) -> Iterator[Run]:
     if _EVENT_FILE in path.name:
-        yield from _tensorboard(path, [path], warn, fault)
+        yield from _tensorboard(path, [path], note, fault)
     else:
-        yield from _all_or_none(lambda: _runs_in_lines(path, warn, searched), path, fault)
+        yield from _all_or_none(lambda: _runs_in_lines(path, note), path, note, fault)
 
 
-def _all_or_none(read: Callable[[], Iterable[Run]], path: Path, fault: Warn) -> list[Run]:
-    """The runs, or none and a fault."""
+def _all_or_none(read: Callable[[], Iterable[Run]], path: Path, note: Note, fault: Warn) -> list[Run]:
+    """The runs, or none and a fault; a note if the file is of another kind."""
     try:
         return list(read())
+    except _ForeignError as error:
+        note(error)
     except ReportError as error:
         fault(str(error))
     except OSError as error:
@@ -388,35 +445,48 @@ class _Kept:
             )
 
 
-def _runs_in_lines(path: Path, warn: Warn, searched: bool) -> Iterator[Run]:
+def _runs_in_lines(path: Path, warn: Warn) -> Iterator[Run]:
     lines = _json_lines(path, warn)
     number, first = next(lines, (0, None))
     if not number:
         warn(f"{_shown_path(path)} holds no step: the run ended before its first one")
         return
-    keys = set(first) if isinstance(first, dict) else set()
-    if {"run", "metrics"} <= keys:
+    line = first if isinstance(first, dict) else {}
+    if isinstance(line.get("run"), dict) and isinstance(line.get("metrics"), dict):
         kept = _Kept(path)
         yield _collected(first, f"{_shown_path(path)}:{number}", path, kept)
         for count, (number, line) in enumerate(lines, 2):
             if count > MAX_RUNS:
                 raise ReportError(f"{_shown_path(path)} has more than {MAX_RUNS:,} runs: split it")
             yield _collected(line, f"{_shown_path(path)}:{number}", path, kept)
-    elif {"step", "data"} <= keys:
-        yield _file_logger(number, first, lines, path)
-    elif searched:
-        warn(f"{_shown_path(path)} is left out: it is neither a log of verl's file logger nor a file of collected runs")
+    elif isinstance(line.get("data"), dict) and (_is_step(line.get("step")) or any(map(_shown_metric, line["data"]))):
+        yield from _file_logger(number, first, lines, path, warn)
     else:
-        raise ReportError(
-            f"{_shown_path(path)}:{number}: a line has either 'step' and 'data' (verl's file logger) or 'run' and "
-            f"'metrics' (collected runs), got {short(sorted(keys)) if keys else type(first).__name__}"
-        )
+        raise _foreign(path, number, first)
+
+
+def _foreign(path: Path, number: int, line: Any) -> _ForeignError:
+    got = short(sorted(line)) if isinstance(line, dict) else type(line).__name__
+    return _ForeignError(
+        path,
+        f":{number}: a line has either 'step' and 'data' with metrics (verl's file logger) or 'run' and 'metrics' "
+        f"(collected runs), got {got}",
+    )
+
+
+def _may_be_a_log(*lines: bytes) -> bool:
+    """Whether lines that cannot be read begin as a log does, in whatever encoding."""
+    head = b"".join(line[:HEAD_BYTES].replace(b"\0", b"") for line in lines)
+    return any(all(name in head for name in names) for names in ((b'"step"', b'"data"'), (b'"run"', b'"metrics"')))
 
 
 def _json_lines(path: Path, warn: Warn) -> Iterator[tuple[int, Any]]:
     """Number and content of each line that is not blank."""
-    damaged: tuple[int, Exception] | None = None
+    damaged: tuple[int, Exception, bytes] | None = None
+    sound = False
     for number, line in _lines(path):
+        if damaged and not sound and not _may_be_a_log(damaged[2], line):
+            raise _ForeignError(path, f":{damaged[0]}: not JSON ({damaged[1]})")
         if damaged:
             raise ReportError(
                 f"{_shown_path(path)}:{damaged[0]}: not JSON ({damaged[1]}): only the last line of an interrupted run "
@@ -425,10 +495,11 @@ def _json_lines(path: Path, warn: Warn) -> Iterator[tuple[int, Any]]:
         try:
             value = json.loads(line)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            damaged = number, error
+            damaged = number, error, line
             continue
         except (ValueError, RecursionError) as error:
             raise ReportError(f"{_shown_path(path)}:{number}: not JSON that can be read ({error})") from None
+        sound = True
         yield number, value
     if damaged:
         warn(
@@ -443,9 +514,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         while line := stream.readline(MAX_LINE_BYTES + 1):
             number += 1
             if len(line) > MAX_LINE_BYTES:
-                raise ReportError(
-                    f"{_shown_path(path)}:{number}: a line of more than {MAX_LINE_BYTES / 2**20:g} MiB is not read"
-                )
+                reason = f":{number}: a line of more than {MAX_LINE_BYTES / 2**20:g} MiB is not read"
+                if number == 1 and not _may_be_a_log(line):
+                    raise _ForeignError(path, reason)
+                raise ReportError(f"{_shown_path(path)}{reason}")
             if line.strip():
                 yield number, line
 
@@ -492,9 +564,12 @@ def _as_series(points: dict[str, _Points]) -> dict[str, Series]:
     return {key: series for key, series in found.items() if series}
 
 
-def _file_logger(number: int, line: Any, rest: Iterator[tuple[int, Any]], path: Path) -> Run:
-    points: dict[str, _Points] = {}
+def _file_logger(number: int, line: Any, rest: Iterator[tuple[int, Any]], path: Path, warn: Warn) -> Iterator[Run]:
+    """The runs of one log: more than one if logs were joined."""
+    runs: list[_Logged] = []
     kept = _Kept(path)
+    first, start, read, restarts, named = line, number, 0, 0, False
+    latest = -1
     while number:
         where = f"{_shown_path(path)}:{number}"
         if not isinstance(line, dict) or not isinstance(line.get("data"), dict) or not _is_step(line.get("step")):
@@ -502,12 +577,60 @@ def _file_logger(number: int, line: Any, rest: Iterator[tuple[int, Any]], path: 
                 f"{where}: expected {{'step': whole number, 'data': {{metric: number}}}}, with a step of at most "
                 f"{MAX_STEP:,}"
             )
-        for key, value in line["data"].items():
-            if _shown_metric(key):
-                # verl's logger writes non-finite values as null.
-                _add(points, kept, where, key, line["step"], math.nan if value is None else value)
+        step, data = line["step"], {key: value for key, value in line["data"].items() if _shown_metric(key)}
+        read += 1
+        named = named or not line["data"] or bool(data) or any("/" in key for key in line["data"])
+        if not named and read == HEAD_LINES:
+            break
+        if not runs or step < latest or (step == latest and runs[-1].has(step, data)):
+            restarts += 1
+            if not runs or step <= runs[-1].first:
+                runs.append(_Logged(step))
+        latest = step
+        for key, value in data.items():
+            # verl's logger writes non-finite values as null.
+            _add(runs[-1].points, kept, where, key, step, math.nan if value is None else value)
         number, line = next(rest, (0, None))
-    return _described(_as_series(points), path, "verl's file logger")
+    if not named:
+        raise _foreign(path, start, first["data"])
+    if restarts > 3 and read < MIN_LINES_BETWEEN_RESTARTS * restarts:
+        raise ReportError(
+            f"{_shown_path(path)}: its steps start again {restarts - 1} times in {read} lines: two runs wrote to it at "
+            "once; give each run a file of its own"
+        )
+    found = [metrics for run in runs if (metrics := _as_series(run.points))]
+    if not found:
+        warn(f"{_shown_path(path)} holds no metric that the report shows")
+    if len(found) > 1:
+        warn(_several(path, len(found), "its steps start again at or before the first one"))
+    for index, metrics in enumerate(found):
+        yield dataclasses.replace(_described(metrics, path, "verl's file logger"), earlier=_earlier(index, len(found)))
+
+
+@dataclass
+class _Logged:
+    """What one run logged, from step ``first`` on."""
+
+    first: int
+    points: dict[str, _Points] = field(default_factory=dict)
+
+    def has(self, step: int, names: Iterable[str]) -> bool:
+        """Whether one of the metrics was just logged at ``step``."""
+        return any(name in self.points and self.points[name].steps[-1] == step for name in names)
+
+
+def _earlier(index: int, count: int) -> str:
+    """The end of the name of an arm, for one of ``count`` runs in one place; the last has none."""
+    if index == count - 1:
+        return ""
+    return ", earlier run" if count == 2 else f", earlier run {index + 1}"
+
+
+def _several(path: Path, count: int, why: str) -> str:
+    return (
+        f"{_shown_path(path)} holds {count} runs: {why}. The last has the arm's name; an earlier one is an arm of its "
+        "own, '..., earlier run', described by the same configuration or path. Give each run a folder of its own"
+    )
 
 
 def _add(points: dict[str, _Points], kept: _Kept, where: str, key: str, step: int, value: Any) -> None:
@@ -520,32 +643,95 @@ def _add(points: dict[str, _Points], kept: _Kept, where: str, key: str, step: in
     points[key].add(step, number)
 
 
-def _tensorboard(path: Path, files: Sequence[Path], warn: Warn, fault: Warn) -> Iterator[Run]:
-    """The run whose event files are ``files``, all in or at ``path``."""
-    points: dict[str, _Points] = {}
-    read = 0
+@dataclass
+class _EventFile:
+    """What one event file holds; ``restart`` is the first step of earlier files that it replaces."""
+
+    path: Path
+    points: dict[str, _Points]
+    restart: int
+    extent: events.Extent
+
+
+class _Events:
+    """One run, in one or more event files."""
+
+    def __init__(self, file: _EventFile):
+        self.first, self.last = file.extent.first, file.extent.last
+        self.begun, self.ended = file.extent.begun, file.extent.ended
+        self.points = file.points
+        self.files = [file.path]
+
+    def may_continue_in(self, file: _EventFile) -> bool:
+        """Whether ``file`` may be a resumption: it begins after this run's first step, and after its last event."""
+        return file.extent.first > self.first and file.extent.begun >= self.ended
+
+    def add(self, file: _EventFile) -> None:
+        """Add a resumption."""
+        _drop_from(self.points, file.restart)
+        for key, more in file.points.items():
+            points = self.points.setdefault(key, _Points())
+            for step, value in zip(more.steps, more.values, strict=True):
+                points.add(step, value)
+        self.last, self.ended = max(self.last, file.extent.last), max(self.ended, file.extent.ended)
+        self.files.append(file.path)
+
+
+def _tensorboard(path: Path, files: Sequence[Path], note: Note, fault: Warn) -> Iterator[Run]:
+    """The runs whose event files are ``files``, all in or at ``path``."""
+    read: list[_EventFile] = []
     for file in files:
         try:
-            found, restart = _scalars(file, warn)
+            read.append(_scalars(file, note))
         except ReportError as error:
             fault(str(error))
-            continue
         except OSError as error:
             fault(f"{_shown_path(file)} cannot be read: {error.strerror}")
+    yield from _all_or_none(lambda: _runs_in_events(path, read, note), path, note, fault)
+
+
+def _runs_in_events(path: Path, files: Sequence[_EventFile], warn: Warn) -> Iterator[Run]:
+    """The runs of one folder's event files.
+
+    Raises:
+        ReportError: a file may be the resumption of either of two runs.
+    """
+    runs: list[_Events] = []
+    for file in sorted(files, key=lambda file: (file.extent.begun, file.path.name)):
+        if not file.extent:
             continue
-        read += 1
-        _drop_from(points, restart)
-        for key, more in found.items():
-            for step, value in zip(more.steps, more.values, strict=True):
-                points.setdefault(key, _Points()).add(step, value)
-    if metrics := _as_series(points):
-        yield from _all_or_none(lambda: [_described(metrics, path, "TensorBoard")], path, fault)
-    elif read:
+        former = [run for run in runs if run.may_continue_in(file)]
+        former = [run for run in former if file.extent.first <= run.last + 1] or former
+        # Of runs one after the other, a checkpoint is the last one's.
+        former = [run for run in former if all(other.begun <= run.ended for other in former if other is not run)]
+        if len(former) > 1:
+            names = " or ".join(_shown_path(run.files[-1].name) for run in former)
+            raise ReportError(
+                f"{_shown_path(file.path)} may resume the run of {names}: give each run a folder of its own"
+            )
+        if not former:
+            runs.append(_Events(file))
+            continue
+        if file.extent.first > former[0].last + 1:
+            warn(
+                f"{_shown_path(file.path)} begins at step {file.extent.first}, and {former[0].files[-1].name} ends at "
+                f"step {former[0].last}: read as one resumed run, without the steps between them"
+            )
+        former[0].add(file)
+    found = [(metrics, run.files) for run in runs if (metrics := _as_series(run.points))]
+    if not found and files:
         warn(f"{_shown_path(path)} holds no scalar that the report shows: the run ended before its first step")
+    if len(found) > 1:
+        names = "; ".join(_shown_path(", ".join(file.name for file in run)) for _, run in found)
+        warn(_several(path, len(found), names))
+    for index, (metrics, run) in enumerate(found):
+        described = _described(metrics, path, "TensorBoard")
+        source = described.source if len(found) == 1 else str(run[0])
+        yield dataclasses.replace(described, earlier=_earlier(index, len(found)), source=source)
 
 
-def _scalars(file: Path, warn: Warn) -> tuple[dict[str, _Points], int]:
-    """The points of an event file, and the first step of earlier files that they replace."""
+def _scalars(file: Path, warn: Warn) -> _EventFile:
+    """What an event file holds."""
     shown = _shown_path(file)
 
     def cut() -> None:
@@ -554,9 +740,10 @@ def _scalars(file: Path, warn: Warn) -> tuple[dict[str, _Points], int]:
     points: dict[str, _Points] = {}
     kept = _Kept(file)
     restart = MAX_STEP + 1
+    extent = events.Extent()
     with _opened(file) as stream:
         try:
-            for key, step, value in events.scalars(stream, _shown_metric, cut):
+            for key, step, value in events.scalars(stream, _shown_metric, cut, extent):
                 if not key:
                     restart = min(restart, step)
                     _drop_from(points, step)
@@ -572,7 +759,7 @@ def _scalars(file: Path, warn: Warn) -> tuple[dict[str, _Points], int]:
             raise ReportError(
                 f"{shown} holds TensorBoard events, and tensorboard is not installed: {INSTALL}"
             ) from None
-    return points, restart
+    return _EventFile(file, points, restart, extent)
 
 
 def _drop_from(points: dict[str, _Points], first: int) -> None:
