@@ -68,6 +68,20 @@ def test_the_rest_of_the_batch_does_not_matter(model: Qwen2ForCausalLM) -> None:
         assert alone.log_probs == pytest.approx(expected.log_probs, abs=1e-5)
 
 
+def test_candidates_are_the_most_probable_tokens_of_the_sampling_distribution(model: Qwen2ForCausalLM) -> None:
+    requests = [
+        Request(p, 4, temperature=0.7, candidates=c, noise=(i,))
+        for i, (p, c) in enumerate(zip(PROMPTS, (3, 0, 99, 1), strict=True))
+    ]
+    for request, completion in zip(requests, generate(model, requests), strict=True):
+        expected = (plain_log_probs(model, request.prompt, completion) / 0.7).log_softmax(-1)
+        assert len(completion.candidates) == (len(completion.token_ids) if request.candidates else 0)
+        for row, (ids, log_probs) in zip(expected, completion.candidates, strict=bool(request.candidates)):
+            top = row.topk(min(request.candidates, VOCAB))
+            assert ids.tolist() == top.indices.tolist()
+            torch.testing.assert_close(log_probs, top.values, atol=1e-5, rtol=0)
+
+
 def test_equal_prompts_are_read_once(model: Qwen2ForCausalLM) -> None:
     read: list[int] = []
     hook = model.register_forward_pre_hook(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import torch
 from omegaconf import OmegaConf
 from transformers import PretrainedConfig
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput
+from verl.workers.rollout import llm_server
+from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from tests.rounding import last_place
@@ -19,6 +22,7 @@ from verl_troll.core.support import Selection, select
 from verl_troll.core.vocab import VocabLogits
 from verl_troll.plugin import carry
 from verl_troll.plugin.rollout.agent_loops import RolloutSupportMixin
+from verl_troll.plugin.rollout.client import Recorder, recording
 from verl_troll.plugin.rollout.token_support import FIELD, SupportRequest, TokenSupport
 
 K, DROPPED_MASS, VOCAB = 6, 1e-2, 40
@@ -197,15 +201,42 @@ def test_request_needs_the_configuration_group() -> None:
         SupportRequest.of(OmegaConf.create({"custom": None}), model)
 
 
-class FakeClient:
-    """Stands in for verl's client of the rollout servers; returns prepared outputs."""
+class _Remote:
+    """Stands in for a method of a Ray actor."""
+
+    def __init__(self, call: Any) -> None:
+        self.remote = call
+
+
+class Servers:
+    """Stands in for verl's load balancer and its one server, which returns prepared outputs."""
 
     def __init__(self, outputs: list[TokenOutput]) -> None:
         self.outputs = outputs
-        self.address = "kept"
+        self.prompts: list[list[int]] = []
+        self.params: list[dict[str, Any]] = []
+        self.looked_up = 0
+        self.acquire_server, self.release_server = _Remote(self._acquire), _Remote(lambda **_: None)
+        self.require_acquire_fields, self.require_release_fields = _Remote(self._fields), _Remote(self._fields)
 
-    async def generate(self, **_: Any) -> TokenOutput:
+    async def _fields(self) -> list[str]:
+        self.looked_up += 1
+        return []
+
+    async def _acquire(self, request_id: str) -> tuple[str, Any]:
+        return "server", SimpleNamespace(generate=_Remote(self._generate))
+
+    async def _generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any) -> TokenOutput:
+        self.prompts.append(prompt_ids)
+        self.params.append(sampling_params)
         return self.outputs.pop(0)
+
+
+def client_of(kind: type[LLMServerClient], servers: Servers, engine: str = "vllm") -> LLMServerClient:
+    rollout = {"name": engine, "response_length": 16, "temperature": 0.7, "top_p": 1.0, "top_k": -1}
+    rollout["custom"] = {"troll": {"k": K, "dropped_mass": DROPPED_MASS}}
+    config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}})
+    return kind(config=config, load_balancer_handle=servers)
 
 
 class TwoTurns(AgentLoopBase):
@@ -213,11 +244,10 @@ class TwoTurns(AgentLoopBase):
 
     server_manager: Any
 
-    def __init__(self, client: FakeClient) -> None:
+    def __init__(self, client: Any) -> None:
         self.server_manager = client
 
     async def run(self, sampling_params: dict[str, Any], **_: Any) -> AgentLoopOutput:
-        assert self.server_manager.address == "kept"
         first = await self.server_manager.generate(request_id="a", prompt_ids=[1], sampling_params=sampling_params)
         second = await self.server_manager.generate(request_id="a", prompt_ids=[1], sampling_params=sampling_params)
         return AgentLoopOutput(
@@ -233,14 +263,24 @@ class TwoTurnsWithSupport(RolloutSupportMixin, TwoTurns):
     """The same with the mixin, as a user would write it."""
 
 
-def run_loop(outputs: list[TokenOutput]) -> dict[str, Any]:
-    return dict(asyncio.run(TwoTurnsWithSupport(FakeClient(outputs)).run({})).as_dict())
+CLIENTS = (LLMServerClient, FullyAsyncLLMServerClient)
+by_client = pytest.mark.parametrize("kind", CLIENTS, ids=["synchronous", "asynchronous"])
 
 
-def test_an_agent_loop_hands_the_support_of_all_turns_on() -> None:
+def run_loop(kind: type[LLMServerClient], outputs: list[TokenOutput]) -> dict[str, Any]:
+    return dict(asyncio.run(TwoTurnsWithSupport(client_of(kind, Servers(outputs))).run({})).as_dict())
+
+
+def reply(support: TokenSupport, version: int, reason: str = "completed") -> TokenOutput:
+    fields = {FIELD: support, "global_steps": version}
+    ids = support.tokens.tolist()
+    return TokenOutput(token_ids=ids, log_probs=[-1.0] * len(ids), stop_reason=reason, extra_fields=fields)
+
+
+@by_client
+def test_an_agent_loop_hands_the_support_of_all_turns_on(kind: type[LLMServerClient]) -> None:
     supports = [support_of(*policy(3, seed)) for seed in (4, 5)]
-    outputs = [TokenOutput(token_ids=s.tokens.tolist(), extra_fields={FIELD: s, "global_steps": 2}) for s in supports]
-    fields = run_loop(outputs)
+    fields = run_loop(kind, [reply(support, 2) for support in supports])
     expected = TokenSupport.join(supports)
     assert carry.unpack_row(fields[carry.SUPPORT])[0].tolist() == expected.ids.tolist()
     assert fields[carry.COUNTS].tolist() == [*supports[0].counts, 0, *supports[1].counts]
@@ -248,7 +288,81 @@ def test_an_agent_loop_hands_the_support_of_all_turns_on() -> None:
     assert FIELD not in fields["extra_fields"]
 
 
-def test_without_support_the_output_is_verls_own() -> None:
-    fields = run_loop([TokenOutput(token_ids=[1, 2], extra_fields={"global_steps": 2}) for _ in range(2)])
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl waits a second before it resumes."""
+
+    async def at_once(_: float) -> None: ...
+
+    monkeypatch.setattr(llm_server.asyncio, "sleep", at_once)
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_resumed_response_has_the_supports_of_the_versions_that_sampled_it() -> None:
+    """An abort after two tokens, one before the first token, then the rest and another turn on later weights."""
+    first, rest, other = (support_of(*policy(tokens, seed)) for tokens, seed in ((2, 4), (3, 5), (1, 6)))
+    nothing = TokenOutput(token_ids=[], log_probs=None, stop_reason="aborted", extra_fields={"global_steps": 3})
+    servers = Servers([reply(first, 3, "aborted"), nothing, reply(rest, 4), reply(other, 5)])
+    recorder = Recorder()
+    shared = client_of(FullyAsyncLLMServerClient, servers)
+    loop = TwoTurnsWithSupport(shared)
+    with mock.patch("verl_troll.plugin.rollout.agent_loops.Recorder", return_value=recorder):
+        fields = dict(asyncio.run(loop.run({})).as_dict())
+    assert [prompt[1:] for prompt in servers.prompts] == [[], *[first.tokens.tolist()] * 2, []]
+    expected = TokenSupport.join([first, rest, other])
+    ids, log_probs = carry.unpack_row(fields[carry.SUPPORT])
+    assert ids.tolist() == expected.ids.tolist()
+    torch.testing.assert_close(log_probs, torch.tensor(expected.log_probs), rtol=0, atol=2**-24)
+    assert fields[carry.COUNTS].tolist() == [*first.counts, *rest.counts, 0, *other.counts]
+    assert recorder.versions == [3, 4, 5]
+    # What one loop learned about the servers, all others know.
+    assert servers.looked_up == 2
+    asyncio.run(TwoTurnsWithSupport(client_of_same(shared, [reply(first, 5), reply(other, 5)])).run({}))
+    assert servers.looked_up == 2
+
+
+def client_of_same(client: Any, outputs: list[TokenOutput]) -> Any:
+    client._load_balancer.outputs = outputs
+    return client
+
+
+@by_client
+def test_the_embedded_rollout_is_asked_for_candidates_of_requests_that_sample_the_policy(
+    kind: type[LLMServerClient],
+) -> None:
+    logits, ids = policy(3, seed=7)
+    log_probs = logits.log_softmax(-1)
+    top, top_ids = log_probs.topk(K, dim=-1)
+    own = log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1).tolist()
+
+    def output() -> TokenOutput:
+        fields = {"global_steps": 1, "top_logprobs": (top_ids.numpy(), top.float().numpy())}
+        return TokenOutput(token_ids=ids.tolist(), log_probs=own, stop_reason="completed", extra_fields=fields)
+
+    servers = Servers([output(), output()])
+    recorder = Recorder()
+    client = recording(client_of(kind, servers, "hf"), recorder)
+    asked = {"temperature": 0.7, "top_p": 1.0, "top_k": -1, "logprobs": True}
+    asyncio.run(client.generate("a", prompt_ids=[1], sampling_params=asked))
+    assert servers.params[0]["logprobs"] == K
+    assert asked["logprobs"] is True
+    expected = support_of(logits, ids)
+    assert recorder.attempts[0].ids.tolist() == expected.ids.tolist()
+    for other in ({"temperature": 0.0}, {"top_p": 0.9}, {"logprobs": False}):
+        servers.outputs = [TokenOutput(token_ids=[1], log_probs=[-1.0], stop_reason="completed")]
+        asyncio.run(client.generate("a", prompt_ids=[1], sampling_params={**asked, **other}))
+        assert servers.params[-1]["logprobs"] in (True, False)
+    assert len(recorder.attempts) == 1 and recorder.without_support
+
+
+def test_a_client_that_is_not_verls_is_refused() -> None:
+    with pytest.raises(TypeError, match="not derived from verl's LLMServerClient"):
+        recording(SimpleNamespace(), Recorder())
+
+
+@by_client
+def test_without_support_the_output_is_verls_own(kind: type[LLMServerClient]) -> None:
+    outputs = [TokenOutput(token_ids=[1, 2], log_probs=[-1.0] * 2, extra_fields={"global_steps": 2}) for _ in range(2)]
+    fields = run_loop(kind, outputs)
     assert carry.SUPPORT not in fields
     assert FIELD not in fields["extra_fields"]

@@ -31,3 +31,11 @@ def assert_side_channel_exact(out: Path, steps: int, samples: int, epochs: int, 
     assert sum(old.values()) == steps * samples * copies
     assert all(line["kept"] > 0 for line in lines)
     assert update == Counter({digest: count * epochs for digest, count in old.items()})
+
+
+def assert_every_update_has_the_rollouts_support(out: Path, steps: int, samples: int) -> None:
+    """No old pass ran, and every sample entered one update with a support."""
+    lines = probe_lines(out)
+    assert {line["pass"] for line in lines} == {"update"}
+    assert len(lines) == steps * samples
+    assert all(line["kept"] > 0 for line in lines)

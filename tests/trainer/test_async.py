@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.checks import assert_projected_within_bound, assert_side_channel_exact
+from tests.trainer.checks import (
+    assert_every_update_has_the_rollouts_support,
+    assert_projected_within_bound,
+    assert_side_channel_exact,
+)
 from tests.trainer.run import make_assets, run_trainer
 
 pytestmark = pytest.mark.trainer
@@ -50,6 +54,31 @@ def test_rollout_on_its_own_devices_and_two_updates_per_weight_transfer(assets: 
     assert all(row["troll/kl_before_max"] > 1e-3 for row in rows)
     assert max(row["training/off_policy/trajectory_staleness/max"] for row in rows) >= 1
     assert all(row["rollout_corr/rollout_is_mean"] > 0 for row in rows)
+
+
+def test_the_policy_that_sampled_is_the_old_policy_of_stale_samples(assets: Path, tmp_path: Path) -> None:
+    """Weights reach the rollout every second step, so that samples are older than the policy that trains on them."""
+    rows = run_trainer(
+        assets,
+        tmp_path / "run",
+        [
+            "+troll=rollout_support",
+            "trainer.v1.trainer_mode=separate_async",
+            "trainer.v1.separate_async.parameter_sync_step=2",
+            f"{ROLLOUT}.nnodes=1",
+            f"{ROLLOUT}.n_gpus_per_node=1",
+            f"{ROLLOUT}.checkpoint_engine.backend=ray_object_store",
+            f"{ROLLOUT}.checkpoint_engine.custom_backend_module=verl_troll.cpu.checkpoint_engine",
+            "ray_kwargs.ray_init.num_gpus=2",
+            "trainer.total_training_steps=3",
+        ],
+        probe=True,
+    )
+    assert_every_update_has_the_rollouts_support(tmp_path / "run", steps=3, samples=32)
+    assert_projected_within_bound(rows)
+    assert max(row["training/off_policy/trajectory_staleness/max"] for row in rows) >= 1
+    # Before the first optimizer step the network already is another policy than the one that sampled.
+    assert max(row["troll/kl_before_max"] for row in rows) > 1e-3
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ Independent of verl and Ray. Shapes: ``n`` rows still running, ``v`` vocabulary 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +29,7 @@ class Request:
         top_p: keep the smallest set of most probable tokens whose probability reaches this, in (0, 1].
         top_k: keep this many most probable tokens; -1 or 0 keeps all.
         stop_ids: token ids that end the completion (and belong to it).
+        candidates: number of most probable tokens to report at each token, at least 0; at most the vocabulary.
         noise: seed of this request's own random stream; equal requests with equal noise give equal completions,
             whatever else is in the batch.
     """
@@ -39,6 +40,7 @@ class Request:
     top_p: float = 1.0
     top_k: int = -1
     stop_ids: frozenset[int] = frozenset()
+    candidates: int = 0
     noise: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
@@ -48,6 +50,7 @@ class Request:
             ("temperature", 0.0 <= self.temperature < float("inf"), "0 (greedy) or a positive number"),
             ("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]"),
             ("top_k", self.top_k >= -1, "-1 or 0 (no limit), or a positive number"),
+            ("candidates", self.candidates >= 0, "at least 0"),
         ):
             if not valid:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be {rule}")
@@ -61,11 +64,13 @@ class Completion:
         token_ids: the new tokens, including a stop token.
         log_probs: log-probability of each token, in nats.
         stop_reason: ``"completed"`` (stop token), ``"length"`` (token limit) or ``"aborted"``.
+        candidates: of each token, ids and log-probabilities of the most probable ones, by falling probability.
     """
 
     token_ids: list[int]
     log_probs: list[float]
     stop_reason: Literal["completed", "length", "aborted"]
+    candidates: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 def token_log_probs(logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
@@ -171,12 +176,16 @@ def generate(
         tokens = _choose(processed, draws[rows, step], temperature[rows] == 0)
         reported = processed if logprobs_mode == "processed_logprobs" else logits.float().log_softmax(-1)
         values = reported.gather(-1, tokens[:, None])[:, 0]
+        most = min(max(requests[index].candidates for index in rows.tolist()), reported.shape[-1])
+        top = tuple(part.cpu() for part in reported.topk(most, dim=-1)) if most else None
         step += 1
         keep = []
         for row, (index, token, value) in enumerate(zip(rows.tolist(), tokens.tolist(), values.tolist(), strict=True)):
             completion, request = completions[index], requests[index]
             completion.token_ids.append(token)
             completion.log_probs.append(value)
+            if top is not None and request.candidates:
+                completion.candidates.append((top[1][row, : request.candidates], top[0][row, : request.candidates]))
             if token in request.stop_ids:
                 completion.stop_reason = "completed"
             elif step == request.max_tokens:

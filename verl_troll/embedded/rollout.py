@@ -140,7 +140,9 @@ class EmbeddedServer:
         Args:
             prompt_ids: token ids of the prompt.
             sampling_params: ``temperature``, ``top_p``, ``top_k``, ``max_tokens`` (or ``max_new_tokens``),
-                ``ignore_eos``, ``logprobs``; ``repetition_penalty`` must be 1.
+                ``ignore_eos``, ``logprobs``; ``repetition_penalty`` must be 1. ``logprobs`` is a bool, or a number k:
+                then ``extra_fields["top_logprobs"]`` holds the ids ``[r, k]`` and log-probabilities ``[r, k]`` of the
+                k most probable tokens at each of the r new ones.
             request_id: verl's request id.
 
         Raises:
@@ -206,6 +208,7 @@ class EmbeddedServer:
             temperature=float(params.get("temperature", self.config.temperature)),
             top_p=float(params.get("top_p", self.config.top_p)),
             top_k=int(params.get("top_k", self.config.top_k)),
+            candidates=0 if isinstance(logprobs := params.get("logprobs", False), bool) else int(logprobs or 0),
             stop_ids=frozenset() if params.get("ignore_eos", self.config.ignore_eos) else self.stop_ids,
             noise=(
                 int(self.config.seed),
@@ -227,12 +230,17 @@ class EmbeddedServer:
             return await asyncio.to_thread(generate, self.model, batch.requests, self.logprobs_mode, self._abort.is_set)
 
     def _output(self, completion: Completion, with_log_probs: bool) -> TokenOutput:
+        fields: dict[str, Any] = {"global_steps": self.global_steps}
+        if completion.candidates:
+            fields["top_logprobs"] = tuple(
+                torch.stack(part).numpy() for part in zip(*completion.candidates, strict=True)
+            )
         return TokenOutput(
             token_ids=completion.token_ids,
             log_probs=completion.log_probs if with_log_probs else None,
             stop_reason=completion.stop_reason,
             num_preempted=0,
-            extra_fields={"global_steps": self.global_steps},
+            extra_fields=fields,
         )
 
     async def update_weights(self, state: dict[str, torch.Tensor], global_steps: int | None) -> None:

@@ -26,7 +26,7 @@ ROLLOUT_MODULE = "verl_troll.plugin.rollout"
 _SPECULATION = ("speculative_config", "speculative_algorithm")
 TRAINER_MODES = ("sync", "colocate_async", "separate_async")
 # Rollout engines that can supply the old policy's support, from their top log-probabilities.
-SUPPORT_ENGINES = ("vllm", "sglang")
+SUPPORT_ENGINES = ("vllm", "sglang", "hf")
 
 
 class TrollConfigError(ValueError):
@@ -60,12 +60,12 @@ class RolloutSettings(BaseConfig):
     correction_weights: str | None = None
     correction_rejection: str | None = None
 
-    def check_bypass(self, trainer_mode: str) -> None:
+    def check_bypass(self) -> None:
         """Raise :class:`TrollConfigError` unless the engine supplies the support and it is the policy's own."""
         rollout = "actor_rollout_ref.rollout"
         correction = "algorithm.rollout_correction"
         if self.support_wanted is None:
-            can_supply = trainer_mode == "sync" and self.name in SUPPORT_ENGINES
+            can_supply = self.name in SUPPORT_ENGINES
             raise refusal(
                 f"{correction}.bypass_mode",
                 True,
@@ -85,7 +85,6 @@ class RolloutSettings(BaseConfig):
         own_key = f"{rollout}.engine_kwargs.{self.name}"
         with_engine = "with the old policy from the rollout engine"
         for key, value, allowed, hint in (
-            ("trainer.v1.trainer_mode", trainer_mode, ("sync",), "verl's asynchronous client drops what engines add."),
             (f"{rollout}.name", self.name, SUPPORT_ENGINES, "Other engines do not return top log-probabilities."),
             (f"{rollout}.top_p", self.top_p, (1.0,), "Below 1 tokens are not sampled from the policy."),
             (f"{rollout}.top_k", self.top_k, (-1,), "Otherwise tokens are not sampled from the policy."),
@@ -154,13 +153,14 @@ class HostSettings(BaseConfig):
                 "The deprecated v0 trainer drops the old policy's support on its way to the update.",
             )
         if self.bypass_mode:
-            self.rollout.check_bypass(self.trainer_mode)
+            self.rollout.check_bypass()
         if self.trainer_mode not in TRAINER_MODES:
             raise refusal(
                 "trainer.v1.trainer_mode",
                 self.trainer_mode,
                 " or ".join(TRAINER_MODES),
-                "A trainer of your own must compute old log-probs in the actor; it is not tested.",
+                "A trainer of your own is not tested."
+                + ("" if self.bypass_mode else " It must compute old log-probs in the actor."),
             )
         if self.rollout.support_wanted is not None and not self.bypass_mode:
             raise refusal(

@@ -7,32 +7,11 @@ from typing import Any
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
-from verl.workers.rollout.replica import TokenOutput
 
+from verl_troll.plugin.rollout.client import Recorder, recording
 from verl_troll.plugin.rollout.token_support import FIELD, TokenSupport
 
 __all__ = ["RolloutSupportMixin", "SupportSingleTurnAgentLoop", "SupportToolAgentLoop"]
-
-
-class _ObservedClient:
-    """verl's client of the rollout servers, recording the support of each turn."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-        self.turns: list[TokenSupport] = []
-        self.without_support = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
-
-    async def generate(self, *args: Any, **kwargs: Any) -> TokenOutput:
-        output = await self._client.generate(*args, **kwargs)
-        support = output.extra_fields.pop(FIELD, None)
-        if support is not None:
-            self.turns.append(support)
-        elif output.token_ids:
-            self.without_support = True
-        return output
 
 
 class _OutputWithSupport(AgentLoopOutput):
@@ -56,20 +35,23 @@ class RolloutSupportMixin(AgentLoopBase):
         """verl's loop, with the support added to its output.
 
         Raises:
-            TypeError: the loop returns several outputs.
+            TypeError: the loop returns several outputs, or its client is not verl's.
             ValueError: the generated tokens are not the engine's.
         """
-        client = self.server_manager = _ObservedClient(self.server_manager)
+        recorder = Recorder()
+        self.server_manager = recording(self.server_manager, recorder)
         output = await super().run(sampling_params, **kwargs)
         if not isinstance(output, AgentLoopOutput):
             raise TypeError(
                 f"{type(self).__name__} returned {type(output).__name__}: with the old policy from the rollout engine, "
                 "an agent loop must return one AgentLoopOutput"
             )
-        if client.without_support or not client.turns:
+        if recorder.without_support or not recorder.attempts:
             # Validation samples have no support; an update on one reports what is missing.
             return output
-        fields = TokenSupport.join(client.turns).to_fields(output.prompt_ids, output.response_ids, output.response_mask)
+        fields = TokenSupport.join(recorder.attempts).to_fields(
+            output.prompt_ids, output.response_ids, output.response_mask
+        )
         output = _OutputWithSupport.model_construct(_fields_set=output.model_fields_set, **output.__dict__)
         output.extra_fields[FIELD] = fields
         return output

@@ -142,7 +142,7 @@ class TokenSupport:
 
     @classmethod
     def join(cls, turns: Sequence[TokenSupport]) -> TokenSupport:
-        """Concatenate the turns of one conversation, in order; at least one."""
+        """Concatenate the attempts of one conversation's turns, in order; at least one."""
         return cls(
             np.concatenate([turn.tokens for turn in turns]),
             np.concatenate([turn.counts for turn in turns]),
