@@ -17,7 +17,7 @@ Trains a language model on arithmetic with verl, GRPO and TROLL, on the CPU. The
   --backend B  verl's engine for the actor: fsdp (default), or megatron
   --tp N       tensor-parallel ranks of the megatron actor (default 1, tiny 2)
   --rollout R  what samples: hf (default, transformers), or vllm (its CPU build, in .venv-quickstart-vllm)
-  --old-policy P  what computes the old policy: actor (default), or rollout (vLLM's own log-probs)
+  --old-policy P  what computes the old policy: actor (default), or rollout (the log-probs of what sampled)
   --steps N    training steps (default 12, tiny 40)
   --seed N     seed of data order and sampling (default 0)
   --out DIR    the run's folder (default runs/quickstart/MODEL-LOSS[-megatron-tpN][-vllm[-old-from-rollout]]-seedN)
@@ -74,8 +74,8 @@ done
 [[ $backend == fsdp || $backend == megatron ]] || fail "--backend takes fsdp or megatron, got '$backend'"
 [[ $rollout == hf || $rollout == vllm ]] || fail "--rollout takes hf or vllm, got '$rollout'"
 [[ $old_policy == actor || $old_policy == rollout ]] || fail "--old-policy takes actor or rollout, got '$old_policy'"
-[[ $old_policy == actor || $rollout == vllm && $loss == troll ]] ||
-  fail "--old-policy rollout needs --rollout vllm and --loss troll"
+[[ $old_policy == actor || $loss == troll ]] ||
+  fail "--old-policy rollout needs --loss troll"
 [[ -z $tp || $backend == megatron ]] || fail "--tp needs --backend megatron"
 if [[ $model == tiny ]]; then tp=${tp:-2}; else tp=${tp:-1}; fi
 whole_number --tp "$tp"

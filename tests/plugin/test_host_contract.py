@@ -210,9 +210,11 @@ SEAMS = (
     ),
     Seam(
         "Old policy from the rollout engine",
-        ("verl_troll/plugin/rollout/__init__.py", "verl_troll/plugin/rollout/agent_loops.py"),
-        "does extra_fields of a server's output reach the agent loop, and every field of its output the batch?",
+        tuple(f"verl_troll/plugin/rollout/{name}.py" for name in ("__init__", "agent_loops", "client")),
+        "does every attempt of an asynchronous client go through LLMServerClient.generate, with extra_fields of the "
+        "server's output, and does every field of an agent loop's output reach the batch?",
         overrides=(
+            "verl.workers.rollout.llm_server:LLMServerClient.generate",
             f"{LOOPS}.agent_loop:AgentLoopBase.run",
             f"{LOOPS}.agent_loop:AgentLoopOutput.as_dict",
             f"{LOOPS}.single_turn_agent_loop:SingleTurnAgentLoop.run",
@@ -222,6 +224,7 @@ SEAMS = (
             f"{LOOPS}.agent_loop:register",
             "verl.workers.rollout.replica:RolloutReplicaRegistry",
         ),
+        callers=("verl.workers.rollout.llm_server:FullyAsyncLLMServerClient.generate",),
     ),
     Seam(
         "vLLM server",
@@ -358,6 +361,8 @@ FINGERPRINTS: dict[str, str] = {
     "verl.workers.config.engine:FSDPEngineConfig.__post_init__": "240e3b3fa1d32f85",
     "verl.workers.config.engine:McoreEngineConfig.__post_init__": "b765951a5edb6eb1",
     "verl.workers.config.model:HFModelConfig.__post_init__": "0c0cbf7ad5cb0aca",
+    "verl.workers.rollout.llm_server:FullyAsyncLLMServerClient.generate": "504b91bba31123c0",
+    "verl.workers.rollout.llm_server:LLMServerClient.generate": "e54e294d02b7abe2",
     "verl.workers.engine.base:BaseEngine.disable_adapter": "e502c926992b4503",
     "verl.workers.engine.base:BaseEngine.forward_backward_batch": "a3d79858823ce727",
     "verl.workers.engine.base:BaseEngine.optimizer_step": "0d5c7936ee97a476",

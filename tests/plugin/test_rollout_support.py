@@ -130,7 +130,7 @@ def test_sampled_id_without_probability_has_the_lowest_that_travels(value: float
     candidates = [(3, -0.5), (4, -1.0), *([(9, value)] if among and value <= -9999 else [])]
     mine = read([9, 3], [value, -0.5], [candidates, candidates])
     assert mine.ids.tolist() == [3, 4, 9, 3, 4]
-    np.testing.assert_array_equal(mine.log_probs, np.float32([-0.5, -1.0, -128.0, -0.5, -1.0]))
+    np.testing.assert_array_equal(mine.log_probs, np.array([-0.5, -1.0, -128.0, -0.5, -1.0], np.float32))
     fields = mine.to_fields([5], [9, 3], [1, 1])
     _, log_probs = carry.unpack_row(fields[carry.SUPPORT])
     assert -128.0 < log_probs[2] < -127.99
@@ -342,7 +342,7 @@ def test_the_embedded_rollout_is_asked_for_candidates_of_requests_that_sample_th
     servers = Servers([output(), output()])
     recorder = Recorder()
     client = recording(client_of(kind, servers, "hf"), recorder)
-    asked = {"temperature": 0.7, "top_p": 1.0, "top_k": -1, "logprobs": True}
+    asked: dict[str, Any] = {"temperature": 0.7, "top_p": 1.0, "top_k": -1, "logprobs": True}
     asyncio.run(client.generate("a", prompt_ids=[1], sampling_params=asked))
     assert servers.params[0]["logprobs"] == K
     assert asked["logprobs"] is True

@@ -29,7 +29,7 @@ def flat(positions: Iterable[Pairs]) -> FlatLogprobs:
     result = FlatLogprobs()
     for pairs in positions:
         ids, values = [token for token, _ in pairs], [value for _, value in pairs]
-        result.append_fast(ids, values, [1] * len(ids), [None] * len(ids))  # type: ignore[arg-type]
+        result.append_fast(ids, values, [1] * len(ids), [None] * len(ids))
     return result
 
 
