@@ -13,8 +13,11 @@ def load() -> Callable[[dict[str, Any]], dict[str, Any]]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     from sympy.core.function import AppliedUndef
 
+    # The whole box, not a formula somewhere in it.
+    boxed = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)
+
     def read(text: str) -> list[Any]:
-        found = parse(text, [LatexExtractionConfig()], parsing_timeout=None)
+        found = parse(text, [boxed], parsing_timeout=None)
         if all(isinstance(one, str) for one in found) and len(re.findall(r"[0-9]+(?:[.,][0-9]+)*", text)) == 1:
             # Of several numbers, it would read the last.
             found += parse(text, [ExprExtractionConfig()], parsing_timeout=None)

@@ -24,12 +24,13 @@ _LINE = re.compile(rf"[^\n]{{0,{MAX_LINE}}}")
 _SPACE = re.compile(r"\s*")
 _LEADING = re.compile(
     r"""[ ]?\\?[$\u20ac\u00a3]?[ ]?
-        ( [-\u2212]?(?:[0-9][0-9,]*)?\.?[0-9]+
+        ( [-\u2212]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?!,?[0-9])
           (?: [eE][-+]?[0-9]+ | [ ]?(?:\\times|\\cdot|\u00d7)[ ]?10\^(?:\{-?[0-9]+\}|-?[0-9]+) | [ ]?/[ ]?[0-9]+ )?
           (?: [ ]?\\?% )? )""",
     re.VERBOSE,
 )
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}")
+# Names in a formula (dM/dt, MR = SRMC, sin(x)) are no words.
+_WORD = re.compile(r"(?:^|(?<=[\s(]))[A-Za-z]{2,}[.,;:!?]?(?=[\s)]|$)|^[A-Za-z][a-z]{2,}\b(?![.(=^_])")
 _PROSE = re.compile(r"(?:(?<![\\A-Za-z])(?:[A-Za-z]{2,}|[aI])[^A-Za-z\\${}]+){4}[A-Za-z]{2}")
 _HEADING = re.compile(r"[0-9]+[.)][ ]+[^0-9]*[A-Za-z]{2}")
 # A sign belongs to a number unless an operand stands before it; set apart, it does only after = or :.

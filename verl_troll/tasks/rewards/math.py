@@ -68,10 +68,16 @@ def compute_score(
 
 def _equal(truth: str, answer: str, pool: WorkerPool) -> bool | None:
     """Whether an answer is the true one; None if a limit ended the comparison."""
-    others: list[str] = []
-    if len(notation.sides(truth)) == 1:
+    *names, right = notation.sides(truth)
+    *others, last = notation.sides(answer)
+    if len(names) == 1 and others and notation.same_text(names[0], others[0]):
+        # math-verify takes N and n for the same.
+        truth, answer, others = right, last, others[1:]
+    elif not names:
         # x = 9 is 9.
-        *others, answer = notation.sides(answer)
+        answer = last
+    else:
+        others = []
     true, value = notation.read_number(truth), notation.read_number(answer, words=True)
     if true and value and not notation.same_number(true, value):
         return False

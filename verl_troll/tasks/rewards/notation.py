@@ -74,7 +74,7 @@ def spaced(text: str) -> str:
     text = re.sub(r"\\!|\\?\$|\\(?:displaystyle|left|right)(?![a-zA-Z])", "", text)
     text = re.sub(r"(?<!\\)\\[,;:\ ]|(?<!\\)\\(?:q?quad|thinspace|enspace)(?![a-zA-Z])|~|\s", " ", text)
     text = re.sub(r"\ +", " ", text.replace("\u2212", "-").replace("\u2013", "-")).strip()
-    return re.sub(r"(?<![.\s])\ ?\.$", "", text)
+    return re.sub(r"(?<![.\s])\ ?\.{1,2}$", "", text)
 
 
 def same_text(first: str, second: str) -> bool:
