@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -162,14 +163,16 @@ def count(
     from verl.utils.reward_score import default_compute_score
 
     counts: dict[str, Count] = {}
-    for truth in truths:
+    for truth, problems in Counter(truths).items():
         for name, response in notations(truth):
             row = counts.setdefault(name, Count())
             paid = math.compute_score("", response, truth, seconds=60.0, workers=1)["score"] == 1
             score = default_compute_score(suite.data_source, response, truth)
             verl = (score["score"] if isinstance(score, dict) else score) > 0
-            row.tried, row.paid, row.verl = row.tried + 1, row.paid + paid, row.verl + verl
-            row.verl_alone += verl and not paid
+            row.tried += problems
+            row.paid += problems * paid
+            row.verl += problems * verl
+            row.verl_alone += problems * (verl and not paid)
             if paid != pay:
                 row.examples.append(f"{truth!r}: {response!r}")
     return counts

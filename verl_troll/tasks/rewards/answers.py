@@ -126,7 +126,8 @@ def _formula(text: str) -> tuple[str | None, int]:
         return number.group(1).replace(",", ""), 2 * bool(_HEADING.match(text))
     if not _WORD.search(text) and re.search(r"[0-9\\=]|^[A-Za-z]$", text):
         return text, 0
-    return None, 0
+    # A formula and its explanation.
+    return (text if re.match(r"\S*[=\\]", text) else None), 2
 
 
 def last_program(response: str) -> str | None:
