@@ -81,6 +81,14 @@ RIGHT: dict[str, list[str]] = {
     "7000000": ["7 million", "7\\text{ million}", "\\$7 million"],
     # Fractions and mixed numbers.
     "3.5": ["3 1/2", "3\\frac{1}{2}", "3 \\frac12", "7/2", "3\\,1/2", "\\frac{7}{2}", "\\dfrac{7}{2}"],
+    "\\frac{9}{32}": [
+        "\\mathbf{\\frac{9}{32}}",
+        "\\text{\\frac{9}{32}}",
+        "\\underline{9/32}",
+        "\\approx \\frac{9}{32}",
+        "9/32,",
+    ],
+    "\\frac{x}{2}": ["\\boldsymbol{\\frac{x}{2}}", "\\frac{x}{2};", "\\text{\\mathbf{x/2}.}"],
     "-\\frac{3}{2}": ["-1.5", "-3/2", "\\frac{-3}{2}", "-1 1/2", "-\\frac32"],
     "-1./3": ["-\\frac{1}{3}", "-1/3"],
     "\\frac{1}{3}": ["0.333333", "0.3333333", "1/3", "2/6"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import accumulate
 from math import trunc
 
 MAX_EXPONENT = 5000
@@ -49,6 +50,9 @@ _NUMBER = re.compile(
     (?P<units>(?:{_UNITS}){{0,8}}) (?P<words>(?:{_WORDS})?)""",
     re.VERBOSE,
 )
+_AROUND = re.compile(
+    r"\\(?:text|textbf|textit|mathbf|mathrm|mbox|boldsymbol|bm|underline|boxed|fbox)\ ?\{(.*)\}", re.DOTALL
+)
 _TOGETHER = re.compile(r"(?<![\^_0-9.])[0-9.]*[0-9.]\ +[0-9.]|[0-9]\.[0-9]+\.[0-9]")
 
 
@@ -70,11 +74,22 @@ class Number:
 
 
 def spaced(text: str) -> str:
-    """An answer with one kind of space and minus, without dollar signs and a final full stop."""
+    r"""An answer with one kind of space and minus, without dollar signs, a final stop and ``\mathbf{}`` around it."""
     text = re.sub(r"\\!|\\?\$|\\(?:displaystyle|left|right)(?![a-zA-Z])", "", text)
     text = re.sub(r"(?<!\\)\\[,;:\ ]|(?<!\\)\\(?:q?quad|thinspace|enspace)(?![a-zA-Z])|~|\s", " ", text)
-    text = re.sub(r"\ +", " ", text.replace("\u2212", "-").replace("\u2013", "-")).strip()
-    return re.sub(r"(?<![.\s])\ ?\.{1,2}$", "", text)
+    text = re.sub(r"\ +", " ", text.replace("\u2212", "-").replace("\u2013", "-"))
+    for _ in range(3):
+        text = re.sub(r"^(?:\\approx(?![a-zA-Z])|\u2248)|(?<![.\s])\ ?(?:\.{1,2}|[,;])$", "", text.strip()).strip()
+        inner = _AROUND.fullmatch(text)
+        # The last brace must close the first.
+        if (
+            not inner
+            or not re.search(r"[0-9\\]", inner[1])
+            or min(accumulate({"{": 1, "}": -1}.get(one, 0) for one in inner[1])) < 0
+        ):
+            break
+        text = inner[1]
+    return text
 
 
 def same_text(first: str, second: str) -> bool:
@@ -95,8 +110,7 @@ def read_number(text: str, *, words: bool = False) -> Number | None:
         None if it is anything else.
     """
     text = spaced(text)
-    inner = re.fullmatch(r"\\(?:text|textbf|mathbf|mathrm|mbox|boxed|fbox)\ ?\{([^{}]*)\}", text)
-    found = _NUMBER.fullmatch(spaced(inner[1]) if inner else text)
+    found = _NUMBER.fullmatch(text)
     if found is None or (found["words"] and not words):
         return None
     number = _value(found)
