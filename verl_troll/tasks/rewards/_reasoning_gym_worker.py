@@ -221,6 +221,8 @@ class Datasets:
             if hasattr(made, "validate"):
                 made.validate()
             return kind(config=made)
+        except ImportError:
+            raise
         except Exception as error:
             shown = " ".join(f"--set {key}={json.dumps(value)}" for key, value in settings.items()) or "its defaults"
             # Some of the library's assertions have no message.
@@ -259,6 +261,8 @@ def load() -> Callable[[Reply], Reply]:
             found = made[question["index"]]
         except IndexError:
             return {"end": True}
+        except ImportError:
+            raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise RefusedError(f"cannot make problem {question['index']} with these settings: {reason}") from error
@@ -274,6 +278,8 @@ def load() -> Callable[[Reply], Reply]:
         try:
             with expressions_only():
                 return {"score": float(dataset.score_answer(answer, stored)), "answered": True}
+        except ImportError:
+            raise
         except Exception:
             # Answers that a scorer cannot read are wrong.
             return {"score": 0.0, "answered": True}

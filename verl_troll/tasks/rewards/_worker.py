@@ -12,6 +12,7 @@ import os
 import resource
 import runpy
 import sys
+from typing import Any
 
 
 def main() -> None:
@@ -20,18 +21,25 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    answer = runpy.run_path(program)["load"]()
 
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    logging.disable()
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    replies.write(json.dumps({"ready": True}) + "\n")
-    for line in sys.stdin:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        allowed = int(used.ru_utime + used.ru_stime) + seconds + 1
-        allowed = allowed if hard == resource.RLIM_INFINITY else min(allowed, hard)
-        resource.setrlimit(resource.RLIMIT_CPU, (allowed, hard))
-        replies.write(json.dumps(answer(json.loads(line))) + "\n")
+    def reply(found: dict[str, Any]) -> None:
+        replies.write(json.dumps(found) + "\n")
+
+    try:
+        answer = runpy.run_path(program)["load"]()
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        logging.disable()
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        reply({"ready": True})
+        for line in sys.stdin:
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            allowed = int(used.ru_utime + used.ru_stime) + seconds + 1
+            allowed = allowed if hard == resource.RLIM_INFINITY else min(allowed, hard)
+            resource.setrlimit(resource.RLIMIT_CPU, (allowed, hard))
+            reply(answer(json.loads(line)))
+    except ImportError as error:
+        reply({"missing": f"{type(error).__name__}: {error}"})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Reward for mathematics: 1 if math-verify finds the final answer equal to the ground truth, else 0.
+"""Reward for mathematics: 1 if the final answer is the ground truth, as text, as a number or by math-verify; else 0.
 
 math-verify runs in processes of its own (:mod:`verl_troll.tasks.rewards.worker`).
 """
@@ -9,19 +9,16 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from verl_troll.tasks.rewards import notation
 from verl_troll.tasks.rewards.answers import final_answer
-from verl_troll.tasks.rewards.worker import Program, shared_pool
+from verl_troll.tasks.rewards.worker import Program, WorkerPool, shared_pool
 
 MAX_ANSWER = 2000
 """Maximum characters of an answer. Longer ones count as wrong, unparsed."""
-PROGRAM = Program(Path(__file__).with_name("_math_worker.py"), "math-verify", "math_verify")
+PROGRAM = Program(Path(__file__).with_name("_math_worker.py"), "math-verify", "tasks")
 
 if importlib.util.find_spec("math_verify") is None:
     raise ImportError("the reward for mathematics needs math-verify: pip install 'verl_troll[tasks]'")
-
-
-def _plain(text: str) -> str:
-    return "".join(text.replace("$", "").replace("\\,", "").replace("\\!", "").split())
 
 
 def compute_score(
@@ -52,6 +49,7 @@ def compute_score(
 
     Raises:
         ValueError: the ground truth is empty.
+        ImportError: math-verify or one of its dependencies is missing.
         RuntimeError: math-verify does not start.
     """
     truth = str(ground_truth).rsplit("####", 1)[-1].strip()
@@ -61,14 +59,45 @@ def compute_score(
     if answer is None:
         return {"score": 0.0, "acc": 0.0, "answered": 0.0, "stopped": 0.0}
     equal: bool | None = False
-    if _plain(answer) == _plain(truth):
+    if notation.same_text(truth, answer):
         equal = True
     elif len(answer) <= MAX_ANSWER:
-        question = {"gold": _boxed(truth), "answer": _boxed(answer)}
-        reply = shared_pool(PROGRAM, workers, memory_mb << 20, seconds).ask(question)
-        equal = None if reply is None else reply["equal"]
+        equal = _equal(truth, answer, shared_pool(PROGRAM, workers, memory_mb << 20, seconds))
     return {"score": float(bool(equal)), "acc": float(bool(equal)), "answered": 1.0, "stopped": float(equal is None)}
 
 
-def _boxed(text: str) -> str:
-    return f"\\boxed{{{text}}}"
+def _equal(truth: str, answer: str, pool: WorkerPool) -> bool | None:
+    """Whether an answer is the true one; None if a limit ended the comparison."""
+    *names, right = notation.sides(truth)
+    *others, last = notation.sides(answer)
+    if len(names) == 1 and others and notation.same_text(names[0], others[0]):
+        # math-verify takes N and n for the same.
+        truth, answer, others = right, last, others[1:]
+    elif not names:
+        # x = 9 is 9.
+        answer = last
+    else:
+        others = []
+    true, value = notation.read_number(truth), notation.read_number(answer, words=True)
+    if true and value and not notation.same_number(true, value):
+        return False
+    unread = []
+    for other in others:
+        number = notation.read_number(other)
+        if not (number and value):
+            unread += [] if notation.is_shortened(other) else [other]
+        elif not notation.rounds(number, value):
+            # 6 = 9 is not.
+            return False
+    if true and value and not unread:
+        return True
+    texts = [
+        notation.latex(true) if true else notation.for_math_verify(truth),
+        notation.latex(value) if value else notation.for_math_verify(answer),
+        *map(notation.for_math_verify, unread),
+    ]
+    if None in texts:
+        return False
+    gold, given, *sides = (f"\\boxed{{{text}}}" for text in texts)
+    reply = pool.ask({"gold": gold, "answer": given, "sides": sides})
+    return None if reply is None else bool(reply["equal"])

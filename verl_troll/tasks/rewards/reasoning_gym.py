@@ -51,6 +51,7 @@ def compute_score(
 
     Raises:
         ValueError: ``extra_info`` is not that of a row of this task.
+        ImportError: reasoning-gym or one of its dependencies is missing.
         RuntimeError: reasoning-gym does not start, or cannot make the row's data set.
     """
     row = extra_info or {}

@@ -6,6 +6,7 @@ processes that are killed when they exceed a limit, and replaced.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -31,12 +32,12 @@ class Program:
     Attributes:
         file: Python file whose ``load()`` imports the library and returns the function that answers questions.
         library: the library's name, for messages.
-        module: the module to import.
+        extra: the extra of this package that installs it.
     """
 
     file: Path
     library: str
-    module: str
+    extra: str
 
 
 class Worker:
@@ -48,10 +49,12 @@ class Worker:
         seconds: CPU time for one answer, after which the process ends itself.
 
     Raises:
+        ImportError: the library or one of its dependencies is missing.
         RuntimeError: the process does not start.
     """
 
     def __init__(self, program: Program, memory: int, seconds: float) -> None:
+        self._program = program
         source = Path(_worker.__file__).read_text()
         self._process = subprocess.Popen(
             [sys.executable, "-B", "-c", source, str(memory), str(int(seconds) + 1), str(program.file.resolve())],
@@ -62,12 +65,16 @@ class Worker:
             # The order of sets is part of what a library computes; one answer needs one thread.
             env={**os.environ, "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
-        if self._reply(START_SECONDS) != {"ready": True}:
-            status = self.close()
-            raise RuntimeError(
-                f"the process for {program.library} did not start (status {status}): try "
-                f"{sys.executable} -c 'import {program.module}'"
-            )
+        try:
+            started = self._reply(START_SECONDS) == {"ready": True}
+        except ImportError:
+            self.close()
+            raise
+        if not started:
+            # One that ended has a status of its own; one that hangs is killed.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
+            raise RuntimeError(f"the process for {program.library} did not start (status {self.close()})")
 
     def _reply(self, seconds: float) -> dict[str, Any] | None:
         assert self._process.stdout is not None
@@ -83,10 +90,20 @@ class Worker:
                     return None
                 chunks.append(chunk)
         reply: dict[str, Any] = json.loads(b"".join(chunks))
+        if "missing" in reply:
+            library, extra = self._program.library, self._program.extra
+            raise ImportError(
+                f"{library} cannot be used: {reply['missing']}; python: {sys.executable}; "
+                f"pip install 'verl_troll[{extra}]'"
+            )
         return reply
 
     def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any] | None:
-        """The answer to a question; None if the process hit a limit or crashed, and must be replaced."""
+        """The answer to a question; None if the process hit a limit or crashed, and must be replaced.
+
+        Raises:
+            ImportError: a dependency of the library is missing.
+        """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
