@@ -68,7 +68,7 @@ def _last_box(row: dict[str, Any]) -> str:
     """The answer of a Minerva row that has none of its own."""
     from verl.utils.reward_score.math_dapo import last_boxed_only_string, remove_boxed
 
-    return remove_boxed(last_boxed_only_string(row["solution"]))
+    return str(remove_boxed(last_boxed_only_string(row["solution"])))
 
 
 MATH_500 = "HuggingFaceH4/MATH-500"
@@ -132,17 +132,17 @@ def wrong(truth: str) -> Iterator[tuple[str, str]]:
                 yield name, f"So \\boxed{{{truth[:place]}{other}{truth[place + 1 :]}}}."
         return
     step = Decimal(1).scaleb(int(number.as_tuple().exponent))
-    for name, other in {
+    for name, neighbour in {
         "last place + 1": number + step,
         "last place - 1": number - step,
         "sign": -number if number else Decimal(1),
         "x 10": number.scaleb(1) if number else Decimal(10),
         "/ 10": number.scaleb(-1) if number else Decimal("0.1"),
     }.items():
-        mantissa, _, power = f"{other:E}".partition("E")
-        yield name, f"So \\boxed{{{other:f}}}."
+        mantissa, _, power = f"{neighbour:E}".partition("E")
+        yield name, f"So \\boxed{{{neighbour:f}}}."
         yield f"{name}, \\times", f"So \\boxed{{{mantissa}\\times 10^{{{int(power)}}}}}."
-        yield f"{name}, ####", f"#### {other:f}"
+        yield f"{name}, ####", f"#### {neighbour:f}"
 
 
 @dataclass

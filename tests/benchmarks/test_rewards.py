@@ -13,7 +13,7 @@ import pytest
 from benchmarks import rewards
 from verl_troll.tasks.rewards import math
 
-ROWS = {
+ROWS: dict[str, list[dict[str, Any]]] = {
     "gsm8k_train": [{"question": "", "answer": "Thus.\n#### 1,234"}, {"question": "", "answer": "#### -3"}],
     "minerva_math": [{"solution": "So $\\boxed{1.6e-19} \\mathrm{~C}$."}, {"solution": "\\boxed{\\frac{a}{2}}."}],
     "amc23": [{"problem": "", "answer": 27.0}],
