@@ -162,7 +162,7 @@ def test_tasks_have_names_of_their_own() -> None:
 def test_a_pretrained_cell_trains_in_small_pieces() -> None:
     words = Cell("sums", "clip", 1e-5, 0, mini_batches=8, steps=12).overrides()
     last = dict(word.split("=", 1) for word in words)
-    assert last["actor_rollout_ref.rollout.n"] == "4"
+    assert last["actor_rollout_ref.rollout.n"] == "8"
     assert last["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"] == "8"
     assert last["trainer.test_freq"] == "4"
     assert not any(word.startswith("+study.probe") for word in Cell("chain", "clip", 1e-4, 0).overrides())
