@@ -14,13 +14,13 @@ from benchmarks import rewards
 from verl_troll.tasks.rewards import math
 
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "gsm8k_train": [{"question": "", "answer": "Thus.\n#### 1,234"}, {"question": "", "answer": "#### -3"}],
+    "gsm8k_train": [{"question": "How many?", "answer": "Thus.\n#### 1,234"}, {"question": "How many?", "answer": "#### -3"}],
     "minerva_math": [{"solution": "So $\\boxed{1.6e-19} \\mathrm{~C}$."}, {"solution": "\\boxed{\\frac{a}{2}}."}],
-    "amc23": [{"problem": "", "answer": 27.0}],
-    "aime24": [{"problem": "", "answer": "025"}],
+    "amc23": [{"problem": "How many?", "answer": 27.0}],
+    "aime24": [{"problem": "How many?", "answer": "025"}],
     "olympiadbench": [
-        {"question": "", "final_answer": ["$\\frac{1}{2 n+2}$"]},
-        {"question": "", "final_answer": ["1,3"]},
+        {"question": "How many?", "final_answer": ["$\\frac{1}{2 n+2}$"]},
+        {"question": "How many?", "final_answer": ["1,3"]},
     ],
 }
 
