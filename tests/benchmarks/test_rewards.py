@@ -14,7 +14,10 @@ from benchmarks import rewards
 from verl_troll.tasks.rewards import math
 
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "gsm8k_train": [{"question": "How many?", "answer": "Thus.\n#### 1,234"}, {"question": "How many?", "answer": "#### -3"}],
+    "gsm8k_train": [
+        {"question": "How many?", "answer": "Thus.\n#### 1,234"},
+        {"question": "How many?", "answer": "#### -3"},
+    ],
     "minerva_math": [{"solution": "So $\\boxed{1.6e-19} \\mathrm{~C}$."}, {"solution": "\\boxed{\\frac{a}{2}}."}],
     "amc23": [{"problem": "How many?", "answer": 27.0}],
     "aime24": [{"problem": "How many?", "answer": "025"}],

@@ -98,3 +98,16 @@ def test_rollout_on_the_trainers_devices_ahead_of_it(assets: Path, tmp_path: Pat
     assert_side_channel_exact(tmp_path / "run", steps=3, samples=32, epochs=1)
     assert_projected_within_bound(rows)
     assert max(row["training/off_policy/trajectory_staleness/max"] for row in rows) >= 1
+
+
+@pytest.mark.slow
+def test_the_policy_that_sampled_ahead_on_the_trainers_devices(assets: Path, tmp_path: Path) -> None:
+    rows = run_trainer(
+        assets,
+        tmp_path / "run",
+        ["+troll=rollout_support", "trainer.v1.trainer_mode=colocate_async", "trainer.total_training_steps=3"],
+        probe=True,
+    )
+    assert_every_update_has_the_rollouts_support(tmp_path / "run", steps=3, samples=32)
+    assert_projected_within_bound(rows)
+    assert max(row["training/off_policy/trajectory_staleness/max"] for row in rows) >= 1
