@@ -15,7 +15,7 @@ from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, Ra
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.device import get_device_name
 from verl.workers.config import HFModelConfig
-from verl.workers.rollout.replica import TokenOutput, get_rollout_replica_class
+from verl.workers.rollout.replica import RolloutReplica, TokenOutput, get_rollout_replica_class
 
 
 def configuration(model: Path, *overrides: str) -> Any:
@@ -60,9 +60,9 @@ class WeightSender(Worker):
 
 
 class Served:
-    """A running replica."""
+    """A running replica, of the class that is registered for vLLM unless another is given."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, kind: type[RolloutReplica] | None = None) -> None:
         rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
         self.pool = RayResourcePool([1], use_gpu=True, max_colocate_count=2)
         self.senders = RayWorkerGroup(
@@ -70,7 +70,7 @@ class Served:
             ray_cls_with_init=RayClassWithInitArgs(ray.remote(WeightSender), rollout=rollout, model=model),
             device_name=get_device_name(),
         )
-        self.replica = get_rollout_replica_class("vllm")(0, rollout, model, gpus_per_node=1)
+        self.replica = (kind or get_rollout_replica_class("vllm"))(0, rollout, model, gpus_per_node=1)
         asyncio.run(self.replica.init_hybrid(self.senders))
 
     def update(self, model: Path, scale: float = 1.0, step: int = 1) -> None:

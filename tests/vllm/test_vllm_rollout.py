@@ -50,8 +50,10 @@ def _ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def stock(model: Path) -> dict[str, list[TokenOutput]]:
-    """What verl's replica answers before this process has loaded the plugin."""
-    served = Served(configuration(model))
+    """What verl's own replica answers, in processes without the plugin."""
+    from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMReplica
+
+    served = Served(configuration(model), vLLMReplica)
     try:
         served.update(model)
         sampled = served.generate(PROMPTS, in_turn=True, temperature=0.8)
