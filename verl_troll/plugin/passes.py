@@ -170,9 +170,9 @@ class OldPolicyPass(_LogitsPass):
     def _loss(
         self, model_output: dict[str, Tensor], data: TensorDict, dp_group: dist.ProcessGroup | None
     ) -> tuple[Tensor, dict[str, Any]]:
-        # verl stores what model_output holds when its loss function returns.
         if self._support is None:
             raise RuntimeError(_never_shown(data))
+        # verl stores what model_output holds when its loss function returns.
         model_output.update(self._packed_support())
         return torch.ones((), device=data["input_ids"].device), {}
 

@@ -173,11 +173,12 @@ class TrollEngineMixin(BaseEngine):
         """
         update, self._update = self._update, None
         if update is not None:
+            # Ranks that share tokens count them more than once.
             broken = torch.tensor(update.broken, device=get_device_name())
             if dist.is_initialized():
-                dist.all_reduce(broken)
-            if count := int(broken):
-                logger.warning("optimizer step skipped: the loss of %d tokens is not finite (troll/nonfinite)", count)
+                dist.all_reduce(broken, op=dist.ReduceOp.MAX)
+            if int(broken):
+                logger.warning("optimizer step skipped: tokens' losses are infinite or NaN (troll/nonfinite)")
                 return math.nan
         grad_norm: float = super().optimizer_step()
         return grad_norm
