@@ -10,6 +10,7 @@ from verl_troll.patches.registry import Patch
 from verl_troll.versions import TESTED_VERL
 
 NAMESPACE = "troll/"
+_TRAINERS = ("verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.ray_trainer")
 
 
 def _install() -> None:
@@ -23,21 +24,22 @@ def _install() -> None:
         return {**renamed, **{key: value for key, value in data.items() if key.startswith(NAMESPACE)}}
 
     py_functional.rename_dict = rename_dict
-    # The trainer may already have imported the name.
-    trainer = sys.modules.get("verl.trainer.ppo.v1.trainer_base")
-    if trainer is not None:
-        trainer.rename_dict = rename_dict  # type: ignore[attr-defined]
+    # A trainer may already have imported the name.
+    for name in _TRAINERS:
+        if (trainer := sys.modules.get(name)) is not None:
+            trainer.rename_dict = rename_dict  # type: ignore[attr-defined]
 
 
 PATCH = Patch(
     name="verl-metric-names",
     host="verl",
     versions=TESTED_VERL,
-    why="PPOTrainer._update_actor renames troll/... to actor/troll/...",
-    upstream="verl/trainer/ppo/v1/trainer_base.py: rename only keys without a '/'",
+    why="PPOTrainer and RayPPOTrainer rename troll/... to actor/troll/...",
+    upstream="verl/trainer/ppo/v1/trainer_base.py and ray_trainer.py, _update_actor: rename only keys without a '/'",
     install=_install,
     replaces={
         "verl.utils.py_functional:rename_dict": "380084057251157e",
         "verl.trainer.ppo.v1.trainer_base:PPOTrainer._update_actor": "82879aeff227214b",
+        "verl.trainer.ppo.ray_trainer:RayPPOTrainer._update_actor": "601a6fa2029023d0",
     },
 )

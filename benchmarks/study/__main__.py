@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.study import grid, pretrained, results
-from benchmarks.study.cells import LOSSES, PRETRAINED_PROMPTS, PROMPTS, TASKS_FOLDER, Cell
+from benchmarks.study.cells import LOSSES, PRETRAINED_PROMPTS, PROMPTS, TASKS_FOLDER, TRAINERS, Cell
 from benchmarks.study.pool import Pool
 from benchmarks.study.tasks import NAMES, PRETRAINED
 from verl_troll.tools import disk
@@ -114,6 +114,7 @@ def _cell(options: argparse.Namespace) -> int:
         steps=options.steps or (pretrained.ONCE["steps"] if options.task in PRETRAINED else grid.STEPS),
         settings=tuple(options.set),
         prompts=options.prompts or (PRETRAINED_PROMPTS if options.task in PRETRAINED else PROMPTS),
+        trainer=options.trainer,
     )
     _prepare([cell.task])
     failed = Pool(lambda done: [cell], options.results, say=_say).run(1, math.inf)
@@ -198,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cell.add_argument("--staleness", type=int, default=0)
     cell.add_argument("--old-policy", choices=("rescored", "behaviour"), default="rescored")
     cell.add_argument("--temperature", type=float, default=1.0)
+    cell.add_argument("--trainer", choices=TRAINERS, default=TRAINERS[0])
     cell.add_argument("--steps", type=int, help="default 40, with a pretrained model 12")
     cell.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a verl setting, or troll.NAME=VALUE"

@@ -28,6 +28,9 @@ PRETRAINED_EVALUATIONS = 3
 PROBED_K = (16, 64, 256)
 """Support sizes at which :mod:`benchmarks.study.probe` looks at a pretrained model."""
 
+TRAINERS = ("study", "separate_async")
+"""The study's own (:mod:`benchmarks.study.trainer`), and verl's asynchronous one as it is."""
+
 _ACTOR = "actor_rollout_ref.actor"
 _TROLL = f"{_ACTOR}.policy_loss.troll"
 _WIDE_OPEN = "1e9"
@@ -82,12 +85,14 @@ class Cell:
         estimator: Hydra group ``estimator``.
         mini_batches: optimizer steps per batch and epoch.
         epochs: passes over each batch.
-        staleness: training steps between sampling and training.
+        staleness: training steps between sampling and training; in ``separate_async`` how many batches are sampled
+            ahead, which bounds them.
         old_policy: ``rescored`` or ``behaviour``.
         temperature: temperature of sampling and training.
         steps: number of training steps.
         settings: further settings, each ``key=value``; ``troll.NAME=VALUE`` sets one of TROLL's.
         prompts: prompts per step.
+        trainer: one of :data:`TRAINERS`.
     """
 
     task: str
@@ -103,6 +108,7 @@ class Cell:
     steps: int = 50
     settings: tuple[str, ...] = ()
     prompts: int = PROMPTS
+    trainer: str = TRAINERS[0]
 
     def __post_init__(self) -> None:
         """Raise :class:`ValueError` if the run is impossible."""
@@ -112,6 +118,8 @@ class Cell:
             raise ValueError(f"loss={self.loss!r}: must be one of {', '.join(LOSSES)}")
         if self.old_policy not in ("rescored", "behaviour"):
             raise ValueError(f"old_policy={self.old_policy!r}: must be rescored or behaviour")
+        if self.trainer not in TRAINERS:
+            raise ValueError(f"trainer={self.trainer!r}: must be one of {', '.join(TRAINERS)}")
         if self.mini_batches < 1 or self.prompts < 1 or self.prompts % self.mini_batches:
             raise ValueError(f"mini_batches={self.mini_batches}: must divide the {self.prompts} prompts of a step")
         if self.lr <= 0 or self.epochs < 1 or self.staleness < 0 or self.steps < 1:
@@ -123,11 +131,18 @@ class Cell:
         return cls(**{**fields, "settings": tuple(fields.get("settings", ()))})
 
     def to_json(self) -> dict[str, Any]:
-        """Fields as JSON values, without ``prompts`` if it is :data:`PROMPTS`: older runs keep their keys."""
+        """Fields as JSON values, without ``prompts`` and ``trainer`` at their defaults: older runs keep their keys."""
         fields = {**dataclasses.asdict(self), "settings": list(self.settings)}
         if self.prompts == PROMPTS:
             del fields["prompts"]
+        if self.trainer == TRAINERS[0]:
+            del fields["trainer"]
         return fields
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether verl's asynchronous trainer runs it."""
+        return self.trainer == "separate_async"
 
     @property
     def key(self) -> str:
@@ -147,7 +162,8 @@ class Cell:
         if self.prompts != PROMPTS:
             parts.append(f"P{self.prompts}")
         if self.staleness:
-            parts.append(f"stale{self.staleness}-{self.old_policy}")
+            lag = "ahead" if self.is_asynchronous else "stale"
+            parts.append(f"{lag}{self.staleness}-{self.old_policy}")
         if self.temperature != 1:
             parts.append(f"T{self.temperature:g}")
         return " ".join(parts)
@@ -165,7 +181,8 @@ class Cell:
     @property
     def session(self) -> tuple[Any, ...]:
         """Settings fixed at process start; runs that agree on them can share processes."""
-        return (self.task, self.uses_troll, self.estimator, self.temperature)
+        own = (self.key,) if self.is_asynchronous else ()
+        return (self.task, self.uses_troll, self.estimator, self.temperature, *own)
 
     def overrides(self, tasks: Path = TASKS_FOLDER) -> list[str]:
         """Overrides for verl's command line.
@@ -179,7 +196,7 @@ class Cell:
         chosen = [
             "+cpu=default",
             f"+estimator={self.estimator}",
-            *LOSSES[self.loss],
+            *self._loss(),
             f"data.train_files={data / 'train.parquet'}",
             f"data.val_files={data / 'held_out.parquet'}",
             f"data.train_batch_size={self.prompts}",
@@ -211,8 +228,7 @@ class Cell:
             "trainer.resume_mode=disable",
             f"trainer.total_training_steps={self.steps}",
             "trainer.total_epochs=1000000",
-            f"+study.staleness={self.staleness}",
-            f"+study.old_policy={self.old_policy}",
+            *(self._asynchronous() if self.is_asynchronous else self._delayed()),
         ]
         if self.task in PRETRAINED:
             # Later words win.
@@ -222,6 +238,33 @@ class Cell:
         return [
             *chosen,
             *(s.replace("troll.", f"{_TROLL}.", 1) if s.startswith("troll.") else s for s in self.settings),
+        ]
+
+    def _loss(self) -> list[str]:
+        from_rollout = self.is_asynchronous and self.old_policy == "behaviour"
+        return [
+            word.replace("+troll=default", "+troll=rollout_support") if from_rollout else word
+            for word in LOSSES[self.loss]
+        ]
+
+    def _delayed(self) -> list[str]:
+        return [f"+study.staleness={self.staleness}", f"+study.old_policy={self.old_policy}"]
+
+    def _asynchronous(self) -> list[str]:
+        """Sampling on a device of its own, weights sent once per batch."""
+        rollout, mode = "actor_rollout_ref.rollout", "trainer.v1.separate_async"
+        sampled = self.old_policy == "behaviour"
+        return [
+            f"algorithm.rollout_correction.bypass_mode={sampled}",
+            "trainer.v1.trainer_mode=separate_async",
+            f"{mode}.parameter_sync_step={self.mini_batches}",
+            f"{mode}.num_warmup_batches={self.staleness}",
+            "actor_rollout_ref.hybrid_engine=False",
+            f"{rollout}.nnodes=1",
+            f"{rollout}.n_gpus_per_node=1",
+            f"{rollout}.checkpoint_engine.backend=ray_object_store",
+            f"{rollout}.checkpoint_engine.custom_backend_module=verl_troll.cpu.checkpoint_engine",
+            "ray_kwargs.ray_init.num_gpus=2",
         ]
 
     def _for_a_pretrained_model(self, mini_batch: int) -> list[str]:

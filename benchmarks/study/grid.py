@@ -159,6 +159,15 @@ def gspo_clip(results: Results) -> Iterator[Cell]:
         yield Cell("chain", loss, 2e-4, seed, steps=200)
 
 
+def separate_async(results: Results) -> Iterator[Cell]:
+    """verl's asynchronous trainer, 1, 2, 4 and 8 batches ahead, with both old policies."""
+    for seed, ahead in product(SEEDS, (8, 1, 4, 2)):
+        for old_policy, loss in product(("rescored", "behaviour"), ("clip", "union", "anchored")):
+            yield Cell(
+                "chain", loss, 2e-4, seed, staleness=ahead, old_policy=old_policy, steps=STEPS, trainer="separate_async"
+            )
+
+
 @dataclass(frozen=True)
 class Section:
     """A section of the study; ``cells`` may depend on the results so far."""
@@ -183,6 +192,7 @@ SECTIONS: dict[str, Section] = {
         temperature,
         batch_size,
         gspo_clip,
+        separate_async,
     )
 }
 

@@ -2,7 +2,8 @@
 
 It reads one line of JSON per run from standard input, ``{"cell": ..., "tasks": FOLDER, "metrics": PATH}``, and answers
 with one line on standard output, ``{"seconds": ...}`` or ``{"error": ...}``. It exits after an error, since the state
-of its processes is then unknown. All other output goes to standard error.
+of its processes is then unknown. All other output goes to standard error. Runs of verl's asynchronous trainer are its
+own task runner's, one per process.
 """
 
 from __future__ import annotations
@@ -32,21 +33,37 @@ def configuration(cell: Cell, tasks: Path) -> Any:
     return config
 
 
-def start(config: Any) -> Any:
-    """Start Ray and verl's processes, and wait until they are ready."""
+def connect(config: Any, **variables: str) -> None:
+    """Start Ray as verl's entry point does, with further environment variables for verl's processes."""
     import ray
     from omegaconf import OmegaConf
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
-    from benchmarks.study.trainer import StudyRunner
-
     environment = get_ppo_ray_runtime_env(config)
-    environment.setdefault("env_vars", {})["TRANSFER_QUEUE_ENABLE"] = "1"
+    environment.setdefault("env_vars", {}).update({"TRANSFER_QUEUE_ENABLE": "1", **variables})
     chosen = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
     ray.init(**{**chosen, "runtime_env": environment})
+
+
+def start(config: Any) -> Any:
+    """Start Ray and verl's processes, and wait until they are ready."""
+    import ray
+
+    from benchmarks.study.trainer import StudyRunner
+
+    connect(config)
     runner = StudyRunner.remote(config)  # type: ignore[attr-defined]
     ray.get(runner.__ray_ready__.remote())
     return runner
+
+
+def train_asynchronously(config: Any, metrics: str) -> None:
+    """Run verl's own task runner; its file logger writes one line per step to ``metrics``."""
+    import ray
+    from verl.trainer.main_ppo import TaskRunnerV1
+
+    connect(config, VERL_FILE_LOGGER_PATH=metrics)
+    ray.get(TaskRunnerV1.remote().run.remote(config))
 
 
 def main() -> int:
@@ -57,13 +74,17 @@ def main() -> int:
     for line in sys.stdin:
         order = json.loads(line)
         try:
-            config = configuration(Cell.from_json(order["cell"]), Path(order["tasks"]))
-            if runner is None:
+            cell = Cell.from_json(order["cell"])
+            config = configuration(cell, Path(order["tasks"]))
+            if runner is None and not cell.is_asynchronous:
                 runner = start(config)
             import ray
 
             begin = time.monotonic()
-            ray.get(runner.run.remote(config, order["metrics"]))
+            if cell.is_asynchronous:
+                train_asynchronously(config, order["metrics"])
+            else:
+                ray.get(runner.run.remote(config, order["metrics"]))
             answer: dict[str, Any] = {"seconds": round(time.monotonic() - begin, 2)}
         except Exception:
             answer = {"error": traceback.format_exc()}

@@ -40,7 +40,15 @@ def test_a_cell_survives_the_file() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"lr": 3e-4}, {"settings": ("troll.alpha=0",)}, {"epochs": 2}, {"prompts": 64}]
+    "change",
+    [
+        {"seed": 1},
+        {"lr": 3e-4},
+        {"settings": ("troll.alpha=0",)},
+        {"epochs": 2},
+        {"prompts": 64},
+        {"trainer": "separate_async"},
+    ],
 )
 def test_different_cells_have_different_keys(change: dict[str, Any]) -> None:
     assert dataclasses.replace(CELL, **change).key != CELL.key
@@ -55,6 +63,7 @@ def test_different_cells_have_different_keys(change: dict[str, Any]) -> None:
         ({"mini_batches": 32}, "the 16 prompts of a step"),
         ({"prompts": 0}, "the 0 prompts of a step"),
         ({"old_policy": "old"}, "old_policy='old'"),
+        ({"trainer": "mine"}, "trainer='mine'"),
         ({"lr": 0.0}, "lr must be above 0"),
     ],
 )
@@ -78,6 +87,24 @@ def test_larger_steps_have_as_many_optimizer_steps_and_are_evaluated_as_often_pe
             assert setting in overrides
         assert Cell.from_json(json.loads(json.dumps(cell.to_json()))) == cell
         assert (f"P{prompts}" in cell.regime) == (prompts != 16)
+
+
+@pytest.mark.parametrize(
+    ("loss", "group"),
+    [("clip", "+baseline=vanilla"), ("union", "+troll=rollout_support"), ("anchored", "+troll=rollout_support")],
+)
+def test_the_asynchronous_trainer_takes_the_old_policy_that_sampled_in_bypass_mode(
+    loss: str, group: str, tmp_path: Path
+) -> None:
+    cell = Cell("chain", loss, 2e-4, 0, staleness=4, old_policy="behaviour", trainer="separate_async")
+    words = cell.overrides(tmp_path)
+    assert group in words
+    assert "algorithm.rollout_correction.bypass_mode=True" in words
+    assert "trainer.v1.separate_async.num_warmup_batches=4" in words
+    assert "+troll=rollout_support" not in dataclasses.replace(cell, old_policy="rescored").overrides(tmp_path)
+    assert Cell.from_json(json.loads(json.dumps(cell.to_json()))) == cell
+    # verl's task runner trains once per process.
+    assert cell.session != dataclasses.replace(cell, seed=1).session
 
 
 def test_published_runs_keep_their_keys() -> None:

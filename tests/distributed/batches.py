@@ -140,3 +140,33 @@ def assert_loss_at_ratio_one(loss: float, batch: TensorDict) -> None:
     # Advantages have both signs and are summed in some order: sums are as large as the advantages, their mean is not.
     # Micro-batch, batch and average each round once or twice.
     assert abs(loss + advantages.mean().item()) <= 4 * last_place(advantages.abs().mean())
+
+
+def as_v0(batch: TensorDict) -> TensorDict:
+    """A copy of ``batch`` as verl's v0 trainers hand it to their workers: only the sequences are without padding."""
+    from verl.workers.utils.padding import left_right_2_no_padding
+
+    def ones(rows: list[Tensor]) -> list[Tensor]:
+        return [torch.ones_like(row) for row in rows]
+
+    def left(rows: list[Tensor]) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+
+    def right(rows: list[Tensor]) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    rows = {name: list(value.unbind()) for name, value in batch.items() if isinstance(value, Tensor)}
+    prompts, responses = rows.pop("prompts"), rows.pop("responses")
+    attention_mask = torch.cat([left(ones(prompts)), right(ones(responses))], dim=-1)
+    columns = {
+        "prompts": left(prompts),
+        "responses": right(responses),
+        "input_ids": torch.cat([left(prompts), right(responses)], dim=-1),
+        "attention_mask": attention_mask,
+        "position_ids": (attention_mask.cumsum(-1) - 1).clamp_min(0),
+    }
+    for name in rows:
+        # The engine adds the support.
+        columns.setdefault(name, batch[name] if name.startswith("troll_") else right(rows[name]))
+    del columns["loss_mask"]
+    return left_right_2_no_padding(TensorDict(columns, batch_size=batch.batch_size))

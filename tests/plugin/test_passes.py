@@ -17,7 +17,7 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
 from tests import oracle
-from tests.distributed.batches import VOCAB, make_batch, with_old_policy
+from tests.distributed.batches import VOCAB, as_v0, make_batch, with_old_policy
 from tests.distributed.launch import run_ranks
 from verl_troll.core.lm_head import LinearHead
 from verl_troll.core.vocab import VocabShard
@@ -243,6 +243,27 @@ def test_loss_and_gradient_are_those_of_the_objective(rule: str, padded: bool, r
     torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-7)
     assert float(reference.abs().max()) > 1e-3
     assert metrics["actor/pg_loss"] + metrics["troll/regression_loss"] == pytest.approx(loss.item(), rel=1e-12)
+
+
+@by_rule
+def test_the_padded_columns_of_v0_trainers_change_nothing(rule: str) -> None:
+    batch, settings = batch_of(), replace(SETTINGS, support=rule)
+    old, new = logits_of(batch)
+    layout = layout_of(batch, False)
+    output = old_pass(batch, old, layout, settings)
+    for name, value in old_pass(as_v0(batch), old, layout, settings).items():
+        assert torch.equal(value.values(), output[name].values())
+    found = []
+    whole = with_old_policy(batch, output)
+    for data in (whole, as_v0(whole)):
+        tu.assign_non_tensor(data, dp_size=1, batch_num_tokens=batch["batch_num_tokens"], global_batch_size=8)
+        logits = new.clone().requires_grad_()
+        loss, metrics, _ = update(data, logits, layout, settings)
+        found.append((loss, metrics, torch.autograd.grad(loss, logits)[0]))
+    (loss, metrics, gradient), (v0_loss, v0_metrics, v0_gradient) = found
+    torch.testing.assert_close(v0_loss, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(v0_gradient, gradient, rtol=1e-12, atol=1e-15)
+    assert v0_metrics == pytest.approx(metrics, rel=1e-12)
 
 
 @by_rule

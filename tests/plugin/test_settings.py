@@ -158,10 +158,6 @@ def test_the_rollout_engine_is_asked_for_what_the_loss_is_set_to() -> None:
         ("actor_rollout_ref.model.external_lib=[mine,verl_troll.plugin]", "actor_rollout_ref.model.external_lib"),
         ("algorithm.rollout_correction.rollout_is=token", "algorithm.rollout_correction.rollout_is"),
         ("algorithm.rollout_correction.rollout_rs=token_k1", "algorithm.rollout_correction.rollout_rs"),
-        (
-            "actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent",
-            "actor_rollout_ref.rollout.agent.default_agent_loop",
-        ),
     ],
 )
 def test_rollout_engine_that_cannot_give_the_old_policy_is_refused(override: str, key: str) -> None:
@@ -182,7 +178,6 @@ def test_typo_is_refused() -> None:
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("trainer.use_v1=False", "trainer.use_v1"),
         ("trainer.v1.trainer_mode=mine", "trainer.v1.trainer_mode"),
         ("algorithm.rollout_correction.bypass_mode=True", "algorithm.rollout_correction.bypass_mode"),
         ("actor_rollout_ref.actor.pad_to_length=True", "actor_rollout_ref.actor.pad_to_length"),
@@ -403,7 +398,6 @@ def test_group_refers_only_to_keys_that_verl_has() -> None:
     host = OmegaConf.to_container(config.actor_rollout_ref.actor.policy_loss.troll.host, resolve=True)
     assert host == {
         "_target_": "verl_troll.plugin.settings.HostSettings",
-        "use_v1": True,
         "trainer_mode": "sync",
         "bypass_mode": False,
         "rollout": {
@@ -414,7 +408,6 @@ def test_group_refers_only_to_keys_that_verl_has() -> None:
             "repetition_penalty": 1.0,
             "logprobs_mode": "processed_logprobs",
             "calculate_log_probs": True,
-            "agent_loop": "single_turn_agent",
             "disaggregation": False,
             "speculative_decoding": False,
             "engine_kwargs": {"vllm": {}, "sglang": {}, "trtllm": {}},

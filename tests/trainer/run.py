@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +57,24 @@ def run_trainer(
     limit: float | None = None,
     group: str = "default",
     device: str = DEVICE,
+    module: str = "verl.trainer.main_ppo",
+    modules: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Run ``verl.trainer.main_ppo`` and return one row of metrics per logged step (``step`` among the keys).
+    """Run a trainer of verl and return one row of metrics per logged step (``step`` among the keys).
 
     Args:
         limit: maximum run time in seconds; by default unlimited while the run makes progress.
         group: a configuration group; ``cpu`` by default, unless the device is another.
         device: as in :mod:`tests.device`.
+        module: the trainer's, for ``python -m``.
+        modules: further ones that every process of verl imports.
 
     Raises:
         AssertionError: the trainer failed or hung; the message ends with its log.
     """
-    command, environment = trainer(assets, out, overrides, ranks=ranks, probe=probe, group=group, device=device)
+    command, environment = trainer(
+        assets, out, overrides, ranks=ranks, probe=probe, group=group, device=device, module=module, modules=modules
+    )
     log, metrics = out / "trainer.log", out / METRICS
     ended = ""
     with log.open("w") as file, Tree(command, cwd=out, env=environment, stdout=file, stderr=subprocess.STDOUT) as tree:
@@ -89,12 +96,14 @@ def trainer(
     probe: bool = False,
     group: str = "default",
     device: str = DEVICE,
+    module: str = "verl.trainer.main_ppo",
+    modules: Sequence[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """The command that :func:`run_trainer` runs in ``out``, which is made, and its environment."""
     out.mkdir(parents=True, exist_ok=True)
     verls = platform_variables(device)
-    if probe:
-        verls["VERL_USE_EXTERNAL_MODULES"] += f",{PROBE_MODULE}"
+    added = (*modules, *([PROBE_MODULE] if probe else []))
+    verls["VERL_USE_EXTERNAL_MODULES"] = ",".join((verls["VERL_USE_EXTERNAL_MODULES"], *added))
     environment = {
         **os.environ,
         **verls,
@@ -111,7 +120,7 @@ def trainer(
     command = [
         sys.executable,
         "-m",
-        "verl.trainer.main_ppo",
+        module,
         f"hydra.run.dir={out}/hydra",
         f"+cpu={group}" if device == "cpu" else "+embedded=default",
         "algorithm.adv_estimator=grpo",

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 from pyarrow import parquet
 
-from tests.trainer.checks import assert_projected_within_bound, assert_side_channel_exact
+from tests.trainer.checks import (
+    assert_every_update_has_the_rollouts_support,
+    assert_projected_within_bound,
+    assert_side_channel_exact,
+)
 from tests.trainer.run import make_assets, probe_lines, run_trainer
 
 pytestmark = pytest.mark.trainer
@@ -85,15 +89,17 @@ def test_without_a_step_between_the_rollout_engine_and_the_actor_agree(assets: P
 
 
 @pytest.mark.slow
-def test_a_data_set_that_names_another_agent_loop_is_named(tmp_path: Path) -> None:
-    """Its column takes the place of the group's agent loop, for half of the samples here."""
+def test_a_data_set_may_name_verls_agent_loops(tmp_path: Path) -> None:
+    """Half of the samples go through the tool loop."""
     make_assets(tmp_path, hidden_size=128)
     table = parquet.read_table(tmp_path / "train.parquet")
-    loops = ["single_turn_agent", "troll_single_turn_agent"] * (len(table) // 2)
+    loops = ["single_turn_agent", "tool_agent"] * (len(table) // 2)
     parquet.write_table(table.append_column("agent_name", [loops]), tmp_path / "train.parquet")
-    with pytest.raises(AssertionError, match=r"MissingSupportError: .* the data set's column agent_name, must name"):
-        run_trainer(
-            tmp_path,
-            tmp_path / "run",
-            ["+cpu/rollout=vllm", "+troll=rollout_support", "trainer.total_training_steps=1"],
-        )
+    rows = run_trainer(
+        tmp_path,
+        tmp_path / "run",
+        ["+cpu/rollout=vllm", "+troll=rollout_support", "trainer.total_training_steps=1"],
+        probe=True,
+    )
+    assert_every_update_has_the_rollouts_support(tmp_path / "run", steps=1, samples=32)
+    assert_projected_within_bound(rows)

@@ -29,6 +29,8 @@ from verl_troll.core.support import SparsePolicy
 
 COUNTS = "troll_old_counts"
 SUPPORT = "troll_old_support"
+SAMPLE = "troll_support"
+"""Both fields of one sample, as an object: what an agent loop adds to its output."""
 
 MASS_LIMIT = 1.01
 """The mass of a token's kept ids may exceed 1 by an engine's rounding, not by more."""
@@ -82,21 +84,27 @@ class ResponseTokens:
 
 
 def response_tokens(data: TensorDict) -> ResponseTokens:
-    """Locate the response tokens of a micro-batch in verl's no-padding format.
+    """Locate the response tokens of a micro-batch whose sequences are in verl's no-padding format.
+
+    verl's v0 trainers leave ``response_mask`` padded: then one host synchronisation.
 
     Raises:
-        MissingSupportError: the batch is not in that format.
+        MissingSupportError: the sequences are padded.
     """
     response_mask = data["response_mask"]
     input_ids = data["input_ids"]
-    if not (response_mask.is_nested and input_ids.is_nested):
+    if not input_ids.is_nested:
         raise MissingSupportError(
-            "response_mask and input_ids are padded: TROLL needs batches in verl's no-padding format, as its v1 "
-            "trainers make them. Look at what makes the batches in the trainer that you started."
+            "input_ids is padded: TROLL needs sequences in verl's no-padding format, as its trainers make them. Look "
+            "at what makes the batches in the trainer that you started."
         )
-    return ResponseTokens.of(
-        input_ids.values(), input_ids.offsets().long(), response_mask.values().bool(), response_mask.offsets().long()
-    )
+    if response_mask.is_nested:
+        mask, offsets = response_mask.values(), response_mask.offsets().long()
+    else:
+        is_token = data["attention_mask"][:, -response_mask.shape[1] :].bool()
+        mask = response_mask[is_token]
+        offsets = torch.nn.functional.pad(is_token.sum(-1).cumsum(0), (1, 0))
+    return ResponseTokens.of(input_ids.values(), input_ids.offsets().long(), mask.bool(), offsets)
 
 
 def pack(ids: Tensor, log_probs: Tensor, tokens: ResponseTokens) -> dict[str, Tensor]:
@@ -360,14 +368,14 @@ _K = "actor_rollout_ref.actor.policy_loss.troll.k"
 _K_OF_ENGINE = f"actor_rollout_ref.rollout.custom.troll.k than {_K}"
 _NOT_COMPUTED = (
     "the actor's old-log-prob pass did not compute the old policy's support, or it was dropped on the way. Look at "
-    "what replaces that pass, or selects the fields of a batch, in the trainer that you started; verl's v1 trainers do "
-    "neither."
+    "what replaces that pass, or selects the fields of a batch, in the trainer that you started; verl's own do neither."
 )
 _NOT_SUPPLIED = (
     "the old policy's support from the rollout engine did not reach the update. A sample's agent loop must pass it "
-    "on: actor_rollout_ref.rollout.agent.default_agent_loop, or in its place the data set's column agent_name, must "
-    "name troll_single_turn_agent, troll_tool_agent or a loop with RolloutSupportMixin. And the loop must sample with "
-    "the rollout's own temperature, top_p and top_k and without penalties: other requests have no support."
+    "on: single_turn_agent and tool_agent do, a loop of your own (named by actor_rollout_ref.rollout.agent."
+    "default_agent_loop or the data set's column agent_name) needs verl_troll.plugin.rollout.agent_loops."
+    "RolloutSupportMixin. And the loop must sample with the rollout's own temperature, top_p and top_k and without "
+    "penalties: other requests have no support."
 )
 
 

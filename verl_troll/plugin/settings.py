@@ -52,7 +52,6 @@ class RolloutSettings(BaseConfig):
     repetition_penalty: float = 1.0
     logprobs_mode: str | None = "processed_logprobs"
     calculate_log_probs: bool = False
-    agent_loop: str = "single_turn_agent"
     disaggregation: bool = False
     speculative_decoding: bool = False
     engine_kwargs: Any = None
@@ -110,13 +109,6 @@ class RolloutSettings(BaseConfig):
         ):
             if value not in allowed:
                 raise refusal(key, value, f"{' or '.join(map(str, allowed))} {with_engine}", hint)
-        if self.agent_loop in ("single_turn_agent", "tool_agent"):
-            raise refusal(
-                f"{rollout}.agent.default_agent_loop",
-                self.agent_loop,
-                f"troll_{self.agent_loop} {with_engine}",
-                "For a loop of your own see verl_troll.plugin.rollout.agent_loops.RolloutSupportMixin.",
-            )
 
 
 @dataclass
@@ -126,7 +118,6 @@ class HostSettings(BaseConfig):
     ``baseline`` is the loss that ``+baseline=...`` sets, ``misplaced`` a key ``troll`` that nothing else reads.
     """
 
-    use_v1: bool = True
     trainer_mode: str = "sync"
     bypass_mode: bool = False
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
@@ -145,13 +136,6 @@ class HostSettings(BaseConfig):
             )
         if self.misplaced is not None:
             raise TrollConfigError(f"troll={self.misplaced!r}: nothing reads this key. Write {PREFIX}.NAME=VALUE.")
-        if not self.use_v1:
-            raise refusal(
-                "trainer.use_v1",
-                self.use_v1,
-                "True",
-                "The deprecated v0 trainer drops the old policy's support on its way to the update.",
-            )
         if self.bypass_mode:
             self.rollout.check_bypass()
         if self.trainer_mode not in TRAINER_MODES:

@@ -24,6 +24,7 @@ from verl_troll.core.logits import DenseLogits
 from verl_troll.core.support import select
 from verl_troll.core.vocab import VocabLogits, VocabShard
 from verl_troll.plugin.engines import fused_head
+from verl_troll.plugin.engines.padded_batches import KeptSupports, is_padded
 from verl_troll.plugin.layout import TokenLayout
 from verl_troll.plugin.passes import LossFunction, OldPolicyPass, UpdatePass, update_terms
 from verl_troll.plugin.settings import PREFIX, TrollConfig, TrollConfigError
@@ -84,6 +85,7 @@ class TrollEngineMixin(BaseEngine):
     _adapter_disabled = False
     _micro_batch: TensorDict
     _update: UpdatePass | None = None
+    _kept: KeptSupports | None = None
 
     @property
     def troll(self) -> TrollConfig | None:
@@ -158,9 +160,18 @@ class TrollEngineMixin(BaseEngine):
             elif loss_function is None:
                 loss_function = OldPolicyPass(settings, self, entropy=entropy)
             if isinstance(loss_function, OldPolicyPass | UpdatePass):
-                with self._shown_to(loss_function, data):
-                    return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
+                return self._read(loss_function, data, forward_only)
         return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
+
+    def _read(self, reader: OldPolicyPass | UpdatePass, data: TensorDict, forward_only: bool) -> Any:
+        kept = self._kept = self._kept or KeptSupports()
+        if is_padded(data) and isinstance(reader, UpdatePass):
+            kept.add_to(data)
+        with self._shown_to(reader, data):
+            output = super().forward_backward_batch(data, reader, forward_only=forward_only)
+        if is_padded(data) and isinstance(reader, OldPolicyPass):
+            kept.keep(data, output.get("model_output", {}))
+        return output
 
     def optimizer_step(self) -> float:
         """verl's step; skipped, on all ranks, if the loss of a token is infinite or NaN on any of them.

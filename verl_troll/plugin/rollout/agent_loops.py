@@ -1,4 +1,8 @@
-"""Agent loops that pass the rollout engine's support on to the sample's fields."""
+"""Agent loops that pass the rollout engine's support on to the sample's fields.
+
+They take the names of verl's own: data sets name loops (column ``agent_name``), and so does verl's fully asynchronous
+trainer.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutp
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.experimental.agent_loop.tool_agent_loop import ToolAgentLoop
 
+from verl_troll.plugin import carry
 from verl_troll.plugin.rollout.client import Recorder, recording
-from verl_troll.plugin.rollout.token_support import FIELD, TokenSupport
+from verl_troll.plugin.rollout.token_support import TokenSupport
 
 __all__ = ["RolloutSupportMixin", "SupportSingleTurnAgentLoop", "SupportToolAgentLoop"]
 
@@ -19,7 +24,7 @@ class _OutputWithSupport(AgentLoopOutput):
 
     def as_dict(self) -> dict[str, Any]:
         fields: dict[str, Any] = super().as_dict()
-        fields.update(fields["extra_fields"].pop(FIELD))
+        fields.update(fields["extra_fields"].pop(carry.SAMPLE))
         return fields
 
 
@@ -53,15 +58,15 @@ class RolloutSupportMixin(AgentLoopBase):
             output.prompt_ids, output.response_ids, output.response_mask
         )
         output = _OutputWithSupport.model_construct(_fields_set=output.model_fields_set, **output.__dict__)
-        output.extra_fields[FIELD] = fields
+        output.extra_fields[carry.SAMPLE] = fields
         return output
 
 
-@register("troll_single_turn_agent")
+@register("single_turn_agent")
 class SupportSingleTurnAgentLoop(RolloutSupportMixin, SingleTurnAgentLoop):
     """verl's ``single_turn_agent``."""
 
 
-@register("troll_tool_agent")
+@register("tool_agent")
 class SupportToolAgentLoop(RolloutSupportMixin, ToolAgentLoop):
     """verl's ``tool_agent``."""
