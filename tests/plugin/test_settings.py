@@ -186,7 +186,9 @@ def test_typo_is_refused() -> None:
         ("actor_rollout_ref.actor.policy_loss.loss_mode=vanilla", "actor_rollout_ref.actor.policy_loss.loss_mode"),
         ("actor_rollout_ref.model.external_lib=my_models", "actor_rollout_ref.model.external_lib"),
         ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm", "actor_rollout_ref.actor.loss_scale_factor"),
-        ("actor_rollout_ref.actor.strategy=veomni", "actor_rollout_ref.actor.strategy"),
+        ("actor_rollout_ref.actor.strategy=fsdp_turbo", "actor_rollout_ref.actor.strategy"),
+        ("model_engine=veomni", "actor_rollout_ref.actor.strategy"),
+        ("model_engine=torchtitan", "actor_rollout_ref.actor.strategy"),
     ],
 )
 def test_unsupported_combination_is_refused_with_its_key(override: str, key: str) -> None:
