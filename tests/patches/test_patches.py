@@ -119,7 +119,7 @@ def test_the_update_is_told_which_version_it_trains() -> None:
         "data_loader_seed": 1,
         "shuffle": False,
     }
-    trainer, metrics = mock.Mock(global_steps=5), {}
+    trainer, metrics = mock.Mock(global_steps=5), dict[str, Any]()
     trainer.config = OmegaConf.create({"actor_rollout_ref": {"actor": actor, "rollout": {"n": 2, "temperature": 0.7}}})
     trainer.actor_rollout_wg.update_actor.return_value = {"metrics": {"mfu": [0.5], "pg_loss": [0.25]}}
     batch = KVBatchMeta(keys=["a"], tags=[{}], partition_id="train")

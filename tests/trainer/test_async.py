@@ -129,3 +129,4 @@ def test_the_policy_that_sampled_ahead_on_the_trainers_devices(assets: Path, tmp
     assert_every_update_has_the_rollouts_support(tmp_path / "run", steps=3, samples=32)
     assert_projected_within_bound(rows)
     assert max(row["training/off_policy/trajectory_staleness/max"] for row in rows) >= 1
+    assert_ages_are_those_of_the_tokens(tmp_path / "run", rows, samples=32, updates=2)
