@@ -13,9 +13,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from omegaconf import OmegaConf
 
 from verl_troll import patches
-from verl_troll.patches import registry, transfer_queue_lost
+from verl_troll.patches import registry, transfer_queue_lost, verl_trained_version
 from verl_troll.patches.registry import Patch, PatchError, source_fingerprint
 
 PATCHES: list[Patch[...]] = [
@@ -100,6 +101,33 @@ def test_metric_names_keep_their_namespace() -> None:
             "actor/lr": 2,
             "actor/pg_loss": 3,
         }
+
+
+def test_the_update_is_told_which_version_it_trains() -> None:
+    """By verl's own method, with a worker group that keeps what it is sent."""
+    from transfer_queue import KVBatchMeta
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    from verl_troll.plugin import carry
+
+    registry.apply(verl_trained_version.PATCH, carry.TRAINED_VERSION)
+    actor = {
+        "ppo_mini_batch_size": 4,
+        "calculate_entropy": False,
+        "entropy_coeff": 0.0,
+        "ppo_epochs": 1,
+        "data_loader_seed": 1,
+        "shuffle": False,
+    }
+    trainer, metrics = mock.Mock(global_steps=5), dict[str, Any]()
+    trainer.config = OmegaConf.create({"actor_rollout_ref": {"actor": actor, "rollout": {"n": 2, "temperature": 0.7}}})
+    trainer.actor_rollout_wg.update_actor.return_value = {"metrics": {"mfu": [0.5], "pg_loss": [0.25]}}
+    batch = KVBatchMeta(keys=["a"], tags=[{}], partition_id="train")
+    assert PPOTrainer._update_actor(trainer, batch, metrics=metrics) is batch
+    (sent,) = trainer.actor_rollout_wg.update_actor.call_args.args
+    assert sent.extra_info[carry.TRAINED_VERSION] == 4
+    assert sent.extra_info["global_batch_size"] == 8
+    assert metrics == {"perf/mfu/actor": 0.5, "actor/pg_loss": 0.25}
 
 
 class Actor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -138,6 +139,53 @@ def test_one_sample_is_packed_as_in_a_batch() -> None:
         )
         for name, row in alone.items():
             assert torch.equal(row, fields[name].unbind()[sample]), name
+
+
+# --- how old the tokens are -------------------------------------------------------------------------------------------
+
+
+def with_versions(batch: TensorDict) -> Tensor:
+    """Add versions of 3 to 7, and return them ``[R]``."""
+    mask = batch["response_mask"]
+    versions = torch.randint(3, 8, mask.values().shape, generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    versions[~mask.values().bool()] = -1
+    batch[carry.VERSIONS] = torch.nested.nested_tensor_from_jagged(versions, mask.offsets())
+    return versions
+
+
+def test_ages_are_those_of_the_tokens_that_take_part() -> None:
+    batch = make_batch()
+    tokens = carry.response_tokens(batch)
+    assert carry.token_ages(batch, tokens, 9) is None
+    versions = with_versions(batch)
+    assert carry.token_ages(batch, tokens, None) is None
+    ages = carry.token_ages(batch, tokens, 9)
+    assert ages is not None
+    assert ages.tolist() == [9 - int(version) for version in versions[tokens.mask]]
+    first = int(tokens.in_loss[0])
+    batch[carry.VERSIONS].values()[first] = -1
+    ages = carry.token_ages(batch, tokens, 9)
+    assert ages is not None
+    assert ages.isnan().nonzero().tolist() == [[0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda versions: versions.to_padded_tensor(0), r"is padded and torch\.int32, not ragged torch\.int32"),
+        (lambda versions: versions.long(), r"is ragged and torch\.int64, not ragged torch\.int32"),
+        (
+            lambda versions: torch.nested.as_nested_tensor([row[1:] for row in versions.unbind()], layout=torch.jagged),
+            r"has \d+ entries for \d+ response tokens",
+        ),
+    ],
+)
+def test_versions_that_are_not_those_of_the_tokens_are_refused(change: Callable[[Tensor], Tensor], said: str) -> None:
+    batch = make_batch()
+    with_versions(batch)
+    batch[carry.VERSIONS] = change(batch[carry.VERSIONS])
+    with pytest.raises(carry.SupportError, match=f"the micro-batch: .*troll_old_versions {said}"):
+        carry.token_ages(batch, carry.response_tokens(batch), 9)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

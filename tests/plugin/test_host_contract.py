@@ -529,6 +529,7 @@ def test_document_has_a_section_for_every_seam_and_names_every_patch() -> None:
         sections
         - {seam.section for seam in SEAMS}
         - {"Snapshot of the weights", "Nodes of the cluster", "Loss of TransferQueue's actors", "vLLM on the CPU"}
+        - {"Version that is trained"}
     )
     assert not alone, f"{DOCUMENT} has sections without a seam: {alone}"
 

@@ -19,6 +19,7 @@ from verl.workers.utils.losses import ppo_loss
 from tests import oracle
 from tests.distributed.batches import VOCAB, as_v0, make_batch, with_old_policy
 from tests.distributed.launch import run_ranks
+from tests.plugin.test_metrics import SHARES, direct_ages
 from verl_troll.core.lm_head import LinearHead
 from verl_troll.core.vocab import VocabShard
 from verl_troll.plugin import carry
@@ -111,6 +112,17 @@ def old_pass(
     loss, metrics = reader(model_output=output, data=batch)
     assert (loss.item(), metrics) == (1, {})
     return output
+
+
+def with_versions(batch: TensorDict, trained: int = 9) -> TensorDict:
+    """A copy with versions of the weights that sampled, among them two in one response; masked tokens have others."""
+    batch = batch.copy()
+    mask = batch["response_mask"]
+    versions = trained - torch.arange(mask.values().shape[0], dtype=torch.int32) % 5
+    versions[~mask.values().bool()] = -1
+    batch[carry.VERSIONS] = torch.nested.nested_tensor_from_jagged(versions, mask.offsets())
+    tu.assign_non_tensor(batch, **{carry.TRAINED_VERSION: trained})
+    return batch
 
 
 def actor() -> ActorConfig:
@@ -308,6 +320,33 @@ def test_metrics_are_those_of_the_tokens_that_take_part(rule: str) -> None:
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
+AGES = {f"troll/{name}" for name in ("age", "age_max", *(f"age_{share}_share" for share in SHARES))}
+
+
+@by_layout
+def test_ages_are_those_of_the_tokens_that_take_part(padded: bool) -> None:
+    batch = batch_of()
+    old, new = logits_of(batch)
+    layout = layout_of(batch, padded)
+    batch = with_old_policy(batch, old_pass(batch, old, layout))
+    _, plain, _ = update(batch, new, layout)
+    _, seen, _ = update(with_versions(batch), new, layout)
+    places = batch["response_mask"].values().nonzero().flatten().tolist()
+    ages = torch.tensor([place % 5 for place in places], dtype=torch.float32)
+    assert {name: seen.pop(name) for name in AGES} == pytest.approx(direct_ages(ages), rel=1e-6)
+    assert seen == plain
+
+
+@pytest.mark.parametrize("name", [carry.VERSIONS, carry.TRAINED_VERSION])
+def test_without_either_version_there_are_no_ages(name: str) -> None:
+    batch = batch_of()
+    old, new = logits_of(batch)
+    layout = layout_of(batch, False)
+    batch = with_versions(with_old_policy(batch, old_pass(batch, old, layout)))
+    _, seen, _ = update(batch.exclude(name), new, layout)
+    assert not AGES & set(seen)
+
+
 @by_rule
 @pytest.mark.parametrize("log_q", [-30.0, -128.0, -1e4])
 @pytest.mark.parametrize("advantage", [0.0, 1.0, -1.0])
@@ -388,7 +427,7 @@ def shared(old: Tensor, new: Tensor) -> tuple[dict[str, Tensor], dict[str, float
     reader = OldPolicyPass(SETTINGS, Owner(layout), entropy=True)
     output = gathered(reader(data=batch, student_logits=shown(old)))
     reader(model_output=output, data=batch)
-    batch = with_old_policy(batch, output)
+    batch = with_versions(with_old_policy(batch, output))
     writer = UpdatePass(SETTINGS, Owner(layout), functools.partial(ppo_loss, config=actor()), entropy=False)
     loss, metrics = writer(model_output=gathered(writer(data=batch, student_logits=shown(new))), data=batch)
     fields = {name: value.values() for name, value in output.items()}
@@ -400,7 +439,8 @@ def test_ranks_that_share_the_tokens_find_what_one_rank_finds() -> None:
     old, new = logits_of(batch)
     layout = layout_of(batch, False)
     output = old_pass(batch, old, layout)
-    loss, metrics, _ = update(with_old_policy(batch, output), new, layout)
+    loss, metrics, _ = update(with_versions(with_old_policy(batch, output)), new, layout)
+    assert set(metrics) > AGES
     for fields, seen, own_loss in run_ranks(shared, 2, (old, new)):
         assert set(fields) == set(output)
         for name, values in fields.items():

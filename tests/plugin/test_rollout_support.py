@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tensordict import TensorDict
 from transformers import PretrainedConfig
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput
 from verl.workers.rollout import llm_server
@@ -191,6 +193,18 @@ def test_tokens_that_are_not_the_engines_are_refused(change: str) -> None:
         support_of(logits, ids).to_fields([5], response, [1] * len(response))
 
 
+def test_versions_are_placed_as_the_tokens_are() -> None:
+    """A resumed turn, a tool's response, and a turn that was cut."""
+    logits, ids = policy(6, seed=3)
+    response = [*ids.tolist()[:4], 7, 7, int(ids[4])]
+    versions = np.array([3, 3, 4, 4, 5, 5], np.int32)
+    support = support_of(logits, ids)
+    fields = support.to_fields([5], response, [1] * 4 + [0] * 2 + [1], versions)
+    assert fields[carry.VERSIONS].dtype == torch.int32
+    assert fields[carry.VERSIONS].tolist() == [3, 3, 4, 4, -1, -1, 5]
+    assert carry.VERSIONS not in support.to_fields([5], response, [1] * 4 + [0] * 2 + [1])
+
+
 def test_request_needs_the_configuration_group() -> None:
     model = SimpleNamespace(hf_config=PretrainedConfig(vocab_size=100))
     config = OmegaConf.create({"custom": {"troll": {"k": 8, "dropped_mass": 1e-3}}})
@@ -315,10 +329,39 @@ def test_a_resumed_response_has_the_supports_of_the_versions_that_sampled_it() -
     torch.testing.assert_close(log_probs, torch.tensor(expected.log_probs), rtol=0, atol=2**-24)
     assert fields[carry.COUNTS].tolist() == [*first.counts, *rest.counts, 0, *other.counts]
     assert recorder.versions == [3, 4, 5]
+    assert fields[carry.VERSIONS].tolist() == [3, 3, 4, 4, 4, -1, 5]
+    assert ages_of(fields, trained=6) == [3, 3, 2, 2, 2, 1]
     # What one loop learned about the servers, all others know.
     assert servers.looked_up == 2
     asyncio.run(TwoTurnsWithSupport(client_of_same(shared, [reply(first, 5), reply(other, 5)])).run({}))
     assert servers.looked_up == 2
+
+
+def ages_of(fields: dict[str, Any], trained: int) -> list[float]:
+    """As the update finds them, in a batch of this sample."""
+    names = ("responses", "response_mask", carry.VERSIONS)
+    responses, mask, versions = (torch.as_tensor(fields[name]) for name in names)
+    rows = functools.partial(torch.nested.as_nested_tensor, layout=torch.jagged)
+    data = TensorDict(
+        {
+            "input_ids": rows([torch.cat([torch.tensor([1]), responses])]),
+            "response_mask": rows([mask]),
+            carry.VERSIONS: rows([versions]),
+        },
+        batch_size=[1],
+    )
+    ages = carry.token_ages(data, carry.response_tokens(data), trained)
+    assert ages is not None
+    return ages.tolist()
+
+
+def test_a_server_without_a_version_leaves_it_open() -> None:
+    recorder = Recorder()
+    for number, version in enumerate((4, None)):
+        output = reply(support_of(*policy(2, number)), 0)
+        output.extra_fields["global_steps"] = version
+        recorder.take(output)
+    assert recorder.token_versions.tolist() == [4, 4, -1, -1]
 
 
 def client_of_same(client: Any, outputs: list[TokenOutput]) -> Any:

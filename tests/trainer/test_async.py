@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.checks import (
+    assert_ages_are_those_of_the_tokens,
     assert_every_update_has_the_rollouts_support,
     assert_projected_within_bound,
     assert_side_channel_exact,
@@ -76,6 +77,26 @@ def test_the_policy_that_sampled_is_the_old_policy_of_stale_samples(assets: Path
     assert_projected_within_bound(rows)
     assert max(row["training/off_policy/trajectory_staleness/max"] for row in rows) >= 1
     assert max(row["troll/kl_before_max"] for row in rows) > 1e-3
+    assert_ages_are_those_of_the_tokens(tmp_path / "run", rows, samples=32, updates=2)
+
+
+@pytest.mark.slow
+def test_the_policy_that_sampled_after_a_checkpoint(assets: Path, tmp_path: Path) -> None:
+    """The checkpoint has the samples that were ready, with their supports; those in flight are sampled again."""
+    settings = [
+        "+troll=rollout_support",
+        *SEPARATE,
+        "trainer.save_freq=2",
+        "trainer.resume_mode=auto",
+        f"trainer.default_local_dir={tmp_path}/checkpoints",
+    ]
+    for out, last in ((tmp_path / "first", 2), (tmp_path / "second", 4)):
+        rows = run_trainer(assets, out, [*settings, f"trainer.total_training_steps={last}"], probe=True)
+        assert [row["step"] for row in rows] == [last - 1, last]
+        assert (tmp_path / "checkpoints" / f"global_step_{last}" / "transfer_queue").exists()
+        assert_every_update_has_the_rollouts_support(out, steps=2, samples=32)
+        assert_projected_within_bound(rows)
+        assert_ages_are_those_of_the_tokens(out, rows, samples=32, updates=2)
 
 
 @pytest.mark.slow
@@ -108,3 +129,4 @@ def test_the_policy_that_sampled_ahead_on_the_trainers_devices(assets: Path, tmp
     assert_every_update_has_the_rollouts_support(tmp_path / "run", steps=3, samples=32)
     assert_projected_within_bound(rows)
     assert max(row["training/off_policy/trajectory_staleness/max"] for row in rows) >= 1
+    assert_ages_are_those_of_the_tokens(tmp_path / "run", rows, samples=32, updates=2)

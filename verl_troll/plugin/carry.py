@@ -6,8 +6,13 @@ Two ragged fields hold it, one row per sample, response tokens only:
     troll_old_support  [B, 3s + 3]  int16  a code of three words for each kept id, token after token (s = sum of the
                                            counts), and the sample's checksum
 
+Where the rollout engine supplies the support, a third tells how old it is:
+
+    troll_old_versions [B, r]       int32  version of the weights that sampled each response token, -1 if unknown or
+                                           where ``response_mask`` is 0
+
 verl slices, shuffles and queues them like its own fields. They cost 2 bytes per response token, 6 per kept id and 6 per
-sample. :mod:`verl_troll.core.wire` has the codes.
+sample; versions cost 4 per response token. :mod:`verl_troll.core.wire` has the codes.
 
 The checksum covers the prompt, the response, the counts and the codes. So a support that was changed on the way, or
 that reached another sample, is refused in the update.
@@ -29,8 +34,12 @@ from verl_troll.core.support import SparsePolicy
 
 COUNTS = "troll_old_counts"
 SUPPORT = "troll_old_support"
+VERSIONS = "troll_old_versions"
 SAMPLE = "troll_support"
-"""Both fields of one sample, as an object: what an agent loop adds to its output."""
+"""The fields of one sample, as an object: what an agent loop adds to its output."""
+
+TRAINED_VERSION = "troll_trained_version"
+"""Non-tensor item of an update's batch: the version of the weights at the start of the trainer's step."""
 
 MASS_LIMIT = 1.01
 """The mass of a token's kept ids may exceed 1 by an engine's rounding, not by more."""
@@ -129,6 +138,31 @@ def pack_sample(
 def unpack_row(row: Tensor) -> tuple[Tensor, Tensor]:
     """Ids and log-probabilities, each ``[s]``, in one sample's row of ``troll_old_support``; checks nothing."""
     return wire.decode(wire.from_words(row)[:-1])
+
+
+def token_ages(data: TensorDict, tokens: ResponseTokens, trained_version: int | None) -> Tensor | None:
+    """float32 ``[M]``: how many versions before the trained one each token was sampled whose mask is set.
+
+    NaN where the token's version is unknown. None if the batch has no versions, or the trainer named none. No host
+    synchronisation of its own.
+
+    Args:
+        trained_version: the batch's :data:`TRAINED_VERSION`.
+
+    Raises:
+        SupportError: the versions cannot be those of the response tokens.
+    """
+    if trained_version is None or VERSIONS not in data:
+        return None
+    versions, expected = data[VERSIONS], tokens.mask.shape[0]
+    if not versions.is_nested or versions.dtype != torch.int32:
+        kind = "ragged" if versions.is_nested else "padded"
+        raise _refusal("the micro-batch", f"{VERSIONS} is {kind} and {versions.dtype}, not ragged torch.int32")
+    if versions.values().shape[0] != expected:
+        given = versions.values().shape[0]
+        raise _refusal("the micro-batch", f"{VERSIONS} has {given} entries for {expected} response tokens")
+    own = versions.values()[tokens.in_loss]
+    return torch.where(own >= 0, (trained_version - own).float(), torch.nan)
 
 
 def _fields(counts: Tensor, codes: Tensor, tokens: ResponseTokens) -> dict[str, Tensor]:

@@ -19,9 +19,17 @@ the mini-batch's number of tokens; verl adds these up and averages over data-par
     unconverged                 tokens per mini-batch whose step size was not found to tolerance
     ratio_limited               tokens per mini-batch whose log-ratio was clamped
     nonfinite                   tokens per mini-batch whose loss is infinite or NaN; above 0 the mini-batch is skipped
+
+Where the rollout engine supplies the old policy, and the trainer names the version of its weights:
+
+    age, age_max                how many versions before the trained weights those were that sampled a token
+    age_0_share, age_1_share, age_2_share, age_3_4_share, age_5_8_share  share of tokens of that age
+    age_above_8_share           share of older tokens
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -32,6 +40,8 @@ from verl_troll.core.loss import PolicyTerms
 
 _MAXIMA = ("kl_before", "kl_after")
 _UNUSUAL = ("ratio_limited", "nonfinite")
+# Shares of tokens by age: up to 0, 1, 2, 4, 8, and older.
+_AGES = ("0", "1", "2", "3_4", "5_8", "above_8")
 
 
 @torch.no_grad()
@@ -43,23 +53,47 @@ def token_statistics(terms: PolicyTerms) -> tuple[Tensor, Tensor]:
     return statistics.sum(-1), statistics[: len(_MAXIMA)].amax(-1)
 
 
+@torch.no_grad()
+def age_statistics(ages: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums ``[7]`` and maxima ``[1]`` of ``ages [M]``, which are NaN where unknown; they follow those of the tokens.
+
+    Sums are that of the ages, and the numbers of tokens of known age and of tokens older than 0, 1, 2, 4 and 8.
+    """
+    oldest = (1 << torch.arange(len(_AGES) - 1, device=ages.device)) >> 1
+    older = (ages.unsqueeze(-1) > oldest).sum(0)
+    known = ages.isfinite().sum(0, keepdim=True)
+    sums = torch.cat([ages.sum(0, keepdim=True), known, older])
+    return sums, ages.new_zeros(1) if ages.shape[0] == 0 else ages.amax(0, keepdim=True)
+
+
 def as_metrics(
-    values: list[float], unusual: list[float], batch_num_tokens: int, dp_size: int, kl_bound: float
+    sums: list[float],
+    maxima: list[float],
+    unusual: list[float],
+    batch_num_tokens: int,
+    dp_size: int,
+    kl_bound: float,
 ) -> dict[str, Metric]:
     """verl metrics of one micro-batch.
 
     Args:
-        values: the sums and maxima of :func:`token_statistics`, in one list.
+        sums, maxima: those of :func:`token_statistics`, and after them those of :func:`age_statistics`, if any.
         unusual: as in :class:`~verl_troll.core.loss.BatchLosses`.
     """
     scale = dp_size / max(batch_num_tokens, 1)
     metrics = {
         f"troll/{name}": Metric(AggregationType.SUM, value * (dp_size if name == "unconverged" else scale))
-        for name, value in zip(STATISTICS, values, strict=False)
+        for name, value in zip(STATISTICS, sums, strict=False)
     }
-    for name, value in zip(_MAXIMA, values[len(STATISTICS) :], strict=True):
+    for name, value in zip(_MAXIMA, maxima, strict=False):
         metrics[f"troll/{name}_max"] = Metric(AggregationType.MAX, value)
-    violation = values[-1] / kl_bound - 1
+    if len(maxima) > len(_MAXIMA):
+        age, *older = sums[len(STATISTICS) :]
+        metrics["troll/age"] = Metric(AggregationType.SUM, age * scale)
+        metrics["troll/age_max"] = Metric(AggregationType.MAX, maxima[-1])
+        for name, (more, fewer) in zip(_AGES, itertools.pairwise([*older, 0.0]), strict=True):
+            metrics[f"troll/age_{name}_share"] = Metric(AggregationType.SUM, (more - fewer) * scale)
+    violation = maxima[_MAXIMA.index("kl_after")] / kl_bound - 1
     for name, count in zip(_UNUSUAL, unusual, strict=True):
         metrics[f"troll/{name}"] = Metric(AggregationType.SUM, count * dp_size)
     # NaN compares as False, so that it stays visible.

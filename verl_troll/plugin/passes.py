@@ -34,7 +34,7 @@ from verl_troll.core.support import SparsePolicy, select
 from verl_troll.core.vocab import VocabLogits, VocabShard
 from verl_troll.plugin import carry
 from verl_troll.plugin.layout import TokenLayout
-from verl_troll.plugin.metrics import as_metrics, token_statistics
+from verl_troll.plugin.metrics import age_statistics, as_metrics, token_statistics
 from verl_troll.plugin.policy_loss import ProjectedTerms, projected_terms
 from verl_troll.plugin.settings import TrollConfig
 
@@ -217,7 +217,13 @@ class UpdatePass(_LogitsPass):
         if layout.group is not None:
             old = SparsePolicy(old.ids[here], old.log_probs[here], old.sampled[here])
         terms = update_terms(settings, VocabLogits(logits, rows, shard), old, entropy=self.entropy)
-        self._statistics = (layout, *token_statistics(terms))
+        sums, maxima = token_statistics(terms)
+        trained_version = tu.get_non_tensor_data(data, key=carry.TRAINED_VERSION, default=None)
+        ages = carry.token_ages(data, tokens, trained_version)
+        if ages is not None:
+            counts, largest = age_statistics(ages if layout.group is None else ages[here])
+            sums, maxima = torch.cat([sums, counts.to(sums.dtype)]), torch.cat([maxima, largest.to(maxima.dtype)])
+        self._statistics = (layout, sums, maxima)
         return rows, {
             "log_probs": terms.sampled_log_probs,
             "entropy": terms.entropy,
@@ -264,6 +270,7 @@ class UpdatePass(_LogitsPass):
         for name, value in zip(_SHIFT, (shift, projected, 0.0), strict=True):
             metrics[name] = Metric(AggregationType.MEAN, value)
         tokens, ranks = data["batch_num_tokens"], data["dp_size"]
-        metrics.update(as_metrics(values, [limited, broken], tokens, ranks, self.settings.kl_bound))
+        values, largest = values[: len(sums)], values[len(sums) :]
+        metrics.update(as_metrics(values, largest, [limited, broken], tokens, ranks, self.settings.kl_bound))
         metrics["troll/regression_loss"] = Metric(AggregationType.SUM, losses.regression)
         return loss + losses.regression, metrics

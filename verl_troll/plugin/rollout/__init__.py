@@ -6,12 +6,15 @@ old-log-prob pass (:mod:`verl_troll.plugin.carry`)::
 
     engine -> server (vllm.py, sglang.py) -> agent loop (agent_loops.py) -> TransferQueue -> update
 
+A third field has the version of the weights that sampled each token, for the metrics.
+
 Importing this package registers replicas that record the support and agent loops that pass it on. All are subclasses
 of verl's own.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from verl.workers.rollout import replica
@@ -35,4 +38,10 @@ def _load_sglang() -> type[Any]:
 RolloutReplicaRegistry.register("vllm", _load_vllm)
 RolloutReplicaRegistry.register("sglang", _load_sglang)
 
+from verl_troll.patches import registry, verl_trained_version  # noqa: E402
+from verl_troll.plugin import carry  # noqa: E402
 from verl_troll.plugin.rollout import agent_loops  # noqa: E402, F401
+
+# The trainer's process has loaded its trainer by now; others have no use for one.
+if verl_trained_version.TRAINER in sys.modules:
+    registry.apply(verl_trained_version.PATCH, carry.TRAINED_VERSION)

@@ -55,7 +55,7 @@ class RolloutSupportMixin(AgentLoopBase):
             # Validation samples have no support; an update on one reports what is missing.
             return output
         fields = TokenSupport.join(recorder.attempts).to_fields(
-            output.prompt_ids, output.response_ids, output.response_mask
+            output.prompt_ids, output.response_ids, output.response_mask, recorder.token_versions
         )
         output = _OutputWithSupport.model_construct(_fields_set=output.model_fields_set, **output.__dict__)
         output.extra_fields[carry.SAMPLE] = fields

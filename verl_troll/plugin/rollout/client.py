@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
@@ -33,6 +35,12 @@ class Recorder:
     attempts: list[TokenSupport] = field(default_factory=list)
     versions: list[int | None] = field(default_factory=list)
     without_support: bool = False
+
+    @property
+    def token_versions(self) -> NDArray[np.int32]:
+        """``[r]``, the weight version of each sampled token; -1 where the server named none."""
+        versions = np.array([-1 if version is None else version for version in self.versions], dtype=np.int32)
+        return np.repeat(versions, [len(attempt.tokens) for attempt in self.attempts])
 
     def take(self, output: TokenOutput) -> None:
         """Move an attempt's support here."""

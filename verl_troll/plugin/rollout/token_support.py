@@ -151,11 +151,18 @@ class TokenSupport:
         )
 
     def to_fields(
-        self, prompt_ids: Sequence[int], response_ids: Sequence[int], response_mask: Sequence[int]
+        self,
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        response_mask: Sequence[int],
+        versions: NDArray[np.int32] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Fields of :mod:`verl_troll.plugin.carry` for one sample; tokens with ``response_mask`` 1 were generated.
 
         The response may be truncated before the last generated token.
+
+        Args:
+            versions: ``[r]``, of the weights that sampled each generated token, -1 if unknown; None for no such field.
 
         Raises:
             ValueError: the response's generated tokens are not those of the support.
@@ -175,7 +182,12 @@ class TokenSupport:
         counts[mask] = self.counts[:count]
         kept = int(self.counts[:count].sum())
         ids, log_probs = torch.from_numpy(self.ids[:kept]), torch.from_numpy(self.log_probs[:kept])
-        return carry.pack_sample(prompt_ids, response_ids, torch.from_numpy(counts), ids, log_probs)
+        fields = carry.pack_sample(prompt_ids, response_ids, torch.from_numpy(counts), ids, log_probs)
+        if versions is not None:
+            placed = np.full(len(mask), -1, dtype=np.int32)
+            placed[mask] = versions[:count]
+            fields[carry.VERSIONS] = torch.from_numpy(placed)
+        return fields
 
 
 def wrong_answer(source: str, wrong: str) -> ValueError:
