@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,6 @@ def run_trainer(
     group: str = "default",
     device: str = DEVICE,
     module: str = "verl.trainer.main_ppo",
-    modules: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Run a trainer of verl and return one row of metrics per logged step (``step`` among the keys).
 
@@ -67,13 +65,12 @@ def run_trainer(
         group: a configuration group; ``cpu`` by default, unless the device is another.
         device: as in :mod:`tests.device`.
         module: the trainer's, for ``python -m``.
-        modules: further ones that every process of verl imports.
 
     Raises:
         AssertionError: the trainer failed or hung; the message ends with its log.
     """
     command, environment = trainer(
-        assets, out, overrides, ranks=ranks, probe=probe, group=group, device=device, module=module, modules=modules
+        assets, out, overrides, ranks=ranks, probe=probe, group=group, device=device, module=module
     )
     log, metrics = out / "trainer.log", out / METRICS
     ended = ""
@@ -97,13 +94,12 @@ def trainer(
     group: str = "default",
     device: str = DEVICE,
     module: str = "verl.trainer.main_ppo",
-    modules: Sequence[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """The command that :func:`run_trainer` runs in ``out``, which is made, and its environment."""
     out.mkdir(parents=True, exist_ok=True)
     verls = platform_variables(device)
-    added = (*modules, *([PROBE_MODULE] if probe else []))
-    verls["VERL_USE_EXTERNAL_MODULES"] = ",".join((verls["VERL_USE_EXTERNAL_MODULES"], *added))
+    if probe:
+        verls["VERL_USE_EXTERNAL_MODULES"] += f",{PROBE_MODULE}"
     environment = {
         **os.environ,
         **verls,

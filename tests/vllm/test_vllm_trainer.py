@@ -103,3 +103,23 @@ def test_a_data_set_may_name_verls_agent_loops(tmp_path: Path) -> None:
     )
     assert_every_update_has_the_rollouts_support(tmp_path / "run", steps=1, samples=32)
     assert_projected_within_bound(rows)
+
+
+@pytest.mark.slow
+def test_the_policy_that_sampled_under_an_asynchronous_trainer(assets: Path, tmp_path: Path) -> None:
+    """Through the tool loop, on vLLM with weights one step old."""
+    rows = run_trainer(
+        assets,
+        tmp_path / "run",
+        [
+            "+cpu/rollout=vllm",
+            "+troll=rollout_support",
+            "trainer.v1.trainer_mode=colocate_async",
+            f"{ROLLOUT}.agent.default_agent_loop=tool_agent",
+            "trainer.total_training_steps=3",
+        ],
+        probe=True,
+    )
+    assert_every_update_has_the_rollouts_support(tmp_path / "run", steps=3, samples=32)
+    assert_projected_within_bound(rows)
+    assert max(row["troll/age_max"] for row in rows) >= 1
