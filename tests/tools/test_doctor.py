@@ -156,6 +156,12 @@ def test_what_cpu_mode_alone_uses_ends_no_run_on_an_accelerator(
     assert report.summary() == "1 warning(s)."
 
 
+def test_the_code_of_hosts_is_read_without_importing_them() -> None:
+    hosts = "{'verl', 'ray', 'transformers', 'megatron.core', 'mbridge', 'transfer_queue', 'vllm'}"
+    code = f"import sys; from verl_troll.tools import host_code as h; h.compare(); print({hosts} & set(sys.modules))"
+    assert run(["-c", code]).stdout == "set()\n"
+
+
 def test_hosts_that_are_not_installed_are_left_out(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
