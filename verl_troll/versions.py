@@ -12,6 +12,16 @@ VERL = "0.9.1"
 """The version to install."""
 TESTED_VERL = f">={VERL},<0.9.2"
 """PEP 440 specifier of the tested versions, for which the patches of verl are written."""
+TESTED = {
+    "verl": VERL,
+    "megatron-core": "0.16.1",
+    "mbridge": "0.15.1",
+    "TransferQueue": "0.1.11",
+    "ray": "2.60.0",
+    "transformers": "5.10.4",
+    "vllm": "0.27.1",
+}
+"""The hosts whose code the package overrides, relies on or patches, in the versions that were tested."""
 OVERRIDE_VARIABLE = "VERL_TROLL_ALLOW_UNTESTED"
 
 

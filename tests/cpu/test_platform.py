@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.processes import run
+from verl_troll.versions import OVERRIDE_VARIABLE
 
 CPU_MODE = {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "verl_troll.cpu"}
 
@@ -20,7 +21,7 @@ def in_process(code: str, **environment: str) -> Any:
 
     verl reads its environment once per process, and patches cannot be undone.
     """
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("VERL_")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("VERL_") or k == OVERRIDE_VARIABLE}
     script = f"import json\n{textwrap.dedent(code)}\nprint('RESULT' + json.dumps(result))"
     done = run(
         [sys.executable, "-c", script],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from tests.distributed import megatron_stock as scenarios
 from tests.distributed.launch import RankFailedError, run_ranks
 from tests.distributed.megatron_stock import Layout
+from verl_troll.versions import OVERRIDE_VARIABLE, TESTED
 
 # By number of ranks; the first layout on one rank is the reference for gradients.
 LAYOUTS: dict[str, dict[int, list[dict[str, Any]]]] = {
@@ -133,6 +135,24 @@ def test_an_unsupported_setting_is_named_with_whose_it_is(settings: dict[str, An
 
     with pytest.raises(ValueError, match=message):
         CpuMcoreEngineConfig(**settings)
+
+
+@pytest.mark.parametrize("host", ["megatron-core", "mbridge"])
+def test_another_version_of_the_layers_is_refused_by_name(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On megatron-core 0.18, mbridge 0.15.1 would fail at ``ModelType.encoder_and_decoder`` when it builds a model."""
+    from verl_troll.cpu.megatron.config import CpuMcoreEngineConfig
+
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.18.0" if name == host else version(name))
+    monkeypatch.delenv(OVERRIDE_VARIABLE, raising=False)
+    message = (
+        f"subclasses {host} {TESTED[host]}, but {host} 0.18.0 is installed; .* pip install '{host}=={TESTED[host]}'"
+    )
+    with pytest.raises(ImportError, match=message):
+        CpuMcoreEngineConfig()
+    monkeypatch.setenv(OVERRIDE_VARIABLE, "1")
+    with pytest.warns(UserWarning, match="Going on"):
+        CpuMcoreEngineConfig()
 
 
 @pytest.mark.parametrize(

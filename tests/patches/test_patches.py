@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib
 import importlib.metadata
-import pkgutil
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,15 +13,11 @@ from unittest import mock
 import pytest
 from omegaconf import OmegaConf
 
-from verl_troll import patches
 from verl_troll.patches import registry, transfer_queue_lost, verl_trained_version
 from verl_troll.patches.registry import Patch, PatchError, source_fingerprint
+from verl_troll.versions import OVERRIDE_VARIABLE
 
-PATCHES: list[Patch[...]] = [
-    importlib.import_module(module.name).PATCH
-    for module in pkgutil.walk_packages(patches.__path__, "verl_troll.patches.")
-    if not module.ispkg and module.name != "verl_troll.patches.registry"
-]
+PATCHES = registry.every()
 
 
 def _installed(host: str) -> bool:
@@ -84,7 +78,8 @@ def test_patch_is_handed_what_it_calls() -> None:
     assert calls == ["handed over"]
 
 
-def test_patch_for_another_version_is_refused() -> None:
+def test_patch_for_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(OVERRIDE_VARIABLE, raising=False)
     with pytest.raises(PatchError, match=r"written for torch <1.* or set VERL_TROLL_ALLOW_UNTESTED=1"):
         registry.apply(_patch(lambda: None, "test-version", "<1"))
 

@@ -109,7 +109,9 @@ def test_every_node_that_differs_is_named_with_what_to_install(monkeypatch: pyte
         f"  node 10.0.0.1 ({B}): verl_troll {HERE['verl_troll']}, verl 0.1",
         f"  node 10.0.0.3 ({D}): verl_troll missing, verl {HERE['verl']}",
     ]
-    assert last.endswith(f"pip install 'verl_troll=={HERE['verl_troll']}' 'verl=={HERE['verl']}'")
+    assert last.endswith(
+        f"pip install 'verl=={HERE['verl']}', and verl_troll {HERE['verl_troll']} from the driver's clone or wheel"
+    )
 
 
 def test_a_node_alone_that_is_not_the_drivers_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

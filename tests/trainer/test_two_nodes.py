@@ -63,7 +63,7 @@ def test_nodes_without_the_package_or_with_another_version_are_refused(assets: P
         assert re.search(rf"node 127\.0\.0\.3 \(\w{{56}}\): verl_troll missing, verl {re.escape(VERL)}\n", error)
         assert re.search(rf"node 127\.0\.0\.4 \(\w{{56}}\): verl_troll 0\.0\.9, verl {re.escape(VERL)}\n", error)
         assert "node 127.0.0.2" not in error
-        assert f"pip install 'verl_troll=={__version__}' 'verl=={VERL}'" in error
+        assert f"pip install 'verl=={VERL}', and verl_troll {__version__} from the driver's clone or wheel" in error
     # Ray labels every line from the cluster with its process: nothing ran there that printed anything.
     assert "pid=" not in (out / "trainer.log").read_text()
     assert not (out / "metrics.jsonl").exists()

@@ -37,7 +37,7 @@ class Backend:
         engine: verl's engine with TROLL; None if a package that verl's engine needs is missing.
         devices: (device, vendor) pairs to register the engine for.
         actor_config: verl's actor configuration with the checks of this backend.
-        needs: that package and how to install it, for messages.
+        needs: that package and where to get it, for messages.
     """
 
     engine: type[TrollEngineMixin] | None
@@ -60,7 +60,11 @@ BACKENDS: dict[str, Backend] = {
     "fsdp2": Backend(TrollFSDPEngine, _GPUS + _NPUS, TrollFSDPActorConfig),
     # On NPUs verl has its own engine for this backend (MindSpeed).
     "megatron": Backend(
-        _megatron_engine(), _GPUS, TrollMegatronActorConfig, needs="megatron-core ('pip install verl[mcore]')"
+        _megatron_engine(),
+        _GPUS,
+        TrollMegatronActorConfig,
+        needs="megatron-core with a bridge, as in verl's image or its uv.lock; 'verl[mcore]' is not enough "
+        "(docs/megatron.md, 'Installation')",
     ),
 }
 

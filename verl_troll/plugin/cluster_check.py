@@ -77,7 +77,8 @@ def check_cluster() -> None:
             f"{len(differing)} of {len(nodes)} nodes of the Ray cluster do not have this driver's {_listed(here)}:\n"
             + "\n".join(differing)
             + "\nEvery node runs verl with TROLL. On each of these, in the Python environment that 'ray start' runs "
-            f"in: pip install 'verl_troll=={here['verl_troll']}' 'verl=={here['verl']}'"
+            f"in: pip install 'verl=={here['verl']}', and verl_troll {here['verl_troll']} from the driver's clone or "
+            "wheel"
         )
     atexit.register(name_lost, nodes)
 

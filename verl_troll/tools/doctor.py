@@ -1,7 +1,8 @@
 """``verl-troll doctor``: shows what is installed, registered and patched on this host, and how to fix problems.
 
-It only needs torch. Checks that need verl run in a separate process (:mod:`verl_troll.plugin.inspection`), so a plugin
-that cannot be imported is reported with the error that a run would give.
+It only needs torch. The code of the hosts is compared without importing it (:mod:`verl_troll.tools.host_code`). Checks
+that need verl run in a separate process (:mod:`verl_troll.plugin.inspection`), so a plugin that cannot be imported is
+reported with the error that a run would give.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from verl_troll import __version__
-from verl_troll.versions import OVERRIDE_VARIABLE, TESTED_VERL, VERL, is_tested
+from verl_troll.tools import host_code
+from verl_troll.versions import OVERRIDE_VARIABLE, TESTED, TESTED_VERL, VERL, is_tested
 
 _REQUIRED = ("torch", "verl", "ray", "hydra-core", "tensordict", "TransferQueue", "transformers")
 _OPTIONAL = ("vllm", "sglang", "megatron-core", "flash-attn")
@@ -34,10 +36,10 @@ def _version(distribution: str) -> str | None:
 
 
 class _Report:
-    """Prints findings and counts the failures."""
+    """Prints findings; counts the failures, and the warnings: what the user allows, or few runs need."""
 
     def __init__(self) -> None:
-        self.failures = 0
+        self.failures = self.warnings = 0
 
     def note(self, text: str) -> None:
         print(f"        {text}")
@@ -45,11 +47,27 @@ class _Report:
     def good(self, text: str) -> None:
         print(f"  ok    {text}")
 
-    def bad(self, text: str, hint: str) -> None:
+    def warn(self, text: str, hint: str | None = None) -> None:
+        self.warnings += 1
+        self._finding("warn", text, hint)
+
+    def bad(self, text: str, hint: str | None = None) -> None:
         self.failures += 1
+        self._finding("FAIL", text, hint)
+
+    def hint(self, text: str) -> None:
+        print(f"        -> {text}")
+
+    def _finding(self, kind: str, text: str, hint: str | None) -> None:
         indented = text.expandtabs(4).replace("\n", "\n        ")
-        print(f"  FAIL  {indented}")
-        print(f"        -> {hint}")
+        print(f"  {kind}  {indented}")
+        if hint is not None:
+            self.hint(hint)
+
+    def summary(self) -> str:
+        if self.failures:
+            return f"{self.failures} problem(s) found."
+        return f"{self.warnings} warning(s)." if self.warnings else "No problem found."
 
 
 def run(arguments: Sequence[str] = ()) -> int:
@@ -62,6 +80,9 @@ def run(arguments: Sequence[str] = ()) -> int:
     print(f"verl_troll {__version__} on Python {platform.python_version()}")
     print("Versions")
     verl = _check_versions(report)
+    if verl is not None:
+        print("Code of the hosts")
+        _check_host_code(report)
     print("Plugin")
     if verl is None:
         report.bad(
@@ -76,7 +97,7 @@ def run(arguments: Sequence[str] = ()) -> int:
                 found = _ask(report, "verl_troll.plugin.command_line", *arguments)
                 if found is not None:
                     _report_command_line(report, found, arguments)
-    print("No problem found." if report.failures == 0 else f"{report.failures} problem(s) found.")
+    print(report.summary())
     return 0 if report.failures == 0 else 1
 
 
@@ -101,12 +122,39 @@ def _check_verl(report: _Report, version: str) -> None:
     if is_tested(version):
         report.good(f"verl {version} (tested: {TESTED_VERL})")
     elif os.environ.get(OVERRIDE_VARIABLE) == "1":
-        report.good(f"verl {version} is untested (tested: {TESTED_VERL}), allowed by {OVERRIDE_VARIABLE}=1")
+        report.warn(
+            f"verl {version} is untested (tested: {TESTED_VERL}), allowed by {OVERRIDE_VARIABLE}=1",
+            f"pip install 'verl=={VERL}', or check what differs below",
+        )
     else:
         report.bad(
             f"verl {version} is outside the tested range {TESTED_VERL}",
             f"pip install 'verl=={VERL}', or set {OVERRIDE_VARIABLE}=1 to continue at your own risk",
         )
+
+
+def _check_host_code(report: _Report) -> None:
+    compared, differences = host_code.compare()
+    if not differences:
+        report.good(f"the {compared} definitions that verl_troll relies on are those that were tested")
+        return
+    allowed = os.environ.get(OVERRIDE_VARIABLE) == "1"
+    on_cpu = os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
+    for difference in differences:
+        on = difference.on
+        spare = on.cpu_only and not on_cpu
+        lines = [
+            f"{on.name}: not the code that was tested",
+            *(f"changed: {name}" for name in difference.changed),
+            *(f"missing: {reason}" for reason in difference.gone),
+            f"used by {', '.join(on.ours)}{', so in CPU mode and with the rollout hf alone' if spare else ''}",
+            f"to check: {on.recheck}",
+        ]
+        (report.warn if spare or allowed else report.bad)("\n".join(lines))
+    hosts = sorted({host for difference in differences for host in difference.hosts})
+    tested = " ".join(f"'{host}=={TESTED[host]}'" for host in hosts)
+    risk = "" if allowed else f" and set {OVERRIDE_VARIABLE}=1 to go on at your own risk"
+    report.hint(f"pip install --force-reinstall --no-deps {tested}, or check what is asked above{risk}")
 
 
 def _ask(report: _Report, module: str, *arguments: str) -> dict[str, Any] | None:

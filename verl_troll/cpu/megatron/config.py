@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import warnings
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from verl_troll.cpu import is_active
 from verl_troll.cpu.megatron.engine import run_on_cpu
 from verl_troll.patches import registry
 from verl_troll.patches.cpu import verl_megatron_engine
+from verl_troll.versions import OVERRIDE_VARIABLE, TESTED, goes_on_untested
 
 __all__ = ["CpuMcoreEngineConfig"]
 
@@ -29,7 +31,7 @@ class CpuMcoreEngineConfig(McoreEngineConfig):
 
     Raises:
         RuntimeError: not in CPU mode.
-        ImportError: Megatron is not installed.
+        ImportError: Megatron is not installed, or in a version that the stand-ins for its layers were not made for.
         ValueError: CPU mode does not support a setting.
     """
 
@@ -47,6 +49,7 @@ class CpuMcoreEngineConfig(McoreEngineConfig):
         missing = [name for name in ("megatron.core", "mbridge", "einops") if not _installed(name)]
         if missing:
             raise ImportError(f"Megatron in CPU mode needs {', '.join(missing)}: see docs/cpu_mode.md")
+        _check_versions()
         expert_tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
         for name, supported in (
             ("vanilla_mbridge", self.vanilla_mbridge),
@@ -71,6 +74,28 @@ class CpuMcoreEngineConfig(McoreEngineConfig):
             super().__post_init__()
         self.dtype = wanted
         registry.apply(verl_megatron_engine.PATCH, run_on_cpu)
+
+
+def _check_versions() -> None:
+    """Refuse another megatron-core or mbridge, whose layers and models are subclassed.
+
+    Raises:
+        ImportError: it is installed, and the user did not allow it.
+    """
+    for name in ("megatron-core", "mbridge"):
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed = "of an unknown version"
+        message = (
+            f"Megatron in CPU mode subclasses {name} {TESTED[name]}, but {name} {installed} is installed; "
+            "'verl-troll doctor' says what differs."
+        )
+        if installed != TESTED[name] and not goes_on_untested(message):
+            raise ImportError(
+                f"{message} pip install '{name}=={TESTED[name]}', or set {OVERRIDE_VARIABLE}=1 to go on at your own "
+                "risk."
+            )
 
 
 def _installed(name: str) -> bool:
