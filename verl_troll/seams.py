@@ -43,6 +43,8 @@ MEGATRON = "verl.workers.engine.megatron.transformer_impl:MegatronEngine"
 BASE = "verl.workers.engine.base:BaseEngine"
 WORKERS = "verl.workers.engine_workers"
 TRAINER = "verl.trainer.ppo.v1.trainer_base:PPOTrainer"
+V0 = "verl.trainer.ppo.ray_trainer:RayPPOTrainer"
+FULLY_ASYNC = "verl.experimental.fully_async_policy.fully_async_trainer:FullyAsyncTrainer"
 CORE = "verl.trainer.ppo.core_algos"
 VLLM = "verl.workers.rollout.vllm_rollout.vllm_async_server"
 SGLANG = "verl.workers.rollout.sglang_rollout.async_sglang_server"
@@ -180,6 +182,19 @@ SEAMS = (
         ),
     ),
     Seam(
+        "Padded batches of v0 trainers",
+        (f"{ENGINES}/padded_batches.py", "verl_troll/plugin/carry.py"),
+        "does each rank get the samples of its old pass for the update, with response_mask padded and input_ids not; "
+        "do extra_fields of an agent loop's output become columns of objects?",
+        callers=(
+            f"{V0}._compute_old_log_prob",
+            f"{V0}._update_actor",
+            f"{FULLY_ASYNC}._compute_old_log_prob",
+            f"{LOOPS}.agent_loop:AgentLoopWorker._postprocess",
+            "verl.workers.utils.padding:left_right_2_no_padding",
+        ),
+    ),
+    Seam(
         "Metrics",
         ("verl_troll/plugin/metrics.py", "patches/verl_metric_names.py"),
         "are SUM metrics added over micro-batches and averaged over data-parallel ranks, and names in _max taken by "
@@ -301,6 +316,11 @@ SEAMS = (
 
 
 FINGERPRINTS: dict[str, str] = {
+    "verl.trainer.ppo.ray_trainer:RayPPOTrainer._compute_old_log_prob": "cc4d75fa4d6abb45",
+    "verl.trainer.ppo.ray_trainer:RayPPOTrainer._update_actor": "601a6fa2029023d0",
+    f"{FULLY_ASYNC}._compute_old_log_prob": "d38bc0bb909ebf90",
+    "verl.experimental.agent_loop.agent_loop:AgentLoopWorker._postprocess": "18800e6625438d3d",
+    "verl.workers.utils.padding:left_right_2_no_padding": "63d71cac822f21fa",
     "mbridge.core.bridge:register_model": "800de4a70fd7b9e7",
     "mbridge.core.llm_bridge:LLMBridge._build_base_config": "0819908d2e2bf4b3",
     "mbridge.core.llm_bridge:LLMBridge._get_gptmodel_args": "0a6f89db5c385253",
