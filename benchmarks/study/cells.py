@@ -259,7 +259,6 @@ class Cell:
             "trainer.v1.trainer_mode=separate_async",
             f"{mode}.parameter_sync_step={self.mini_batches}",
             f"{mode}.num_warmup_batches={self.staleness}",
-            "actor_rollout_ref.hybrid_engine=False",
             f"{rollout}.nnodes=1",
             f"{rollout}.n_gpus_per_node=1",
             f"{rollout}.checkpoint_engine.backend=ray_object_store",
