@@ -63,7 +63,11 @@ def curves(task: str, metrics: Path) -> dict[str, list[float | None]]:
     """Curves of a run from verl's file log, rounded to five digits except success, which rules compare exactly."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     found: dict[str, list[float | None]] = {"step": [row["step"] for row in rows]}
-    success = held_out_key(task)
+    success, of_reward_loop = held_out_key(task), f"val-core/{task}/acc/mean@1"
+    for row in rows:
+        # As verl names it where its own reward loop scored the samples.
+        if of_reward_loop in row["data"]:
+            row["data"][success] = row["data"][of_reward_loop]
     for name in (success, *KEPT):
         if any(name in row["data"] for row in rows):
             values = [row["data"].get(name) for row in rows]

@@ -182,6 +182,12 @@ def test_a_record_keeps_curves_and_leaves_the_rest(tmp_path: Path) -> None:
     assert line["run"]["settings"] == {"kl_bound": 0.05}
 
 
+def test_success_has_another_name_where_verls_reward_loop_scored(tmp_path: Path) -> None:
+    file = metrics_file(tmp_path / "m", [0.3, 0.5])
+    file.write_text(file.read_text().replace("/reward/mean@1", "/acc/mean@1"))
+    assert results.held_out(results.record(CELL, file, seconds=1.0)) == [0.3, 0.5]
+
+
 def test_a_changed_setting_is_told_to_the_report(tmp_path: Path) -> None:
     cell = dataclasses.replace(CELL, settings=("troll.kl_bound=0.01", "troll.step_size_gradient=detached"))
     line = results.record(cell, metrics_file(tmp_path / "m", [0.3]), seconds=12.0)
