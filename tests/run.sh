@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Sets up the environments and runs all checks: lint, format, strict types, imports, shell scripts, pytest; then the
-# tests on vLLM's CPU build, some once more on the Triton and the transformers that verl installs, and with --all those
-# on SGLang.
+# tests on vLLM's CPU build, some once more on the torch, Triton and transformers that verl installs, and with --all
+# those on SGLang.
 #   bash tests/run.sh                 what CI runs
 #   bash tests/run.sh --all           also the slow tests
 #   bash tests/run.sh tests/core/test_support.py -k ties    only pytest, with these arguments
 #   bash tests/run.sh --vllm          only the tests on vLLM; also takes arguments for pytest
 #   bash tests/run.sh --sglang        only the tests on SGLang
+#   bash tests/run.sh --verls-stack   only those on verl's own versions
 # Environment variables pass through, for example to use older vector instructions than the processor offers:
 #   ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 bash tests/run.sh
 set -euo pipefail
@@ -58,33 +59,29 @@ with_verl() { (
     python -m pytest "$@"
 ); }
 
-# Prints the folder $1 of the active environment, with the packages $2... in it: first on PYTHONPATH, they replace others.
-folder_of() {
-    local site=$VIRTUAL_ENV/$1
-    shift
-    if [ ! -d "$site" ]; then
-        rm -rf "$site.part"
-        python -m pip install --quiet --disable-pip-version-check --no-deps --target "$site.part" "$@" >&2 || return
-        mv "$site.part" "$site"
-    fi
-    echo "$site"
-}
-
-# The kernels once more on the Triton of torch 2.11, verl's version; its interpreter needs an older NumPy.
-with_verls_triton() { (
+install_verls_stack() { (
     # shellcheck source=/dev/null
     . .venv-test/bin/activate
-    site=$(folder_of triton-3.6 triton==3.6.0 numpy==2.2.6)
-    PYTHONPATH=$site python -m pytest tests/core/test_kernels.py tests/benchmarks/test_gpu_check.py --numprocesses 2 --dist loadscope \
-        -k 'costs_on or launches_compiles and sm_90 or interpreter and (logits or rough or tokens or counts) or dry_run'
+    stack=.venv-test/verls-stack
+    [ -d "$stack" ] && return
+    rm -rf "$stack.part"
+    # What these replace, and nothing else, may differ from the environment.
+    python -m pip freeze --disable-pip-version-check | grep '==' | grep -vE '^(torch|triton|transformers|numpy)==' >"$stack.txt"
+    python -m pip install --quiet --disable-pip-version-check --no-compile --target "$stack.part" \
+        --constraint "$stack.txt" torch==2.11.0 transformers==5.9.0 numpy==2.2.6
+    mv "$stack.part" "$stack"
 ); }
 
-# The engines once more on the transformers of verl's own stack. Its torch is on the index for CUDA alone.
-with_verls_transformers() { (
+# Kernels and engines once more on the torch, Triton and transformers that verl installs, and the NumPy of that Triton's
+# interpreter. This torch exists with CUDA alone: 2 GB to download, 4.6 GB of disk.
+with_verls_stack() { (
+    install_verls_stack
     # shellcheck source=/dev/null
     . .venv-test/bin/activate
-    site=$(folder_of transformers-5.9 transformers==5.9.0)
-    PYTHONPATH=$site python -m pytest tests/embedded/test_rollout.py tests/distributed/test_fsdp_engine.py \
+    export PYTHONPATH=$PWD/.venv-test/verls-stack
+    python -m pytest tests/core/test_kernels.py tests/benchmarks/test_gpu_check.py --numprocesses 2 --dist loadscope \
+        -k 'costs_on or launches_compiles and sm_90 or interpreter and (logits or rough or tokens or counts) or dry_run'
+    python -m pytest tests/embedded/test_rollout.py tests/distributed/test_fsdp_engine.py \
         tests/distributed/test_fused_head.py tests/distributed/test_model_families.py --numprocesses 2 --dist loadscope \
         -k 'test_rollout or sequence_parallel or old_pass or lora or half_precision or loss_gradient or fsdp2 or vision'
 ); }
@@ -137,14 +134,14 @@ everything() {
     trap leave_nothing EXIT
     install_verl
     # Downloaded and unpacked while the tests run.
-    beside --install-vllm
+    beside --install-others
     checks
     with_verl --numprocesses 2 --dist loadscope "$@"
-    finish --install-vllm
+    finish --install-others
     # Compilers and the interpreter work while engines are slow to start.
-    beside --verls-versions
+    beside --verls-stack
     with_vllm "$@"
-    finish --verls-versions
+    finish --verls-stack
     if [ "$*" = --all ]; then with_sglang "$@"; fi
 }
 
@@ -153,10 +150,10 @@ case "${1:-}" in
     --vllm) with_vllm "${@:2}" ;;
     --sglang) with_sglang "${@:2}" ;;
     # Parts that a whole run starts in the background.
-    --install-vllm) install_vllm ;;
-    --verls-versions)
-        with_verls_triton
-        with_verls_transformers
+    --install-others)
+        install_vllm
+        install_verls_stack
         ;;
+    --verls-stack) with_verls_stack ;;
     *) with_verl "$@" ;;
 esac
