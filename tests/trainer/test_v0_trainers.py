@@ -104,6 +104,7 @@ def test_one_step_off_policy(assets: Path, tmp_path: Path) -> None:
     assert_projected_within_bound(trained(rows))
 
 
+@pytest.mark.slow
 def test_one_step_off_policy_with_the_policy_that_sampled(assets: Path, tmp_path: Path) -> None:
     rows = run_trainer(
         assets, tmp_path / "run", [*SAMPLED, *SEPARATE, "trainer.total_training_steps=3"], probe=True, module=ONE_STEP
@@ -143,7 +144,9 @@ def test_fully_asynchronous_with_the_policy_that_sampled(assets: Path, tmp_path:
     assert max(row["fully_async/count/stale_trajectory_processed"] for row in trained(rows)) > 0
 
 
-@pytest.mark.parametrize("module", ["verl.trainer.main_ppo", ONE_STEP, FULLY])
+@pytest.mark.parametrize(
+    "module", [FULLY, *(pytest.param(name, marks=pytest.mark.slow) for name in ("verl.trainer.main_ppo", ONE_STEP))]
+)
 def test_a_setting_is_refused_before_ray_starts(module: str, tmp_path: Path) -> None:
     command, environment = trainer(
         tmp_path,
