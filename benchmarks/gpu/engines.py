@@ -6,6 +6,7 @@
 fsdp2     verl's FSDP2 engine: the Triton kernels against the torch forms, the first update, time and memory of a step
 fsdp      the same on FSDP1, which needs an accelerator
 megatron  the same on verl's Megatron engine at tensor-parallel size 1, with layers that need no TransformerEngine
+model     time and memory of a step on FSDP2 with a model of 1.5 billion parameters (random weights)
 trainer   three steps of verl's trainer for each method, with the embedded rollout on the device
 ========  =============================================================================================================
 
@@ -42,13 +43,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PARTS = ("fsdp2", "fsdp", "megatron", "trainer")
-ENGINES = PARTS[:3]
+PARTS = ("fsdp2", "fsdp", "megatron", "model", "trainer")
+ENGINES = PARTS[:4]
 SUPPORTS = ("anchored", "union")
 NEEDED = {
     "fsdp2": ("verl", "tensordict", "transformers"),
     "fsdp": ("verl", "tensordict", "transformers"),
     "megatron": ("verl", "tensordict", "transformers", "megatron.core", "mbridge"),
+    "model": ("verl", "tensordict", "transformers"),
     "trainer": ("verl", "ray", "transfer_queue", "transformers"),
 }
 # Seconds reserved for the trainers, however long the engines take.
@@ -100,11 +102,17 @@ class Size:
     timed_prompt: tuple[int, int]
     timed_response: tuple[int, int]
     repeat: int
+    heads: tuple[int, int] = (8, 4)
+    intermediate: int = 0
 
 
 SIZES = {
     "full": Size(151_936, 512, 4, (16, 64), (32, 128), (64, 128), (512, 512), repeat=3),
     "tiny": Size(512, 32, 2, (2, 7), (3, 12), (2, 7), (3, 12), repeat=1),
+    # Qwen2.5-1.5B's.
+    "model": Size(
+        *(151_936, 1536, 28), (16, 64), (32, 128), (256, 512), (1024, 1024), repeat=5, heads=(12, 2), intermediate=8960
+    ),
 }
 
 
@@ -357,24 +365,51 @@ def _response(batch: Any) -> Tensor:
 
 
 def cost(host: Host, setup: Any, batch: Any, repeat: int, row: EngineRow) -> None:
-    """Measure time and peak memory of the old pass and of an update with optimizer step, clipping first, then TROLL."""
+    """Measure time and peak memory of the old pass and of an update with optimizer step, the methods in turn.
+
+    On a GPU also the time that its kernels took in one more turn: what is left of a pass's time is the host's.
+    """
     from tests.distributed.batches import with_old_policy
 
     row.facts["tokens"] = int(batch["input_ids"].values().shape[0])
     row.facts["response tokens"] = int(batch["response_mask"].values().sum())
-    for method, troll in {"vanilla": None, **{name: {"support": name} for name in SUPPORTS}}.items():
+    methods = {"vanilla": None, **{name: {"support": name} for name in SUPPORTS}}
+    shards: dict[str, Any] = {}
+
+    def turn(method: str, measure: Callable[[str, Callable[[], Any]], None]) -> None:
+        loss_function = host.loss_function(setup, methods[method])
+        measure("old pass", functools.partial(host.old_pass, batch, setup))
+        measure("update", functools.partial(host.step, shards[method], setup, loss_function))
+
+    for method, troll in methods.items():
         loss_function = host.loss_function(setup, troll)
-        output = host.old_pass(batch, setup)
-        shard = with_old_policy(batch, output)
-        host.step(shard, setup, loss_function)
-        phases: dict[str, Callable[[], Any]] = {
-            "old pass": functools.partial(host.old_pass, batch, setup),
-            "update": functools.partial(host.step, shard, setup, loss_function),
-        }
-        for phase, work in phases.items():
-            seconds, memory = _measure(work, host.device, repeat)
-            row.facts[f"{method}, {phase}, s"] = seconds
-            row.facts[f"{method}, {phase}, MiB above the engine"] = memory
+        shards[method] = with_old_policy(batch, host.old_pass(batch, setup))
+        host.step(shards[method], setup, loss_function)
+    seconds: dict[str, list[float]] = {}
+    memory: dict[str, float] = {}
+    busy: dict[str, float] = {}
+    for method in [*methods] * repeat:
+
+        def clock(phase: str, work: Callable[[], Any], method: str = method) -> None:
+            took, extra = _measure(work, host.device)
+            seconds.setdefault(f"{method}, {phase}", []).append(took)
+            memory[f"{method}, {phase}"] = max(extra, memory.get(f"{method}, {phase}", 0.0))
+
+        turn(method, clock)
+    for method in methods if host.device.type == "cuda" else ():
+
+        def profile(phase: str, work: Callable[[], Any], method: str = method) -> None:
+            kernels = _kernel_seconds(work)
+            busy[f"{method}, {phase}"] = sum(kernels.values())
+            row.facts[f"{method}, {phase}, slowest kernels, s"] = dict(list(kernels.items())[:10])
+
+        turn(method, profile)
+    for name, took_each in seconds.items():
+        row.facts[f"{name}, s"] = round(statistics.median(took_each), 5)
+        row.facts[f"{name}, from and to, s"] = [round(min(took_each), 5), round(max(took_each), 5)]
+        if name in busy:
+            row.facts[f"{name}, of its kernels, s"] = round(busy[name], 5)
+            row.facts[f"{name}, MiB above the engine"] = round(memory[name], 1)
     for phase in ("old pass", "update"):
         for method in SUPPORTS:
             row.facts[f"{method} over vanilla, {phase}"] = round(
@@ -382,22 +417,29 @@ def cost(host: Host, setup: Any, batch: Any, repeat: int, row: EngineRow) -> Non
             )
 
 
-def _measure(work: Callable[[], Any], device: torch.device, repeat: int) -> tuple[float, float | None]:
+def _measure(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds, and peak MiB above what was allocated before (0 on the CPU)."""
     cuda = device.type == "cuda"
     resting = 0
     if cuda:
         torch.cuda.synchronize()
         resting = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(repeat):
-        begin = time.perf_counter()
+    begin = time.perf_counter()
+    work()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    return seconds, (torch.cuda.max_memory_allocated() - resting) / 2**20 if cuda else 0.0
+
+
+def _kernel_seconds(work: Callable[[], Any]) -> dict[str, float]:
+    """Seconds that each kernel and kind of copy took on the GPU, the slowest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    memory = round((torch.cuda.max_memory_allocated() - resting) / 2**20, 1) if cuda else None
-    return round(statistics.median(seconds), 5), memory
+        torch.cuda.synchronize()
+    seconds = {event.key[:80]: round(event.self_device_time_total / 1e6, 5) for event in profile.key_averages()}
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def make_batch(size: Size, *, timed: bool = False) -> Any:
@@ -439,27 +481,14 @@ def sampled(batch: Any, path: str, device: str) -> Any:
 
 def fsdp(strategy: str, device: str, size: Size, clock: Clock, report: Report) -> None:
     """Run the cases of one FSDP strategy; each engine is built once and used for all methods."""
-    from tests.distributed.fsdp_scenarios import Setup
-
     with tempfile.TemporaryDirectory() as folder:
-        tokens = 1 << 20
         for fused in (False, True):
             kind = "fused head" if fused else "logits"
             host: list[Host] = []
             batch: list[Any] = []
             # verl's fused kernels cannot read an untied head, since FSDP2 shards it separately.
             path = write_model(Path(folder, f"tied-{fused}"), size, device, tied=fused)
-            setup = Setup(
-                path,
-                None,
-                strategy=strategy,
-                use_fused_kernels=fused,
-                micro_batch_size=8,
-                max_token_len=tokens,
-                param_dtype="bf16" if device == "cuda" else "fp32",
-                temperature=1.0,
-                lr=1e-6,
-            )
+            setup = fsdp_setup(path, strategy, device, fused=fused)
 
             def start(row: EngineRow, setup: Any = setup, host: list[Host] = host, batch: list[Any] = batch) -> None:
                 batch[:] = [sampled(make_batch(size), setup.model_path, device)]
@@ -471,6 +500,37 @@ def fsdp(strategy: str, device: str, size: Size, clock: Clock, report: Report) -
                 cases(host[0], setup, batch[0], size, kind, clock, report)
             host.clear()
             release(device)
+
+
+def fsdp_setup(path: str, strategy: str, device: str, *, fused: bool = False) -> Any:
+    """The settings of an FSDP engine."""
+    from tests.distributed.fsdp_scenarios import Setup
+
+    return Setup(
+        path,
+        None,
+        strategy=strategy,
+        use_fused_kernels=fused,
+        micro_batch_size=8,
+        max_token_len=1 << 20,
+        param_dtype="bf16" if device == "cuda" else "fp32",
+        temperature=1.0,
+        lr=1e-6,
+    )
+
+
+def model(device: str, size: Size, clock: Clock, report: Report) -> None:
+    """Measure the cost of a step with one model."""
+
+    def case(row: EngineRow) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = write_model(Path(folder), size, device, tied=True)
+            setup = fsdp_setup(path, "fsdp2", device)
+            host = FsdpHost(device, setup)
+        row.facts["parameters"] = sum(parameter.numel() for parameter in host.parameters())
+        cost(host, setup, make_batch(size, timed=True), size.repeat, row)
+
+    run_case(report, "model", "cost of a step", clock, case)
 
 
 def cases(host: Host, setup: Any, batch: Any, size: Size, kind: str, clock: Clock, report: Report) -> None:
@@ -507,10 +567,10 @@ def write_model(folder: Path, size: Size, device: str, *, tied: bool) -> str:
     config = Qwen2Config(
         vocab_size=size.vocab,
         hidden_size=size.hidden,
-        intermediate_size=4 * size.hidden,
+        intermediate_size=size.intermediate or 4 * size.hidden,
         num_hidden_layers=size.layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=size.heads[0],
+        num_key_value_heads=size.heads[1],
         max_position_embeddings=2048,
         tie_word_embeddings=tied,
         bos_token_id=None,
@@ -577,6 +637,8 @@ def engine_part(part: str, options: argparse.Namespace, report: Report) -> None:
         size = SIZES["tiny" if options.tiny else "full"]
         if part == "megatron":
             megatron(options.device, size, clock, report)
+        elif part == "model":
+            model(options.device, size if options.tiny else SIZES["model"], clock, report)
         else:
             fsdp(part, options.device, size, clock, report)
 

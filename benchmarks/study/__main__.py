@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.study import grid, pretrained, results
-from benchmarks.study.cells import LOSSES, PRETRAINED_PROMPTS, PROMPTS, TASKS_FOLDER, TRAINERS, Cell
+from benchmarks.study.cells import DEVICES, LOSSES, PRETRAINED_PROMPTS, PROMPTS, TASKS_FOLDER, TRAINERS, Cell
 from benchmarks.study.pool import Pool
 from benchmarks.study.tasks import NAMES, PRETRAINED
 from verl_troll.tools import disk
@@ -57,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
     def wanted(done: results.Results) -> Iterator[Cell]:
         return (cell for cell in part.in_order(done, sections, tasks) if cell.loss in losses)
 
-    failed = Pool(wanted, options.results, say=_say).run(options.workers, options.minutes)
+    failed = Pool(wanted, options.results, say=_say, device=options.device).run(options.workers, options.minutes)
     return 1 if failed else 0
 
 
@@ -117,7 +117,7 @@ def _cell(options: argparse.Namespace) -> int:
         trainer=options.trainer,
     )
     _prepare([cell.task])
-    failed = Pool(lambda done: [cell], options.results, say=_say).run(1, math.inf)
+    failed = Pool(lambda done: [cell], options.results, say=_say, device=options.device).run(1, math.inf)
     if failed:
         return 1
     line = results.read(options.results)[cell.key]
@@ -172,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--workers", type=int, default=2, help="parallel runs, one core each (default 2)")
     run.add_argument("--minutes", type=float, default=math.inf, help="start no run after this many minutes")
     run.add_argument("--results", type=Path, default=results.FILE, help="file to append runs to")
+    run.add_argument("--device", choices=DEVICES, default=DEVICES[0], help="cuda: all workers share one GPU")
     run.set_defaults(act=_run)
 
     listed = commands.add_parser("list", help="list the grid's sections and their progress")
@@ -204,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cell.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a verl setting, or troll.NAME=VALUE"
     )
+    cell.add_argument("--device", choices=DEVICES, default=DEVICES[0])
     cell.add_argument("--results", type=Path, default=TASKS_FOLDER.parent / "cell.jsonl")
     cell.set_defaults(act=_cell)
 

@@ -31,6 +31,8 @@ PROBED_K = (16, 64, 256)
 TRAINERS = ("study", "separate_async")
 """The study's own (:mod:`benchmarks.study.trainer`), and verl's asynchronous one as it is."""
 
+DEVICES = ("cpu", "cuda")
+
 _ACTOR = "actor_rollout_ref.actor"
 _TROLL = f"{_ACTOR}.policy_loss.troll"
 _WIDE_OPEN = "1e9"
@@ -71,6 +73,20 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "dppo_kl_regression": _with_regression("dppo_kl", low=0.05, high=0.05, c=10000.0),
 }
 """Arms of the study, as overrides for verl. ``none`` is the plain ratio without a trust region."""
+
+
+def _on(device: str) -> list[str]:
+    """Settings for a device: float32 and verl's FSDP2 engine on each, so that runs differ by rounding alone."""
+    if device == "cpu":
+        return ["+cpu=default"]
+    return [
+        "+embedded=default",
+        f"{_ACTOR}.strategy=fsdp2",
+        f"{_ACTOR}.fsdp_config.use_torch_compile=False",
+        f"+{_ACTOR}.fsdp_config.mixed_precision={{param_dtype:fp32}}",
+        "actor_rollout_ref.rollout.dtype=float32",
+        "+ray_kwargs.ray_init.object_store_memory=1000000000",
+    ]
 
 
 @dataclass(frozen=True)
@@ -184,17 +200,18 @@ class Cell:
         own = (self.key,) if self.is_asynchronous else ()
         return (self.task, self.uses_troll, self.estimator, self.temperature, *own)
 
-    def overrides(self, tasks: Path = TASKS_FOLDER) -> list[str]:
+    def overrides(self, tasks: Path = TASKS_FOLDER, device: str = DEVICES[0]) -> list[str]:
         """Overrides for verl's command line.
 
         Args:
             tasks: folder that holds the task's folder, made by :func:`benchmarks.study.prepare.prepare`.
+            device: one of :data:`DEVICES`.
         """
         data = tasks / self.task
         task = TASKS.get(self.task) or PRETRAINED[self.task]
         mini_batch = self.prompts // self.mini_batches
         chosen = [
-            "+cpu=default",
+            *_on(device),
             f"+estimator={self.estimator}",
             *self._loss(),
             f"data.train_files={data / 'train.parquet'}",
@@ -259,6 +276,8 @@ class Cell:
             "trainer.v1.trainer_mode=separate_async",
             f"{mode}.parameter_sync_step={self.mini_batches}",
             f"{mode}.num_warmup_batches={self.staleness}",
+            # It re-scores a mini-batch at a time.
+            f"{rollout}.log_prob_micro_batch_size_per_gpu={self.prompts // self.mini_batches * SAMPLES}",
             f"{rollout}.nnodes=1",
             f"{rollout}.n_gpus_per_node=1",
             f"{rollout}.checkpoint_engine.backend=ray_object_store",

@@ -161,8 +161,7 @@ def gspo_clip(results: Results) -> Iterator[Cell]:
 
 def separate_async(results: Results) -> Iterator[Cell]:
     """verl's asynchronous trainer, 1, 2, 4 and 8 batches ahead, with both old policies."""
-    batches = sorted(product(SEEDS, (8, 1, 4, 2)), key=lambda batch: (batch[0] > 0 and batch[1] < 8, batch[0]))
-    for seed, ahead in batches:
+    for ahead, seed in product((8, 1, 4, 2), SEEDS):
         for old_policy, loss in product(("rescored", "behaviour"), ("clip", "union", "anchored")):
             yield Cell(
                 "chain", loss, 2e-4, seed, staleness=ahead, old_policy=old_policy, steps=STEPS, trainer="separate_async"

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.processes import HungError, Tree
 from benchmarks.study import results
-from benchmarks.study.cells import ROOT, TASKS_FOLDER, Cell
+from benchmarks.study.cells import DEVICES, ROOT, TASKS_FOLDER, Cell
 from verl_troll.tools import disk
 
 SCRATCH = ROOT / "runs" / "study" / "cells"
@@ -27,13 +27,16 @@ class SessionError(Exception):
     """A run failed or timed out."""
 
 
-def environment() -> dict[str, str]:
-    """Environment of verl's processes: CPU mode, one thread each, this repository's modules."""
+def environment(device: str = DEVICES[0]) -> dict[str, str]:
+    """Environment of verl's processes: the device, one thread each, this repository's modules."""
     kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return {
         **kept,
-        "VERL_PLATFORM": "cpu",
-        "VERL_USE_EXTERNAL_MODULES": "verl_troll.cpu",
+        **(
+            {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "verl_troll.cpu"}
+            if device == "cpu"
+            else {"VERL_USE_EXTERNAL_MODULES": "verl_troll.embedded"}
+        ),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "OMP_NUM_THREADS": "1",
         "TQ_NUM_THREADS": "1",
@@ -46,22 +49,23 @@ def environment() -> dict[str, str]:
 class SessionProcess:
     """One process of :mod:`benchmarks.study.session` and its child processes."""
 
-    def __init__(self, kind: tuple[Any, ...], log: Path) -> None:
+    def __init__(self, kind: tuple[Any, ...], log: Path, device: str = DEVICES[0]) -> None:
         self.kind = kind
+        self._device = device
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as stream:
             self._tree = Tree(
                 [sys.executable, "-m", "benchmarks.study.session"],
                 cwd=ROOT,
-                env=environment(),
+                env=environment(device),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
             )
 
-    def run(self, cell: Cell, tasks: Path, metrics: Path) -> float:
-        """Train one cell and return its seconds, without process start-up.
+    def run(self, cell: Cell, tasks: Path, metrics: Path) -> tuple[float, str]:
+        """Train one cell and return its seconds, without process start-up, and the device's name.
 
         Raises:
             SessionError: with the traceback if there is one, and what is known of full disks.
@@ -72,13 +76,13 @@ class SessionProcess:
         except SessionError as error:
             raise SessionError("\n".join(filter(None, (str(error), disks.complaint())))) from None
 
-    def _run(self, cell: Cell, tasks: Path, metrics: Path, disks: disk.Watch) -> float:
+    def _run(self, cell: Cell, tasks: Path, metrics: Path, disks: disk.Watch) -> tuple[float, str]:
         process = self._tree.process
         assert process.stdin is not None
         assert process.stdout is not None
-        order = json.dumps({"cell": cell.to_json(), "tasks": str(tasks), "metrics": str(metrics)})
+        order = {"cell": cell.to_json(), "tasks": str(tasks), "metrics": str(metrics), "device": self._device}
         try:
-            process.stdin.write(order.encode() + b"\n")
+            process.stdin.write(json.dumps(order).encode() + b"\n")
             process.stdin.flush()
         except BrokenPipeError:
             raise SessionError("the session had ended") from None
@@ -97,7 +101,7 @@ class SessionProcess:
         answer = json.loads(line)
         if "error" in answer:
             raise SessionError(answer["error"])
-        return float(answer["seconds"])
+        return answer["seconds"], answer["device"]
 
     def end(self) -> None:
         """End the process and its session, including Ray's processes."""
@@ -112,6 +116,7 @@ class Pool:
         file: results file.
         tasks: folder of the prepared tasks.
         say: prints a line.
+        device: one of :data:`benchmarks.study.cells.DEVICES`; all sessions share it.
     """
 
     def __init__(
@@ -120,11 +125,13 @@ class Pool:
         file: Path,
         tasks: Path = TASKS_FOLDER,
         say: Callable[[str], None] = print,
+        device: str = DEVICES[0],
     ) -> None:
         self._cells = cells
         self._file = file
         self._tasks = tasks
         self._say = say
+        self._device = device
         self._lock = threading.Lock()
         self._done = results.read(file)
         self._taken: set[str] = set()
@@ -186,8 +193,8 @@ class Pool:
                     continue
                 metrics = SCRATCH / f"{cell.key}.jsonl"
                 try:
-                    seconds = self._session(name, cell).run(cell, self._tasks, metrics)
-                    line = results.record(cell, metrics, seconds)
+                    seconds, device = self._session(name, cell).run(cell, self._tasks, metrics)
+                    line = results.record(cell, metrics, seconds, device)
                 # A full disk leaves metrics that cannot be read.
                 except (SessionError, ValueError) as error:
                     self._end(name)
@@ -203,7 +210,7 @@ class Pool:
         running = self._sessions.get(name)
         if running is None or running.kind != cell.session:
             self._end(name)
-            running = self._sessions[name] = SessionProcess(cell.session, SCRATCH / f"{name}.log")
+            running = self._sessions[name] = SessionProcess(cell.session, SCRATCH / f"{name}.log", self._device)
         return running
 
     def _end(self, name: str) -> None:

@@ -39,6 +39,7 @@ def response_logits(model: Any, prompts: Sequence[Sequence[int]], responses: Seq
         mask[row, :end] = 1
         wanted[row, len(prompt) - 1 : end - 1] = True
     # The head is the larger part of the work: only at the tokens asked for.
+    ids, mask, wanted = (part.to(model.device) for part in (ids, mask, wanted))
     hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
     logits: Tensor = model.get_output_embeddings()(hidden[wanted])
     return logits.float()

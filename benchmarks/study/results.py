@@ -86,8 +86,8 @@ def status(metrics: Path) -> str:
     return "diverged" if diverged(run) else "finished"
 
 
-def record(cell: Cell, metrics: Path, seconds: float) -> Record:
-    """The line of a completed run."""
+def record(cell: Cell, metrics: Path, seconds: float, device: str = "cpu") -> Record:
+    """The line of a completed run, with the device's name where it was not the CPU."""
     run = {
         "key": cell.key,
         "task": cell.task,
@@ -98,6 +98,7 @@ def record(cell: Cell, metrics: Path, seconds: float) -> Record:
         "seed": cell.seed,
         "status": status(metrics),
         "seconds": seconds,
+        **({} if device == "cpu" else {"device": device}),
         "settings": _settings(cell),
         "cell": cell.to_json(),
     }

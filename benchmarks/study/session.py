@@ -1,9 +1,9 @@
 """A process that keeps Ray and verl running and trains one run after another: ``python -m benchmarks.study.session``.
 
-It reads one line of JSON per run from standard input, ``{"cell": ..., "tasks": FOLDER, "metrics": PATH}``, and answers
-with one line on standard output, ``{"seconds": ...}`` or ``{"error": ...}``. It exits after an error, since the state
-of its processes is then unknown. All other output goes to standard error. Runs of verl's asynchronous trainer are its
-own task runner's, one per process.
+It reads one line of JSON per run from standard input, ``{"cell": ..., "tasks": FOLDER, "metrics": PATH, "device":
+...}``, and answers with one line on standard output, ``{"seconds": ..., "device": ...}`` or ``{"error": ...}``. It
+exits after an error, since the state of its processes is then unknown. All other output goes to standard error. Runs of
+verl's asynchronous trainer are its own task runner's, one per process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.study.cells import Cell
 
 
-def configuration(cell: Cell, tasks: Path) -> Any:
+def configuration(cell: Cell, tasks: Path, device: str) -> Any:
     """verl's configuration of a run, composed and validated as in verl's entry point."""
     from hydra import compose, initialize_config_module
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
@@ -27,7 +27,7 @@ def configuration(cell: Cell, tasks: Path) -> Any:
     from verl.utils.device import auto_set_device
 
     with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", overrides=cell.overrides(tasks))
+        config = compose("ppo_trainer", overrides=cell.overrides(tasks, device))
     auto_set_device(config)
     validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     return config
@@ -66,6 +66,13 @@ def train_asynchronously(config: Any, metrics: str) -> None:
     ray.get(TaskRunnerV1.remote().run.remote(config))
 
 
+def name(device: str) -> str:
+    """The accelerator's name, or ``cpu``."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
 def main() -> int:
     """Train the runs given on standard input."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -75,7 +82,7 @@ def main() -> int:
         order = json.loads(line)
         try:
             cell = Cell.from_json(order["cell"])
-            config = configuration(cell, Path(order["tasks"]))
+            config = configuration(cell, Path(order["tasks"]), order["device"])
             if runner is None and not cell.is_asynchronous:
                 runner = start(config)
             import ray
@@ -85,7 +92,7 @@ def main() -> int:
                 train_asynchronously(config, order["metrics"])
             else:
                 ray.get(runner.run.remote(config, order["metrics"]))
-            answer: dict[str, Any] = {"seconds": round(time.monotonic() - begin, 2)}
+            answer: dict[str, Any] = {"seconds": round(time.monotonic() - begin, 2), "device": name(order["device"])}
         except Exception:
             answer = {"error": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)

@@ -335,7 +335,7 @@ def _keep_logits(server: Any, samples: Sampled) -> None:
 
 def _compare_with_old_policy(server: Any, samples: Sampled, ks: list[int]) -> dict[str, float]:
     new = probe.response_logits(server.model, *zip(*samples, strict=True))
-    sampled = torch.tensor([token for _, response in samples for token in response])
+    sampled = torch.tensor([token for _, response in samples for token in response], device=new.device)
     return probe.compare_policies(server.noted.popleft(), new, sampled, ks)
 
 

@@ -11,15 +11,17 @@ from typing import Any, ClassVar
 
 import orjson
 import pytest
+from hydra import compose, initialize_config_module
 
 from benchmarks.study import grid, pool, results
 from benchmarks.study.__main__ import main
-from benchmarks.study.cells import Cell
+from benchmarks.study.cells import DEVICES, Cell
 from benchmarks.study.pool import Pool, SessionError
 from benchmarks.study.tables import by_arm, entropy_by_rate
 from verl_troll.tools.report.read import DISTINCT_ANSWERS, read_runs
 
 CELL = Cell("chain", "union", lr=2e-4, seed=0)
+STALENESS = "training/off_policy/trajectory_staleness/mean"
 
 
 def line_of(cell: Cell, final: float) -> results.Record:
@@ -105,6 +107,29 @@ def test_the_asynchronous_trainer_takes_the_old_policy_that_sampled_in_bypass_mo
     assert Cell.from_json(json.loads(json.dumps(cell.to_json()))) == cell
     # verl's task runner trains once per process.
     assert cell.session != dataclasses.replace(cell, seed=1).session
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_verl_knows_every_setting(device: str, tmp_path: Path) -> None:
+    cells = [
+        Cell("chain", "union", 1e-4, 0),
+        Cell("chain", "clip", 1e-4, 0, estimator="ppo"),
+        Cell("chain", "anchored", 1e-4, 0, staleness=2, old_policy="behaviour", trainer="separate_async"),
+        Cell("sums", "clip_regression", 1e-5, 0, prompts=8),
+    ]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        for cell in cells:
+            config = compose("ppo_trainer", overrides=cell.overrides(tmp_path, device))
+            assert config.trainer.device == {"cpu": "cpu", "cuda": "cuda"}[device]
+            assert config.actor_rollout_ref.actor.strategy == "fsdp2"
+            assert config.actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype == "fp32"
+            assert config.actor_rollout_ref.rollout.dtype == "float32"
+
+
+def test_the_device_is_recorded_where_it_is_not_the_cpu(tmp_path: Path) -> None:
+    file = metrics_file(tmp_path / "m", [0.3])
+    assert "device" not in results.record(CELL, file, seconds=1.0)["run"]
+    assert results.record(CELL, file, 1.0, "A GPU")["run"]["device"] == "A GPU"
 
 
 def test_published_runs_keep_their_keys() -> None:
@@ -200,7 +225,9 @@ def test_the_published_results_are_runs_that_the_report_reads() -> None:
 
     runs = read_runs([results.FILE], refuse)
     assert len(runs) == len(results.read())
-    assert all(run.held_out() and run.metric(DISTINCT_ANSWERS) for run in runs)
+    assert all(run.held_out() for run in runs)
+    # verl's asynchronous trainer has no answers to count.
+    assert all(run.metric(DISTINCT_ANSWERS) or run.metric(STALENESS) for run in runs)
 
 
 @pytest.mark.parametrize(
@@ -243,18 +270,19 @@ class StandIn:
     trained: ClassVar[list[Cell]] = []
     lock = threading.Lock()
 
-    def __init__(self, kind: tuple[Any, ...], log: Path) -> None:
+    def __init__(self, kind: tuple[Any, ...], log: Path, device: str) -> None:
         self.kind = kind
+        self.device = device
         self.started.append(kind)
 
-    def run(self, cell: Cell, tasks: Path, metrics: Path) -> float:
+    def run(self, cell: Cell, tasks: Path, metrics: Path) -> tuple[float, str]:
         with self.lock:
             self.trained.append(cell)
         if cell.key in self.failing:
             raise SessionError("no numbers")
         rows = [{"step": step, "data": {results.held_out_key(cell.task): 0.4}} for step in range(2)]
         metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return 1.0
+        return 1.0, self.device
 
     def end(self) -> None:
         """Nothing to end."""
@@ -304,10 +332,10 @@ def test_an_error_of_our_own_ends_the_run(
 ) -> None:
     cells = [Cell("chain", "clip", 1e-4, seed) for seed in range(50)]
 
-    def broken(cell: Cell, metrics: Path, seconds: float) -> results.Record:
+    def broken(cell: Cell, metrics: Path, seconds: float, device: str) -> results.Record:
         if cell.seed == 1:
             raise OSError("no space")
-        return record(cell, metrics, seconds)
+        return record(cell, metrics, seconds, device)
 
     record = results.record
     monkeypatch.setattr(results, "record", broken)
