@@ -160,7 +160,7 @@ SEAMS = (
     ),
     Seam(
         "Layout of the tokens",
-        (f"{ENGINES}/megatron.py", f"{ENGINES}/fsdp.py", "verl_troll/plugin/passes.py"),
+        (f"{ENGINES}/megatron.py", f"{ENGINES}/fsdp.py", "verl_troll/plugin/carry.py"),
         "do the logits lie as the input ids do (packing, padding, context-parallel chunks), and are response tokens "
         "predicted one row earlier?",
         uses=(

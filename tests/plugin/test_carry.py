@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from verl.workers.utils.padding import no_padding_2_padding
 
 from benchmarks.attack.attack import one_thread
 from benchmarks.attack.support import CORRUPTIONS, NAMED, Batch, K, unpacked
@@ -302,3 +303,18 @@ def test_padded_sequences_are_refused() -> None:
     batch["input_ids"] = batch["input_ids"].to_padded_tensor(0)
     with pytest.raises(carry.MissingSupportError, match="no-padding format"):
         carry.response_tokens(batch)
+
+
+def test_padding_is_that_of_verl() -> None:
+    """One response is empty; what lies outside the responses does not matter."""
+    batch = make_batch()
+    tokens = carry.response_tokens(batch)
+    assert 0 in tokens.offsets.diff().tolist()
+    values = torch.randn(batch["input_ids"].values().shape[0], dtype=torch.float64, requires_grad=True)
+    expected = no_padding_2_padding(values, batch)
+    found = tokens.pad(values, expected.shape)
+    assert torch.equal(found, expected)
+    weights = torch.randn_like(expected)
+    own, reference = (torch.autograd.grad((x * weights).sum(), values)[0] for x in (found, expected))
+    assert torch.equal(own, reference)
+    assert tokens.pad(values, torch.Size((len(batch), 40))).shape == (len(batch), 40)

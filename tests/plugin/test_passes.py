@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
@@ -27,6 +28,7 @@ from verl_troll.plugin.layout import TokenLayout
 from verl_troll.plugin.passes import OldPolicyPass, UpdatePass
 from verl_troll.plugin.settings import HostSettings, TrollConfig
 
+aten = torch.ops.aten
 DOUBLE = torch.float64
 BOUND = 0.05
 ALPHA = 0.7
@@ -223,6 +225,42 @@ def test_the_ratio_of_an_unchanged_policy_is_exactly_one(rule: str, padded: bool
     mask = batch["response_mask"].values().bool()
     expected = -batch["advantages"].values()[mask].mean().item()
     assert metrics["actor/pg_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts operations after which the host of an accelerator waits for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.equal)
+        return func(*args, **(kwargs or {}))
+
+
+@by_rule
+def test_the_loss_waits_for_an_accelerator_only_in_verls_own_function(rule: str) -> None:
+    """But for one transfer of all metrics, which is not such an operation. verl's own waits grow with the samples."""
+    batch, settings = batch_of(), replace(SETTINGS, support=rule)
+    old, new = logits_of(batch)
+    layout = layout_of(batch, padded=False)
+    batch = with_old_policy(batch, old_pass(batch, old, layout, settings))
+    waits = HostWaits()
+    verls: list[int] = []
+
+    def watched(**arguments: Any) -> Any:
+        before = waits.count
+        result = ppo_loss(config=actor(), **arguments)
+        verls.append(waits.count - before)
+        return result
+
+    writer = UpdatePass(settings, Owner(layout), watched, entropy=False)
+    output = stored(writer(data=batch, student_logits=show(new, layout)), layout, batch)
+    with waits:
+        writer(model_output=output, data=batch)
+    assert verls[0] > len(batch)
+    assert waits.count == verls[0]
 
 
 def oracle_batch(batch: TensorDict, new: Tensor, old: Tensor) -> oracle.Batch:

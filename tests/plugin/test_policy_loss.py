@@ -53,7 +53,9 @@ class Inputs:
         return self.log_ratio, self.regression_kl, self.log_prob
 
     def terms(self) -> ProjectedTerms:
-        return ProjectedTerms(self.settings, BatchTerms(self.log_ratio, self.regression_kl, self.projected))
+        return ProjectedTerms(
+            self.settings, lambda shape: BatchTerms(self.log_ratio, self.regression_kl, self.projected)
+        )
 
     def loss(
         self,

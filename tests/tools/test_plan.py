@@ -261,7 +261,8 @@ class Passes:
         def inner(model_output: dict[str, Tensor], **_: Any) -> tuple[Tensor, dict[str, Any]]:
             terms = _terms.get()
             assert terms is not None
-            loss, regression = terms.batch.log_ratio.exp().sum(), terms.batch.regression_kl.sum()
+            batch_terms = terms.padded(torch.Size((self.samples, self.length)))
+            loss, regression = batch_terms.log_ratio.exp().sum(), batch_terms.regression_kl.sum()
             terms.losses = BatchLosses(loss, regression, torch.zeros(2), torch.zeros(2))
             return loss, {}
 
@@ -285,8 +286,7 @@ class Passes:
         close("peak of the old pass", self.old.peak, predicted["troll_old"])
         close("read and written in the update", self.update.moved, self.rows * predicted["small_bytes"])
         close("read and written in the old pass", self.old.moved, self.rows * predicted["old_small_bytes"])
-        operations = predicted["update_launches"] + self.samples * predicted["sequence_launches"]
-        close("operations of the update", self.update.operations, operations)
+        close("operations of the update", self.update.operations, predicted["update_launches"])
         close("operations of the old pass", self.old.operations, predicted["old_launches"])
 
 

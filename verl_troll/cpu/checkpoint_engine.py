@@ -3,7 +3,7 @@
 verl's own transports (NCCL, NIXL, ...) need an accelerator. Enabled by
 ``actor_rollout_ref.rollout.checkpoint_engine.backend=ray_object_store`` and
 ``checkpoint_engine.custom_backend_module=verl_troll.cpu.checkpoint_engine``. These trainers also save the old policy's
-weights, of which this module makes a copy (:mod:`verl_troll.patches.cpu.verl_saved_weights`).
+weights, which must be a copy (:mod:`verl_troll.patches.verl_fsdp2_snapshot`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
 from verl.workers.rollout.utils import ensure_async_iterator
 
-from verl_troll.patches import registry
-from verl_troll.patches.cpu import verl_saved_weights
+from verl_troll.patches import registry, verl_fsdp2_snapshot
 
 __all__ = ["ObjectStoreCheckpointEngine"]
 
-registry.apply(verl_saved_weights.PATCH)
+# Also without the plugin, which applies it for every trainer.
+registry.apply(verl_fsdp2_snapshot.PATCH)
 
 
 class _Mailbox:

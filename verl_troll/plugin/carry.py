@@ -62,6 +62,7 @@ class ResponseTokens:
         ids: int64, the token itself.
         mask: bool, ``response_mask``.
         sample: int64, index of its sample.
+        place: int64, its place in the response.
         offsets: ``[B + 1]`` int64, where the tokens of each sample start.
         sequence: ``[T]``, all tokens, prompts included.
         sequence_offsets: ``[B + 1]`` int64, where the sequence of each sample starts.
@@ -71,6 +72,7 @@ class ResponseTokens:
     ids: Tensor
     mask: Tensor
     sample: Tensor
+    place: Tensor
     offsets: Tensor
     sequence: Tensor
     sequence_offsets: Tensor
@@ -82,14 +84,25 @@ class ResponseTokens:
         # With output_size, repeat_interleave does not wait for the accelerator.
         sample = torch.arange(lengths.shape[0], device=lengths.device)
         sample = torch.repeat_interleave(sample, lengths, output_size=mask.shape[0])
-        index = torch.arange(mask.shape[0], device=lengths.device) - offsets[sample]
-        rows = sequence_offsets[1:][sample] - lengths[sample] - 1 + index
-        return cls(rows, sequence[rows + 1].long(), mask, sample, offsets, sequence, sequence_offsets)
+        place = torch.arange(mask.shape[0], device=lengths.device) - offsets[sample]
+        rows = sequence_offsets[1:][sample] - lengths[sample] - 1 + place
+        return cls(rows, sequence[rows + 1].long(), mask, sample, place, offsets, sequence, sequence_offsets)
 
     @cached_property
     def in_loss(self) -> Tensor:
         """``[M]`` int64, indices of the M tokens whose mask is set. One host synchronisation, the first time."""
         return self.mask.nonzero().squeeze(-1)
+
+    def pad(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """``values [T]`` of the packed positions as a matrix of responses, 0 after each response; differentiable.
+
+        As verl's ``no_padding_2_padding``, which waits for an accelerator several times per sample; this does not.
+
+        Args:
+            shape: ``(B, L)``, L at least the longest response.
+        """
+        full = values.new_zeros(shape.numel())
+        return full.index_copy(0, self.sample * shape[1] + self.place, values.index_select(0, self.rows)).view(shape)
 
 
 def response_tokens(data: TensorDict) -> ResponseTokens:

@@ -24,7 +24,6 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
-from verl.workers.utils.padding import no_padding_2_padding
 
 from verl_troll.core import kernels, wire
 from verl_troll.core.lm_head import LinearHead
@@ -240,14 +239,9 @@ class UpdatePass(_LogitsPass):
         layout, sums, maxima = self._statistics
         unpacked = self._unpacked
         self._statistics = self._unpacked = None
-        terms = ProjectedTerms(
-            self.settings,
-            BatchTerms(
-                log_ratio=no_padding_2_padding(model_output.pop(_LOG_RATIO), data),
-                regression_kl=no_padding_2_padding(model_output.pop(_REGRESSION_KL), data),
-                projected=no_padding_2_padding(model_output.pop(_PROJECTED), data),
-            ),
-        )
+        packed = [model_output.pop(name).values() for name in (_LOG_RATIO, _REGRESSION_KL, _PROJECTED)]
+        pad = unpacked.arrived.tokens.pad
+        terms = ProjectedTerms(self.settings, lambda shape: BatchTerms(*(pad(values, shape) for values in packed)))
         with projected_terms(terms):
             loss, metrics = self.inner(model_output=model_output, data=data, dp_group=dp_group)
         if terms.losses is None:
@@ -261,8 +255,9 @@ class UpdatePass(_LogitsPass):
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=layout.group)
         # The only transfer to the host in this micro-batch.
         losses, dtype = terms.losses, sums.dtype
-        shift, projected, limited, broken, wrong, *values = torch.cat(
-            [losses.shift.to(dtype), losses.unusual.to(dtype), unpacked.wrong.to(dtype).unsqueeze(0), sums, maxima]
+        scalars = torch.stack([unpacked.wrong.to(dtype), losses.regression.detach().to(dtype)])
+        shift, projected, limited, broken, wrong, regression, *values = torch.cat(
+            [losses.shift.to(dtype), losses.unusual.to(dtype), scalars, sums, maxima]
         ).tolist()
         unpacked.check(bool(wrong))
         self.broken += int(broken)
@@ -272,5 +267,5 @@ class UpdatePass(_LogitsPass):
         tokens, ranks = data["batch_num_tokens"], data["dp_size"]
         values, largest = values[: len(sums)], values[len(sums) :]
         metrics.update(as_metrics(values, largest, [limited, broken], tokens, ranks, self.settings.kl_bound))
-        metrics["troll/regression_loss"] = Metric(AggregationType.SUM, losses.regression)
+        metrics["troll/regression_loss"] = Metric(AggregationType.SUM, regression)
         return loss + losses.regression, metrics

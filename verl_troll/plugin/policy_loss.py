@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register_policy_loss
 from verl.workers.config import ActorConfig
@@ -24,10 +25,14 @@ from verl_troll.plugin.settings import LOSS_MODE, TrollConfig
 
 @dataclass
 class ProjectedTerms:
-    """The terms of one micro-batch, and the losses that the policy loss leaves for the engine."""
+    """The terms of one micro-batch, and the losses that the policy loss leaves for the engine.
+
+    Attributes:
+        padded: returns the terms in the shape of verl's log-probs.
+    """
 
     settings: TrollConfig
-    batch: BatchTerms
+    padded: Callable[[torch.Size], BatchTerms]
     losses: BatchLosses | None = None
 
 
@@ -70,7 +75,7 @@ def troll_policy_loss(
         )
     settings = terms.settings
     terms.losses = batch_losses(
-        terms.batch,
+        terms.padded(log_prob.shape),
         log_probs=log_prob,
         old_log_probs=old_log_prob,
         advantages=advantages,

@@ -764,17 +764,12 @@ class Plan(Kernels):
         if self.support == "anchored":
             if self.triton:
                 return 185 if self.tp == 1 else 230
-            return 630
+            return 636
         if self.support == "union":
             if self.triton:
                 return 185 if self.tp == 1 else 250
-            return 970
+            return 995
         _unknown(self.support)
-
-    @number("", _by_form)
-    def sequence_launches(self) -> float:
-        """And per sample: verl pads three more tensors."""
-        return 21
 
     @number("", _by_form)
     def old_launches(self) -> float:
@@ -786,11 +781,7 @@ class Plan(Kernels):
     @number("s")
     def troll_launches(self) -> float:
         """As if the GPU waited for each launch. Vanilla has few, which are left out."""
-        return (
-            self.cuts * self.update_launches
-            + self.epochs * self.sequences / self.dp * self.sequence_launches
-            + self.old_cuts * self.old_launches
-        ) * self.launch
+        return (self.cuts * self.update_launches + self.old_cuts * self.old_launches) * self.launch
 
     @number("bytes/s")
     def group_bandwidth(self) -> float:
