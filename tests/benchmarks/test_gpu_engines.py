@@ -51,7 +51,7 @@ def test_what_is_not_installed_is_skipped(
     rows = json.loads((tmp_path / "gpu_engines.json").read_text())["rows"]
     assert {row["status"] for row in rows} == {"skipped"} and len(rows) == len(engines.PARTS)
     assert {row["reason"] for row in rows} == {"not installed: verl_that_is_not_here, not_here.either"}
-    assert "0 passed, 0 failed, 4 skipped" in capsys.readouterr().out
+    assert "0 passed, 0 failed, 5 skipped" in capsys.readouterr().out
 
 
 def test_a_row_says_what_failed() -> None:

@@ -21,7 +21,6 @@ from benchmarks.study.tables import by_arm, entropy_by_rate
 from verl_troll.tools.report.read import DISTINCT_ANSWERS, read_runs
 
 CELL = Cell("chain", "union", lr=2e-4, seed=0)
-STALENESS = "training/off_policy/trajectory_staleness/mean"
 
 
 def line_of(cell: Cell, final: float) -> results.Record:
@@ -226,8 +225,8 @@ def test_the_published_results_are_runs_that_the_report_reads() -> None:
     runs = read_runs([results.FILE], refuse)
     assert len(runs) == len(results.read())
     assert all(run.held_out() for run in runs)
-    # verl's asynchronous trainer has no answers to count.
-    assert all(run.metric(DISTINCT_ANSWERS) or run.metric(STALENESS) for run in runs)
+    # verl's asynchronous trainer counts no answers.
+    assert all(run.metric(DISTINCT_ANSWERS) or " ahead" in run.section for run in runs)
 
 
 @pytest.mark.parametrize(

@@ -75,10 +75,8 @@ def test_a_loss_with_regression_equals_a_dense_computation(
     logits = new.clone().requires_grad_()
     support = select(VocabLogits.of(old), sampled, settings.selection)
     terms = policy_terms("union", VocabLogits.of(logits), support, settings.selection, kl_bound=settings.kl_bound)
-    handed = ProjectedTerms(
-        settings,
-        BatchTerms(*(value.view(SHAPE) for value in (terms.log_ratio, terms.regression_kl, terms.projected))),
-    )
+    padded = BatchTerms(*(value.view(SHAPE) for value in (terms.log_ratio, terms.regression_kl, terms.projected)))
+    handed = ProjectedTerms(settings, lambda shape: padded)
     with projected_terms(handed):
         policy, _ = get_policy_loss_fn(name)(
             support.sampled_log_probs.view(SHAPE), terms.sampled_log_probs.view(SHAPE), advantages, mask, config=config
