@@ -401,7 +401,8 @@ def cost(host: Host, setup: Any, batch: Any, repeat: int, row: EngineRow) -> Non
         def profile(phase: str, work: Callable[[], Any], method: str = method) -> None:
             kernels = _kernel_seconds(work)
             busy[f"{method}, {phase}"] = sum(kernels.values())
-            row.facts[f"{method}, {phase}, slowest kernels, s"] = dict(list(kernels.items())[:10])
+            slowest = sorted(kernels, key=kernels.__getitem__, reverse=True)[:10]
+            row.facts[f"{method}, {phase}, slowest kernels, s"] = {name: round(kernels[name], 5) for name in slowest}
 
         turn(method, profile)
     for name, took_each in seconds.items():
@@ -434,12 +435,11 @@ def _measure(work: Callable[[], Any], device: torch.device) -> tuple[float, floa
 
 
 def _kernel_seconds(work: Callable[[], Any]) -> dict[str, float]:
-    """Seconds that each kernel and kind of copy took on the GPU, the slowest first."""
+    """Seconds that each kernel and kind of copy took on the GPU, by its full name: many begin alike."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         torch.cuda.synchronize()
-    seconds = {event.key[:80]: round(event.self_device_time_total / 1e6, 5) for event in profile.key_averages()}
-    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+    return {event.key: event.self_device_time_total / 1e6 for event in profile.key_averages()}
 
 
 def make_batch(size: Size, *, timed: bool = False) -> Any:

@@ -206,7 +206,15 @@ class Cell:
         Args:
             tasks: folder that holds the task's folder, made by :func:`benchmarks.study.prepare.prepare`.
             device: one of :data:`DEVICES`.
+
+        Raises:
+            ValueError: the run needs the CPU.
         """
+        if device != "cpu" and (self.is_asynchronous or self.estimator == "ppo"):
+            raise ValueError(
+                f"device={device!r}: the trainer separate_async, which needs a second device, and the estimator ppo, "
+                "whose critic has no settings for it here, run on the cpu alone"
+            )
         data = tasks / self.task
         task = TASKS.get(self.task) or PRETRAINED[self.task]
         mini_batch = self.prompts // self.mini_batches

@@ -110,19 +110,21 @@ def test_the_asynchronous_trainer_takes_the_old_policy_that_sampled_in_bypass_mo
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_verl_knows_every_setting(device: str, tmp_path: Path) -> None:
-    cells = [
-        Cell("chain", "union", 1e-4, 0),
+    cells = [Cell("chain", "union", 1e-4, 0), Cell("sums", "clip_regression", 1e-5, 0, prompts=8)]
+    only_on_the_cpu = [
         Cell("chain", "clip", 1e-4, 0, estimator="ppo"),
         Cell("chain", "anchored", 1e-4, 0, staleness=2, old_policy="behaviour", trainer="separate_async"),
-        Cell("sums", "clip_regression", 1e-5, 0, prompts=8),
     ]
     with initialize_config_module("verl.trainer.config", version_base=None):
-        for cell in cells:
+        for cell in cells + (only_on_the_cpu if device == "cpu" else []):
             config = compose("ppo_trainer", overrides=cell.overrides(tmp_path, device))
             assert config.trainer.device == {"cpu": "cpu", "cuda": "cuda"}[device]
             assert config.actor_rollout_ref.actor.strategy == "fsdp2"
             assert config.actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype == "fp32"
             assert config.actor_rollout_ref.rollout.dtype == "float32"
+    for cell in only_on_the_cpu if device != "cpu" else []:
+        with pytest.raises(ValueError, match="device='cuda'"):
+            cell.overrides(tmp_path, device)
 
 
 def test_the_device_is_recorded_where_it_is_not_the_cpu(tmp_path: Path) -> None:
