@@ -21,7 +21,9 @@ from unittest import mock
 from benchmarks import processes
 from benchmarks.attack.attack import Attack, Extent, Outcome
 from verl_troll.tools import cli
-from verl_troll.tools.report import comparison, page, read
+from verl_troll.tools.report import comparison, metrics, page
+from verl_troll.tools.report.errors import ReportError
+from verl_troll.tools.report.read import read_runs
 
 HELD_OUT = "val-core/chain/acc/mean@8"
 GOOD = "good-arm"
@@ -137,17 +139,17 @@ KINDS: dict[str, Kind] = {
     ),
     "number of 4,000 digits": Kind(READ, lambda path: _log(path, _row(0, **{"actor/grad_norm": 10**4000}), _row(1))),
     "values of 1e308": Kind(
-        READ, lambda path: _log(path, *(_row(n, **dict.fromkeys(read.READ, 1e308 * (-1) ** n)) for n in range(5)))
+        READ, lambda path: _log(path, *(_row(n, **dict.fromkeys(metrics.SHOWN, 1e308 * (-1) ** n)) for n in range(5)))
     ),
     "values of 1e38": Kind(
-        READ, lambda path: _log(path, *(_row(n, **dict.fromkeys(read.READ, 3e38 * (-1) ** n)) for n in range(5)))
+        READ, lambda path: _log(path, *(_row(n, **dict.fromkeys(metrics.SHOWN, 3e38 * (-1) ** n)) for n in range(5)))
     ),
     "success of 1e308": Kind(READ, lambda path: _log(path, *(_row(n, **{HELD_OUT: 1e308}) for n in range(5)))),
     "values of 1e-320": Kind(
-        READ, lambda path: _log(path, *(_row(n, **dict.fromkeys(read.READ, 1e-320)) for n in range(5)))
+        READ, lambda path: _log(path, *(_row(n, **dict.fromkeys(metrics.SHOWN, 1e-320)) for n in range(5)))
     ),
     "values from 1e-45 to 1e38": Kind(
-        READ, lambda path: _log(path, *(_row(n, **dict.fromkeys(read.READ, 10.0 ** (n - 45))) for n in range(84)))
+        READ, lambda path: _log(path, *(_row(n, **dict.fromkeys(metrics.SHOWN, 10.0 ** (n - 45))) for n in range(84)))
     ),
     "NaN and infinities": Kind(
         READ,
@@ -354,7 +356,7 @@ _TOKENS = (
 
 def _samples(dice: random.Random) -> dict[str, bytes]:
     """Good files by name."""
-    names = [HELD_OUT, *sorted(read.READ), "actor/pg_loss"]
+    names = [HELD_OUT, *sorted(metrics.SHOWN), "actor/pg_loss"]
     rows = [{"step": step, "data": {name: dice.uniform(0.01, 0.9) for name in names}} for step in range(4)]
     runs = [
         {
@@ -387,7 +389,7 @@ def fuzz(extent: Extent) -> Outcome:
         file = extent.folder / name
         file.write_bytes(_mutated(samples[name], dice))
         try:
-            runs = read.read_runs([file], ignore)
+            runs = read_runs([file], ignore)
             compared = comparison.compare(runs)
             if number % PAGE_EVERY == 0:
                 page.write(compared, runs, extent.folder / "report.html", "", [])
@@ -395,7 +397,7 @@ def fuzz(extent: Extent) -> Outcome:
                 for one in compared:
                     with mock.patch.object(page, "pictures", return_value=({}, [])):
                         page.part(one)
-        except read.ReportError:
+        except ReportError:
             wrong = ""
         except Exception as error:
             kept = extent.folder.parent / f"report-fuzz-{extent.seed}-{number}-{name}"
@@ -426,7 +428,7 @@ def large(extent: Extent) -> Outcome:
     free = os.statvfs(extent.folder)
     if free.f_bavail * free.f_frsize < 2 * size:
         return Outcome(skipped=f"less than {2 * size / 2**30:.0f} GiB free")
-    names = [HELD_OUT, *sorted(read.READ), *(f"timing_s/part{number}" for number in range(80))]
+    names = [HELD_OUT, *sorted(metrics.SHOWN), *(f"timing_s/part{number}" for number in range(80))]
     data = json.dumps(dict.fromkeys(names, 0.123456789))
 
     def log(path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks.attack import report
 from benchmarks.attack.attack import Extent, Outcome
-from verl_troll.tools.report import read
+from verl_troll.tools.report import values
+from verl_troll.tools.report.logs import json_lines, points
 
 
 def test_files(tmp_path: Path) -> None:
@@ -24,7 +25,7 @@ def test_fuzz(tmp_path: Path) -> None:
 
 
 def test_a_pipe_that_is_waited_for_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "_opened", lambda path: path.open("rb"))
+    monkeypatch.setattr(json_lines, "opened", lambda path: path.open("rb"))
     with mock.patch.dict(report.KINDS, {"pipe": report.KINDS["pipe"]}, clear=True):
         outcome = report.files(Extent(tmp_path))
     assert (outcome.tried, outcome.fell) == (1, 1)
@@ -32,7 +33,8 @@ def test_a_pipe_that_is_waited_for_falls(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_error_of_another_kind_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "_as_float", float)
+    for module in (values, points, json_lines):
+        monkeypatch.setattr(module, "as_float", float)
     (tmp_path / "fuzz").mkdir()
     outcome: Outcome = report.fuzz(Extent(tmp_path / "fuzz", scale=0.02))
     assert outcome.fell > 0

@@ -18,7 +18,8 @@ from benchmarks.study.__main__ import main
 from benchmarks.study.cells import DEVICES, Cell
 from benchmarks.study.pool import Pool, SessionError
 from benchmarks.study.tables import by_arm, entropy_by_rate
-from verl_troll.tools.report.read import DISTINCT_ANSWERS, read_runs
+from verl_troll.tools.report.metrics import DISTINCT_ANSWERS
+from verl_troll.tools.report.read import read_runs
 
 CELL = Cell("chain", "union", lr=2e-4, seed=0)
 

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.sglang.replica import ON_CPU, ROLLOUT, SUPPORT, TROLL
-from tests.trainer.checks import assert_projected_within_bound, assert_side_channel_exact
-from tests.trainer.run import make_assets, probe_lines, run_trainer
+from tests.trainer.checks import (
+    assert_every_update_has_the_rollouts_support,
+    assert_projected_within_bound,
+    assert_side_channel_exact,
+)
+from tests.trainer.run import SEPARATE_ASYNC, make_assets, probe_lines, run_trainer
 
 pytestmark = pytest.mark.trainer
 
@@ -59,3 +63,20 @@ def test_the_rollout_engine_gives_the_old_policy(assets: Path, tmp_path: Path) -
     assert {line["pass"] for line in probe_lines(tmp_path / "run")} == {"update"}
     assert sum(updates.values()) == 2 * 32 * 2
     assert all(count % 2 == 0 for count in updates.values())
+
+
+@pytest.mark.parametrize(
+    "trainer", [("trainer.v1.trainer_mode=colocate_async",), SEPARATE_ASYNC], ids=["colocated", "separate"]
+)
+def test_the_policy_that_sampled_under_an_asynchronous_trainer(
+    assets: Path, tmp_path: Path, trainer: tuple[str, ...]
+) -> None:
+    rows = run_trainer(
+        assets,
+        tmp_path / "run",
+        [*ON_CPU, "+troll=rollout_support", SUPPORT, *trainer, "trainer.total_training_steps=3"],
+        probe=True,
+    )
+    assert_every_update_has_the_rollouts_support(tmp_path / "run", steps=3, samples=32)
+    assert_projected_within_bound(rows)
+    assert max(row["troll/age_max"] for row in rows) >= 1

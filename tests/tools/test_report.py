@@ -16,6 +16,7 @@ import tracemalloc
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -30,10 +31,22 @@ from benchmarks.attack.report import KINDS, LEFT_OUT, NOTED, Kind, _event
 from benchmarks.processes import run
 from verl_troll.plugin.settings import TrollConfig
 from verl_troll.tools import cli
-from verl_troll.tools.report import read, statistics, tables
+from verl_troll.tools.report import statistics, tables
 from verl_troll.tools.report.comparison import TaskComparison, compare, final_success
+from verl_troll.tools.report.errors import ReportError
 from verl_troll.tools.report.figures import PANELS, Picture, pictures, printable, rate_text
-from verl_troll.tools.report.read import ReportError, Run, Series, read_runs
+from verl_troll.tools.report.logs import description, json_lines, points
+from verl_troll.tools.report.metrics import (
+    DISTINCT_ANSWERS,
+    ENTROPY,
+    GRAD_NORM,
+    KL_AFTER_MAX,
+    KL_BEFORE,
+    SHOWN,
+    held_out_keys,
+)
+from verl_troll.tools.report.read import read_runs
+from verl_troll.tools.report.runs import Run, Series
 from verl_troll.tools.report.statistics import (
     area_under_curve,
     diverged,
@@ -179,7 +192,7 @@ class TestStatistics:
             (make_run(success=(0.0, 0.0)), ""),
             (make_run(success=(0.3, math.nan, 0.3)), "held-out success not finite at step 5"),
             (
-                make_run(metrics={read.GRAD_NORM: Series((1, 2), (1.0, math.inf))}),
+                make_run(metrics={GRAD_NORM: Series((1, 2), (1.0, math.inf))}),
                 "actor/grad_norm not finite at step 2",
             ),
             (make_run(metrics={"rollout_corr/kl": Series((1,), (math.nan,))}), ""),
@@ -337,8 +350,8 @@ class TestReading:
         file = tmp_path / "metrics.jsonl"
         file.write_text(logged((1, {"mine/distinct_answers": 0.5, "mine/actor/entropy": 0.1})))
         (run,) = read_runs([file], refuse_to_warn)
-        assert run.metric(read.DISTINCT_ANSWERS) == Series((1,), (0.5,))
-        assert not run.metric(read.ENTROPY)
+        assert run.metric(DISTINCT_ANSWERS) == Series((1,), (0.5,))
+        assert not run.metric(ENTROPY)
         file.write_text(logged((1, {"mine/distinct_answers": "many"})))
         with pytest.raises(ReportError, match=r":1: mine/distinct_answers must be a number, got 'many'"):
             read_runs([file], refuse_to_warn)
@@ -429,7 +442,7 @@ class TestReading:
                 "val-aux/chain/score/mean@4",
             )
         )
-        found = read.held_out_keys(metrics)
+        found = held_out_keys(metrics)
         assert found == {"chain": "val-core/chain/reward/mean@4", "openai/gsm8k": "val-core/openai/gsm8k/acc/mean@16"}
 
 
@@ -746,12 +759,12 @@ class TestForeignFiles:
         monkeypatch.setattr(json, "loads", counted)
         with pytest.raises(ReportError, match="a line has either"):
             read_runs([foreign], refuse_to_warn)
-        assert parsed <= read.HEAD_LINES
+        assert parsed <= json_lines.HEAD_LINES
 
     def test_a_first_line_that_is_too_long_is_foreign_unless_it_begins_as_a_log(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(read, "MAX_LINE_BYTES", 1000)
+        monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 1000)
         (tmp_path / "good.jsonl").write_text(logged((1, {HELD_OUT: 0.5})))
         for name, content in (("a.jsonl", json.dumps([DUMP] * 100)), ("b.jsonl", logged((1, {"m" * 2000: 0.5})))):
             (tmp_path / name).write_text(content)
@@ -805,11 +818,16 @@ class TestLargeFiles:
         with pytest.raises(ReportError, match=r":1: a line of more than 32 MiB is not read"):
             read_runs([file], refuse_to_warn)
 
-    @pytest.mark.parametrize(("limit", "message"), [("MAX_VALUES", "values of the metrics"), ("MAX_RUNS", "runs")])
-    def test_limits_of_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, message: str) -> None:
+    @pytest.mark.parametrize(
+        ("module", "limit", "message"),
+        [(points, "MAX_VALUES", "values of the metrics"), (json_lines, "MAX_RUNS", "runs")],
+    )
+    def test_limits_of_a_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, limit: str, message: str
+    ) -> None:
         file = tmp_path / "runs.jsonl"
         file.write_text("".join(collected("a", seed, (0.1, 0.2)) + "\n" for seed in range(5)))
-        monkeypatch.setattr(read, limit, 3)
+        monkeypatch.setattr(module, limit, 3)
         with pytest.raises(ReportError, match=f"has more than 3 {message}"):
             read_runs([file], refuse_to_warn)
 
@@ -817,7 +835,7 @@ class TestLargeFiles:
         steps = tuple(range(5000))
         spike = tuple(9.0 if step == 1234 else 0.1 for step in steps)
         runs = [
-            make_run(seed=seed, metrics={name: Series(steps, spike) for name in (read.ENTROPY, read.KL_AFTER_MAX)})
+            make_run(seed=seed, metrics={name: Series(steps, spike) for name in (ENTROPY, KL_AFTER_MAX)})
             for seed in range(3)
         ]
         found = drawn(only(compare(runs)))
@@ -906,9 +924,9 @@ class TestComparison:
 def full_metrics(seed: int, bounded: bool) -> dict[str, list[float]]:
     """All metrics that the report reads, at three steps."""
     rng = random.Random(seed)
-    names = [*read.READ, HELD_OUT]
+    names = [*SHOWN, HELD_OUT]
     metrics = {name: [rng.uniform(0.1, 0.9) for _ in range(3)] for name in names}
-    metrics[read.KL_AFTER_MAX] = [0.049] * 3
+    metrics[KL_AFTER_MAX] = [0.049] * 3
     if not bounded:
         metrics = {name: values for name, values in metrics.items() if not name.startswith("troll/")}
     return metrics
@@ -969,7 +987,7 @@ class TestFigures:
         assert "union" in found["kl-largest"].gist and "0.0490 after" in found["kl-largest"].gist
 
     def test_no_bound_where_none_is_known(self) -> None:
-        comparison = only(compare([make_run(metrics={read.KL_BEFORE: Series((1, 2), (0.1, 0.2))})]))
+        comparison = only(compare([make_run(metrics={KL_BEFORE: Series((1, 2), (0.1, 0.2))})]))
         picture = drawn(comparison)["kl-mean"]
         (axes,) = picture.figure.axes
         assert len(axes.lines) == 1
@@ -1160,4 +1178,4 @@ def test_final_success_is_the_last_finite_one() -> None:
 
 def test_every_setting_that_changes_what_is_learned_tells_arms_apart() -> None:
     changes_nothing = {"_target_", "reuse_logits", "kernels", "host"}
-    assert {field.name for field in dataclasses.fields(TrollConfig)} - changes_nothing <= read._SETTINGS.keys()
+    assert {field.name for field in dataclasses.fields(TrollConfig)} - changes_nothing <= description.SETTINGS.keys()

@@ -20,6 +20,16 @@ from tests.device import environment as platform_variables
 ROOT = Path(__file__).resolve().parents[2]
 PROBE_MODULE = "tests.trainer.probe_loader"
 METRICS = "metrics.jsonl"
+# verl's trainer with a rollout on a device of its own and two updates per weight transfer.
+SEPARATE_ASYNC = (
+    "trainer.v1.trainer_mode=separate_async",
+    "trainer.v1.separate_async.parameter_sync_step=2",
+    "actor_rollout_ref.rollout.nnodes=1",
+    "actor_rollout_ref.rollout.n_gpus_per_node=1",
+    "actor_rollout_ref.rollout.checkpoint_engine.backend=ray_object_store",
+    "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_troll.cpu.checkpoint_engine",
+    "ray_kwargs.ray_init.num_gpus=2",
+)
 
 
 def make_assets(folder: Path, hidden_size: int = 32) -> None:

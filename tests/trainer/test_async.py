@@ -12,22 +12,12 @@ from tests.trainer.checks import (
     assert_projected_within_bound,
     assert_side_channel_exact,
 )
-from tests.trainer.run import make_assets, run_trainer
+from tests.trainer.run import SEPARATE_ASYNC, make_assets, run_trainer
 
 pytestmark = pytest.mark.trainer
 
 ROLLOUT = "actor_rollout_ref.rollout"
 CORRECTION = "algorithm.rollout_correction"
-# Two updates per weight transfer, on devices of the rollout's own.
-SEPARATE = (
-    "trainer.v1.trainer_mode=separate_async",
-    "trainer.v1.separate_async.parameter_sync_step=2",
-    f"{ROLLOUT}.nnodes=1",
-    f"{ROLLOUT}.n_gpus_per_node=1",
-    f"{ROLLOUT}.checkpoint_engine.backend=ray_object_store",
-    f"{ROLLOUT}.checkpoint_engine.custom_backend_module=verl_troll.cpu.checkpoint_engine",
-    "ray_kwargs.ray_init.num_gpus=2",
-)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +33,7 @@ def test_rollout_on_its_own_devices_and_two_updates_per_weight_transfer(assets: 
         tmp_path / "run",
         [
             "+troll=default",
-            *SEPARATE,
+            *SEPARATE_ASYNC,
             f"{ROLLOUT}.calculate_log_probs=True",
             f"{CORRECTION}.rollout_is=token",
             f"{CORRECTION}.rollout_rs=seq_mean_k3",
@@ -68,7 +58,7 @@ def test_the_policy_that_sampled_is_the_old_policy_of_stale_samples(assets: Path
         tmp_path / "run",
         [
             "+troll=rollout_support",
-            *SEPARATE,
+            *SEPARATE_ASYNC,
             "trainer.total_training_steps=3",
         ],
         probe=True,
@@ -85,7 +75,7 @@ def test_the_policy_that_sampled_after_a_checkpoint(assets: Path, tmp_path: Path
     """The checkpoint has the samples that were ready, with their supports; those in flight are sampled again."""
     settings = [
         "+troll=rollout_support",
-        *SEPARATE,
+        *SEPARATE_ASYNC,
         "trainer.save_freq=2",
         "trainer.resume_mode=auto",
         f"trainer.default_local_dir={tmp_path}/checkpoints",

@@ -73,8 +73,8 @@ def test_the_quickstart_trains_it(data: Path, tmp_path: Path) -> None:
     assert len(rows) == 3
     for row in rows[1:]:
         assert row["troll/kl_after_max"] <= 0.05 * (1 + 1e-5)
-        # The support is short of this model's whole mass at temperature 1.
-        assert 0.9 < row["troll/old_kept_mass"] < 0.999
+        # 64 of 49,152 ids: most of this model's mass at temperature 1, never all. How much depends on the samples.
+        assert 0.5 < row["troll/old_kept_mass"] < 0.999
     assert rows[2]["actor/entropy"] > 0
     assert "held-out success" in output
     assert output.count("before  ") == output.count("after   ") == 4

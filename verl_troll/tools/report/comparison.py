@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from verl_troll.tools.report.read import ReportError, Run, Series, short
+from verl_troll.tools.report.errors import ReportError, short
+from verl_troll.tools.report.runs import Run, Series
 from verl_troll.tools.report.statistics import (
     Interval,
     PairedDifference,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verl_troll.tools.report import read
+from verl_troll.tools.report import metrics
 from verl_troll.tools.report.comparison import (
     Cell,
     TaskComparison,
@@ -22,7 +22,7 @@ from verl_troll.tools.report.comparison import (
     median_of,
     series_of,
 )
-from verl_troll.tools.report.read import Series
+from verl_troll.tools.report.runs import Series
 from verl_troll.tools.report.statistics import Curve, Interval, mean_curve, spread
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
@@ -305,7 +305,7 @@ def _success_by_rate(comparison: TaskComparison) -> Picture | None:
 
 
 def _before_and_after(comparison: TaskComparison, largest: bool) -> Picture | None:
-    before, after = (read.KL_BEFORE_MAX, read.KL_AFTER_MAX) if largest else (read.KL_BEFORE, read.KL_AFTER)
+    before, after = (metrics.KL_BEFORE_MAX, metrics.KL_AFTER_MAX) if largest else (metrics.KL_BEFORE, metrics.KL_AFTER)
     title = "Largest KL of a token" if largest else "Mean KL per token"
     combine = _largest_curve if largest else mean_curve
     canvas = _Canvas(title, "nats (log scale)")
@@ -377,8 +377,8 @@ def _left_out_mass(comparison: TaskComparison) -> Picture | None:
     for arm, cell in comparison.best.items():
         drawn = []
         for metric, whose, look in (
-            (read.NEW_KEPT_MASS, "new policy", _THIN),
-            (read.OLD_KEPT_MASS, "old policy", {}),
+            (metrics.NEW_KEPT_MASS, "new policy", _THIN),
+            (metrics.OLD_KEPT_MASS, "old policy", {}),
         ):
             curve = mean_curve(series_of(cell, metric))
             if curve:
@@ -394,8 +394,8 @@ def _left_out_mass(comparison: TaskComparison) -> Picture | None:
     canvas.logarithmic()
     canvas.whole_steps()
     caption = (
-        f"{title} of the support{_where(comparison)}: 1 - {read.OLD_KEPT_MASS} and 1 - {read.NEW_KEPT_MASS} (thin, "
-        f"open markers), mean over seeds. Values below {_SHARE_FLOOR:g} are drawn at {_SHARE_FLOOR:g}."
+        f"{title} of the support{_where(comparison)}: 1 - {metrics.OLD_KEPT_MASS} and 1 - {metrics.NEW_KEPT_MASS} "
+        f"(thin, open markers), mean over seeds. Values below {_SHARE_FLOOR:g} are drawn at {_SHARE_FLOOR:g}."
     )
     return Picture("left-out-mass", canvas.finished(), caption, f"{title}, at the last step: {'; '.join(gist)}.")
 
@@ -405,7 +405,7 @@ def _seconds(comparison: TaskComparison) -> Picture | None:
     found = {
         arm: interval
         for arm, cell in comparison.best.items()
-        if (interval := cell.interval(median_of(read.STEP_SECONDS)))
+        if (interval := cell.interval(median_of(metrics.STEP_SECONDS)))
     }
     if not found:
         return None
@@ -445,48 +445,50 @@ def _wrapped(label: str) -> str:
 
 PANELS = (
     Panel("Learning curves", "held-out-success", "held-out success (val-core/*/mean@*)", _held_out),
-    _metric_panel("Learning curves", "reward", "Training reward", "mean score", *read.REWARDS, form=share, hold=True),
+    _metric_panel(
+        "Learning curves", "reward", "Training reward", "mean score", *metrics.REWARDS, form=share, hold=True
+    ),
     Panel(
         "Stability",
         "success-by-rate",
         "success by learning rate (runs with different learning rates)",
         _success_by_rate,
     ),
-    _metric_panel("Stability", "entropy", "Entropy of the policy", "nats per token", read.ENTROPY, positive=True),
-    _metric_panel("Stability", "grad-norm", "Gradient norm", "norm", read.GRAD_NORM, positive=True),
-    _metric_panel("Stability", "distinct-answers", "Distinct answers", "share per prompt", read.DISTINCT_ANSWERS),
+    _metric_panel("Stability", "entropy", "Entropy of the policy", "nats per token", metrics.ENTROPY, positive=True),
+    _metric_panel("Stability", "grad-norm", "Gradient norm", "norm", metrics.GRAD_NORM, positive=True),
+    _metric_panel("Stability", "distinct-answers", "Distinct answers", "share per prompt", metrics.DISTINCT_ANSWERS),
     _metric_panel(
-        "Stability", "response-length", "Response length", "tokens, mean", read.RESPONSE_LENGTH, positive=True
+        "Stability", "response-length", "Response length", "tokens, mean", metrics.RESPONSE_LENGTH, positive=True
     ),
     Panel(
         "Trust region",
         "kl-largest",
-        f"largest KL of a token ({read.KL_BEFORE_MAX}, {read.KL_AFTER_MAX})",
+        f"largest KL of a token ({metrics.KL_BEFORE_MAX}, {metrics.KL_AFTER_MAX})",
         lambda comparison: _before_and_after(comparison, largest=True),
     ),
     Panel(
         "Trust region",
         "kl-mean",
-        f"mean KL per token ({read.KL_BEFORE}, {read.KL_AFTER})",
+        f"mean KL per token ({metrics.KL_BEFORE}, {metrics.KL_AFTER})",
         lambda comparison: _before_and_after(comparison, largest=False),
     ),
-    _metric_panel("Trust region", "ppo-kl", "verl's KL estimate", "nats per token", read.PPO_KL),
+    _metric_panel("Trust region", "ppo-kl", "verl's KL estimate", "nats per token", metrics.PPO_KL),
     _metric_panel(
         "Trust region",
         "projected-share",
         "Projected share",
         "share of response tokens",
-        read.PROJECTED_SHARE,
+        metrics.PROJECTED_SHARE,
         positive=True,
     ),
-    _metric_panel("Support", "support-size", "Support size", "ids kept per token", read.SUPPORT_SIZE, positive=True),
+    _metric_panel("Support", "support-size", "Support size", "ids kept per token", metrics.SUPPORT_SIZE, positive=True),
     Panel(
         "Support",
         "left-out-mass",
-        f"dropped probability mass ({read.OLD_KEPT_MASS}, {read.NEW_KEPT_MASS})",
+        f"dropped probability mass ({metrics.OLD_KEPT_MASS}, {metrics.NEW_KEPT_MASS})",
         _left_out_mass,
     ),
-    Panel("Cost", "seconds-per-step", f"time per step ({read.STEP_SECONDS})", _seconds),
+    Panel("Cost", "seconds-per-step", f"time per step ({metrics.STEP_SECONDS})", _seconds),
 )
 
 

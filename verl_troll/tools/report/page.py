@@ -14,7 +14,7 @@ from verl_troll import __version__
 from verl_troll.tools.report import tables
 from verl_troll.tools.report.comparison import TaskComparison
 from verl_troll.tools.report.figures import Picture, pictures
-from verl_troll.tools.report.read import Run
+from verl_troll.tools.report.runs import Run
 from verl_troll.tools.report.statistics import MAX_CURVE_STEPS
 
 _PACKAGES = ("numpy", "scipy", "matplotlib", "jinja2", "tensorboard")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from verl_troll.tools.report.read import ENTROPY, GRAD_NORM, PPO_KL, REWARDS, Run, Series
+from verl_troll.tools.report.metrics import ENTROPY, GRAD_NORM, PPO_KL, REWARDS
+from verl_troll.tools.report.runs import Run, Series
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from verl_troll.tools.report import read
+from verl_troll.tools.report import metrics
 from verl_troll.tools.report.comparison import (
     Cell,
     Measure,
@@ -121,14 +121,14 @@ def policy(comparison: TaskComparison) -> TextTable | None:
     cells = list(comparison.best.values())
     columns = _columns(
         (
-            ("Entropy at the end, nats", at_the_end(read.ENTROPY), number),
-            ("Distinct answers at the end", at_the_end(read.DISTINCT_ANSWERS), share),
-            ("Mean ppo_kl, nats", mean_of(read.PPO_KL), number),
-            ("Mean KL before, nats", mean_of(read.KL_BEFORE), number),
-            ("Mean KL after, nats", mean_of(read.KL_AFTER), number),
-            ("Largest KL after, nats", largest_of(read.KL_AFTER_MAX), number),
-            ("Projected share", mean_of(read.PROJECTED_SHARE), number),
-            ("Seconds per step", median_of(read.STEP_SECONDS), number),
+            ("Entropy at the end, nats", at_the_end(metrics.ENTROPY), number),
+            ("Distinct answers at the end", at_the_end(metrics.DISTINCT_ANSWERS), share),
+            ("Mean ppo_kl, nats", mean_of(metrics.PPO_KL), number),
+            ("Mean KL before, nats", mean_of(metrics.KL_BEFORE), number),
+            ("Mean KL after, nats", mean_of(metrics.KL_AFTER), number),
+            ("Largest KL after, nats", largest_of(metrics.KL_AFTER_MAX), number),
+            ("Projected share", mean_of(metrics.PROJECTED_SHARE), number),
+            ("Seconds per step", median_of(metrics.STEP_SECONDS), number),
         ),
         cells,
     )
