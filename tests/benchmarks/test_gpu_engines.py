@@ -13,14 +13,14 @@ from unittest import mock
 import pytest
 
 from benchmarks import processes
-from benchmarks.gpu import engines
-from benchmarks.gpu.engines import Clock, EngineRow, Results
+from benchmarks.gpu.engines import __main__ as command
+from benchmarks.gpu.engines.rows import Clock, EngineRow, Results, run_case
 
 
 def run(out: Path, *arguments: str, **environment: str) -> tuple[int, list[dict[str, Any]]]:
     """Exit status and rows."""
-    command = [sys.executable, "-m", "benchmarks.gpu.engines", "--device", "cpu", "--tiny", "--out", str(out)]
-    done = processes.run([*command, *arguments], env={**os.environ, **environment})
+    words = [sys.executable, "-m", "benchmarks.gpu.engines", "--device", "cpu", "--tiny", "--out", str(out)]
+    done = processes.run([*words, *arguments], env={**os.environ, **environment})
     assert done.returncode in (0, 1), done.stderr[-3000:]
     return done.returncode, json.loads((out / "gpu_engines.json").read_text())["rows"]
 
@@ -44,12 +44,12 @@ def test_engines_on_a_cpu(tmp_path: Path) -> None:
 def test_what_is_not_installed_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for part in engines.PARTS:
-        monkeypatch.setitem(engines.NEEDED, part, ("torch", "verl_that_is_not_here", "not_here.either"))
+    for part in command.PARTS:
+        monkeypatch.setitem(command.NEEDED, part, ("torch", "verl_that_is_not_here", "not_here.either"))
     with mock.patch.dict(os.environ):
-        assert engines.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+        assert command.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "gpu_engines.json").read_text())["rows"]
-    assert {row["status"] for row in rows} == {"skipped"} and len(rows) == len(engines.PARTS)
+    assert {row["status"] for row in rows} == {"skipped"} and len(rows) == len(command.PARTS)
     assert {row["reason"] for row in rows} == {"not installed: verl_that_is_not_here, not_here.either"}
     assert "0 passed, 0 failed, 5 skipped" in capsys.readouterr().out
 
@@ -65,8 +65,8 @@ def test_a_row_says_what_failed() -> None:
     def broken(row: EngineRow) -> None:
         raise FloatingPointError("no numbers today")
 
-    engines.run_case(found.append, "fsdp2", "two", Clock(60), broken)
-    engines.run_case(found.append, "fsdp2", "three", Clock(0), broken)
+    run_case(found.append, "fsdp2", "two", Clock(60), broken)
+    run_case(found.append, "fsdp2", "three", Clock(0), broken)
     assert [one.status for one in found] == ["failed", "skipped"]
     assert "no numbers today" in found[0].reason and found[1].reason == "no time was left"
 
@@ -74,6 +74,6 @@ def test_a_row_says_what_failed() -> None:
 def test_a_part_that_does_not_end_is_ended(tmp_path: Path) -> None:
     results = Results(tmp_path, {})
     options = argparse.Namespace(device="cpu", tiny=True, jobs=1)
-    engines.engine_parts(["fsdp2"], options, Clock(0.5), results)
+    command.engine_parts(["fsdp2"], options, Clock(0.5), results)
     (row,) = results.content["rows"]
     assert row["status"] == "failed" and row["reason"].startswith("not finished in time")
