@@ -75,6 +75,7 @@ def test_the_quickstart_trains_it(data: Path, tmp_path: Path) -> None:
         assert row["troll/kl_after_max"] <= 0.05 * (1 + 1e-5)
         # 64 of 49,152 ids: most of this model's mass at temperature 1, never all. How much depends on the samples.
         assert 0.5 < row["troll/old_kept_mass"] < 0.999
+        assert 32 < row["troll/support_size"] <= 65
     assert rows[2]["actor/entropy"] > 0
     assert "held-out success" in output
     assert output.count("before  ") == output.count("after   ") == 4

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl_troll.tools.report.errors import ReportError, short
-from verl_troll.tools.report.logs.description import INSTALL
+from verl_troll.tools.report.errors import INSTALL, ReportError, short
 from verl_troll.tools.report.read import read_runs, warn_on_stderr
 from verl_troll.tools.report.runs import Run
 

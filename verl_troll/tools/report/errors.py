@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Callable
 from pathlib import Path
 
+INSTALL = "pip install 'verl_troll[report]'"
 Warn = Callable[[str], None]
 """Prints or keeps a message."""
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from verl_troll.tools.report.errors import ForeignError, ReportError, Warn, short, shown_path
-from verl_troll.tools.report.logs.description import EVENT_FILE
-from verl_troll.tools.report.logs.files import status
+from verl_troll.tools.report.logs.files import EVENT_FILE, status
 from verl_troll.tools.report.logs.json_lines import runs_in_lines
 from verl_troll.tools.report.logs.tensorboard import EventFile, read_event_file, runs_in_events
 from verl_troll.tools.report.runs import Run

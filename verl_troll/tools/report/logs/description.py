@@ -8,15 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from verl_troll.tools.report.errors import ReportError, shown_path
-from verl_troll.tools.report.logs.files import opened
+from verl_troll.tools.report.errors import INSTALL, ReportError, shown_path
+from verl_troll.tools.report.logs.files import EVENT_FILE, opened
 from verl_troll.tools.report.metrics import held_out_keys
 from verl_troll.tools.report.runs import Run, Series
 from verl_troll.tools.report.values import as_rate, as_setting, is_rate, is_whole
 
 MAX_CONFIG_BYTES = 16 * 2**20
-INSTALL = "pip install 'verl_troll[report]'"
-EVENT_FILE = "tfevents"
 _SEED_IN_NAME = re.compile(r"(?:^|[-_. ])seed[-_=]?(\d+)(?=$|[-_. ])", re.IGNORECASE)
 _RATE_IN_NAME = re.compile(r"(?:^|[-_ ])lr[-_=]?(\d+(?:\.\d+)?(?:e[-+]?\d+)?)(?=$|[-_ ])", re.IGNORECASE)
 _NAMES_OF_NO_ARM = frozenset(("metrics", "tensorboard", "logs"))
@@ -78,6 +76,7 @@ def earlier_name(index: int, count: int) -> str:
 
 
 def several_runs(path: Path, count: int, why: str) -> str:
+    """What to say of several runs in one place."""
     return (
         f"{shown_path(path)} holds {count} runs: {why}. The last has the arm's name; an earlier one is an arm of its "
         "own, '..., earlier run', described by the same configuration or path. Give each run a folder of its own"

@@ -10,6 +10,9 @@ from typing import BinaryIO
 
 from verl_troll.tools.report.errors import ReportError, shown_path
 
+EVENT_FILE = "tfevents"
+"""Part of the names of TensorBoard's event files."""
+
 
 def opened(path: Path) -> BinaryIO:
     """An open file. Others are refused: reading a pipe or a device may never end.

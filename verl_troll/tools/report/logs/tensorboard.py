@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl_troll.tools.report.errors import ReportError, Warn, shown_path
+from verl_troll.tools.report.errors import INSTALL, ReportError, Warn, shown_path
 from verl_troll.tools.report.logs import events
-from verl_troll.tools.report.logs.description import INSTALL, described, earlier_name, several_runs
+from verl_troll.tools.report.logs.description import described, earlier_name, several_runs
 from verl_troll.tools.report.logs.files import opened
 from verl_troll.tools.report.logs.points import Kept, Points, add, as_series, drop_from
 from verl_troll.tools.report.metrics import is_shown
