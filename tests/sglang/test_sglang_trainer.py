@@ -66,7 +66,12 @@ def test_the_rollout_engine_gives_the_old_policy(assets: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "trainer", [("trainer.v1.trainer_mode=colocate_async",), SEPARATE_ASYNC], ids=["colocated", "separate"]
+    "trainer",
+    [
+        ("trainer.v1.trainer_mode=colocate_async", f"{ROLLOUT}.agent.default_agent_loop=tool_agent"),
+        SEPARATE_ASYNC,
+    ],
+    ids=["colocated, tool loop", "separate"],
 )
 def test_the_policy_that_sampled_under_an_asynchronous_trainer(
     assets: Path, tmp_path: Path, trainer: tuple[str, ...]

@@ -13,7 +13,7 @@ from tests.trainer.checks import (
     assert_projected_within_bound,
     assert_side_channel_exact,
 )
-from tests.trainer.run import make_assets, probe_lines, run_trainer
+from tests.trainer.run import SEPARATE_ASYNC, make_assets, probe_lines, run_trainer
 
 pytestmark = pytest.mark.trainer
 
@@ -106,18 +106,21 @@ def test_a_data_set_may_name_verls_agent_loops(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_policy_that_sampled_under_an_asynchronous_trainer(assets: Path, tmp_path: Path) -> None:
-    """Through the tool loop, on vLLM with weights one step old."""
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        ("trainer.v1.trainer_mode=colocate_async", f"{ROLLOUT}.agent.default_agent_loop=tool_agent"),
+        SEPARATE_ASYNC,
+    ],
+    ids=["colocated, tool loop", "separate"],
+)
+def test_the_policy_that_sampled_under_an_asynchronous_trainer(
+    assets: Path, tmp_path: Path, trainer: tuple[str, ...]
+) -> None:
     rows = run_trainer(
         assets,
         tmp_path / "run",
-        [
-            "+cpu/rollout=vllm",
-            "+troll=rollout_support",
-            "trainer.v1.trainer_mode=colocate_async",
-            f"{ROLLOUT}.agent.default_agent_loop=tool_agent",
-            "trainer.total_training_steps=3",
-        ],
+        ["+cpu/rollout=vllm", "+troll=rollout_support", *trainer, "trainer.total_training_steps=3"],
         probe=True,
     )
     assert_every_update_has_the_rollouts_support(tmp_path / "run", steps=3, samples=32)
