@@ -8,7 +8,7 @@ requirements=$(cat setup.cfg benchmarks/study.sh | cksum)
 if [[ ! -f $venv/installed || $(<"$venv/installed") != "$requirements" ]]; then
   echo "creating $venv (a few minutes, once)"
   "${PYTHON:-python3}" -m venv --clear "$venv"
-  "$venv/bin/pip" install --quiet --disable-pip-version-check --editable '.[cpu,report,reasoning_gym]' gguf==0.19.0
+  "$venv/bin/pip" install --quiet --disable-pip-version-check --editable '.[cpu,report,reasoning-gym]' gguf==0.19.0
   echo "$requirements" >"$venv/installed"
 fi
 exec "$venv/bin/python" -m benchmarks.study "$@"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from tests.patches.test_patches import PATCHES
 from verl_troll.patches.registry import Patch
@@ -48,6 +49,13 @@ def test_extras_install_the_version() -> None:
         if requirement.name == "verl"
     }
     assert pinned == dict.fromkeys(("cpu", "vllm", "sglang"), f"=={VERL}")
+
+
+def test_extras_have_names_that_pip_finds() -> None:
+    """pip before 23.3, which Python 3.10 and 3.11 bring along, compares names that setuptools has normalised."""
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert [name for name in config["options.extras_require"] if canonicalize_name(name) != name] == []
 
 
 def test_hosts_are_tested_in_the_versions_that_the_extras_install() -> None:

@@ -225,7 +225,7 @@ def test_missing_library_is_named(
     monkeypatch.delitem(sys.modules, reasoning_gym.__name__)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run(tmp_path, "--dataset", "chain_sum") == 1
-    assert "pip install 'verl_troll[reasoning_gym]'" in capsys.readouterr().err
+    assert "pip install 'verl_troll[reasoning-gym]'" in capsys.readouterr().err
 
 
 def test_settings_of_several_kinds(tmp_path: Path) -> None:

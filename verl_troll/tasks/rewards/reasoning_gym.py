@@ -19,7 +19,7 @@ ANSWERS = ("tags", "last-number", "response")
 """Where the answer stands: between the last ``<answer>`` tags, the last number, the whole response."""
 
 if importlib.util.find_spec("reasoning_gym") is None:
-    raise ImportError("the reward for reasoning-gym needs the library: pip install 'verl_troll[reasoning_gym]'")
+    raise ImportError("the reward for reasoning-gym needs the library: pip install 'verl_troll[reasoning-gym]'")
 
 
 def compute_score(
