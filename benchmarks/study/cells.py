@@ -21,7 +21,7 @@ TEST_EVERY = 5
 
 PRETRAINED_PROMPTS, PRETRAINED_SAMPLES = 8, 8
 """Prompts per step and samples per prompt with a pretrained model."""
-PRETRAINED_ROWS = 8
+PRETRAINED_ROWS = 16
 """Samples per forward and backward pass with a pretrained model."""
 PRETRAINED_EVALUATIONS = 3
 """Evaluations of a pretrained model in training, besides the one before."""
