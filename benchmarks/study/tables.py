@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from benchmarks.study import names, results
 from benchmarks.study.cells import PROBED_K
@@ -23,6 +23,8 @@ BASELINE = "clip"
 SEQUENCE_BASELINE = "gspo"
 
 Key = TypeVar("Key", bound=Hashable)
+Arms: TypeAlias = dict[tuple[str, float], list[Record]]
+"""Runs by arm and rate."""
 
 
 def _number(value: float) -> str:
@@ -80,6 +82,20 @@ def _reference(line: Record, baseline: str) -> str | None:
     return baseline if loss != baseline else None
 
 
+def _arms_at_rates(lines: list[Record]) -> Arms:
+    return _by(lines, lambda line: (arm(line), line["run"]["lr"]))
+
+
+def _compared_with(arms: Arms, name: str, lr: float, baseline: str) -> list[Record]:
+    """The reference's runs at the same rate; at another one only if both arms have exactly one."""
+    against = _reference(arms[name, lr][0], baseline)
+    references = {rate: found for (other, rate), found in arms.items() if other == against}
+    if lr in references:
+        return references[lr]
+    alone = len(references) == sum(other == name for other, _ in arms) == 1
+    return next(iter(references.values())) if alone else []
+
+
 def _part(line: Record) -> tuple[str, str]:
     """Task and section (estimator and regime); only runs that share both are compared."""
     return line["run"]["task"], line["run"]["section"]
@@ -117,27 +133,10 @@ def by_arm(lines: list[Record], baseline: str = BASELINE) -> Iterator[str]:
 
 
 def _arms(lines: list[Record], baseline: str) -> Iterator[list[str]]:
-    arms = _by(lines, lambda line: (arm(line), line["run"]["lr"]))
+    arms = _arms_at_rates(lines)
     for (name, lr), runs in arms.items():
-        against = _reference(runs[0], baseline)
-        references = {rate: found for (other, rate), found in arms.items() if other == against}
-        # Compare across rates only if each arm has exactly one rate.
-        alone = len(references) == sum(other == name for other, _ in arms) == 1
-        reference = _by_seed(references.get(lr) or (next(iter(references.values())) if alone else []))
-        own = _by_seed(runs)
-        paired = bool(set(own) & set(reference))
-        differences = [
-            _interval(
-                paired_difference(
-                    {seed: measure(line) for seed, line in own.items()},
-                    {seed: measure(line) for seed, line in reference.items()},
-                ).interval,
-                signed=True,
-            )
-            if paired
-            else ""
-            for measure in (results.final_success, _mean_over_steps)
-        ]
+        reference = _compared_with(arms, name, lr, baseline)
+        differences = [_difference(runs, reference, measure) for measure in (results.final_success, _mean_over_steps)]
         yield [
             name,
             rate_text(lr),
@@ -184,7 +183,7 @@ def entropy_by_rate(lines: list[Record]) -> Iterator[str]:
     for part, group in _by(lines, _part).items():
         yield f"\n{', '.join(part)}\n"
         rates = sorted({line["run"]["lr"] for line in group})
-        arms = _by(group, lambda line: (arm(line), line["run"]["lr"]))
+        arms = _arms_at_rates(group)
         rows = (
             [name, *(_mean(arms.get((name, lr), []), _last("actor/entropy"), ".2f") for lr in rates)]
             for name in dict.fromkeys(name for name, _ in arms)
@@ -232,7 +231,8 @@ def _difference(own: list[Record], reference: list[Record], measure: Callable[[R
 def pretrained(lines: list[Record], baseline: str = BASELINE) -> Iterator[str]:
     """For each task and regime: what was learnt, what the policy looks like, what left the region, what it cost."""
     for (task, section), group in _by(lines, _part).items():
-        arms = _by(group, lambda line: (arm(line), line["run"]["lr"]))
+        arms = _arms_at_rates(group)
+        order = list(dict.fromkeys(name for name, _ in arms))
         for title, header, row in (
             ("Success", _SUCCESS, _success_row),
             ("Policy: at the start, halfway and at the end", _POLICY, _policy_row),
@@ -241,9 +241,8 @@ def pretrained(lines: list[Record], baseline: str = BASELINE) -> Iterator[str]:
         ):
             yield f"\n{task}, {section}. {title}.\n"
             rows = []
-            for (name, lr), runs in arms.items():
-                against = _reference(runs[0], baseline)
-                reference = [line for (other, _), found in arms.items() if other == against for line in found]
+            for (name, lr), runs in sorted(arms.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+                reference = _compared_with(arms, name, lr, baseline)
                 rows += [[name, rate_text(lr), *cells] for cells in row(runs, reference)]
             yield from _table(["arm", "rate", *header], rows)
 

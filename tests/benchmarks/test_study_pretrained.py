@@ -158,10 +158,10 @@ def test_tasks_have_names_of_their_own() -> None:
 
 
 def test_a_pretrained_cell_trains_in_small_pieces() -> None:
-    words = Cell("sums", "clip", 1e-5, 0, mini_batches=8, steps=12).overrides()
+    words = Cell("sums", "clip", 1e-5, 0, mini_batches=2, steps=12).overrides()
     last = dict(word.split("=", 1) for word in words)
     assert last["actor_rollout_ref.rollout.n"] == "8"
-    assert last["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"] == "8"
+    assert last["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"] == "16"
     assert last["trainer.test_freq"] == "4"
     assert not any(word.startswith("+study.probe") for word in Cell("chain", "clip", 1e-4, 0).overrides())
 
@@ -255,6 +255,14 @@ def test_tables_show_every_arm() -> None:
     assert "| clip | 1e-5 | 3 | .600 (.500 to .700) |" in text
     assert "2.00 1.50 1.00" in text
     assert "| union | 1e-5 | 64 | - | 50.00 |" in text
+
+
+def test_tables_of_a_sweep_compare_at_equal_rates_in_their_order() -> None:
+    rewards = {"clip": {1e-5: 0.4, 2e-5: 0.5}, "union": {1e-5: 0.6, 2e-5: 0.6, 5e-6: 0.3}}
+    lines = [line for loss, found in rewards.items() for line in sweep(loss, found).values()]
+    rows = [row.split(" | ") for row in tables.pretrained(lines) if row.startswith(("| clip", "| union"))]
+    assert [row[1] for row in rows[:5]] == ["1e-5", "2e-5", "5e-6", "1e-5", "2e-5"]
+    assert [row[4].strip() for row in rows[:5]] == ["", "", "", "+0.200", "+0.100"]
 
 
 def test_mixed_groups_of_fewer_samples() -> None:
