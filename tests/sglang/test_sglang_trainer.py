@@ -13,7 +13,7 @@ from tests.trainer.checks import (
     assert_projected_within_bound,
     assert_side_channel_exact,
 )
-from tests.trainer.run import SEPARATE_ASYNC, make_assets, probe_lines, run_trainer
+from tests.trainer.run import ASYNCHRONOUS, make_assets, probe_lines, run_trainer
 
 pytestmark = pytest.mark.trainer
 
@@ -65,14 +65,7 @@ def test_the_rollout_engine_gives_the_old_policy(assets: Path, tmp_path: Path) -
     assert all(count % 2 == 0 for count in updates.values())
 
 
-@pytest.mark.parametrize(
-    "trainer",
-    [
-        ("trainer.v1.trainer_mode=colocate_async", f"{ROLLOUT}.agent.default_agent_loop=tool_agent"),
-        SEPARATE_ASYNC,
-    ],
-    ids=["colocated, tool loop", "separate"],
-)
+@pytest.mark.parametrize("trainer", ASYNCHRONOUS.values(), ids=ASYNCHRONOUS)
 def test_the_policy_that_sampled_under_an_asynchronous_trainer(
     assets: Path, tmp_path: Path, trainer: tuple[str, ...]
 ) -> None:

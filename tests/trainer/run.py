@@ -30,6 +30,13 @@ SEPARATE_ASYNC = (
     "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_troll.cpu.checkpoint_engine",
     "ray_kwargs.ray_init.num_gpus=2",
 )
+ASYNCHRONOUS = {
+    "colocated, tool loop": (
+        "trainer.v1.trainer_mode=colocate_async",
+        "actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent",
+    ),
+    "separate": SEPARATE_ASYNC,
+}
 
 
 def make_assets(folder: Path, hidden_size: int = 32) -> None:
